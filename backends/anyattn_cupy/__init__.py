@@ -1,7 +1,7 @@
 """CUDA C++ kernels through CuPy, for CuPy arrays and CUDA arrays of torch and JAX over DLPack.
 
-Dispatch imports this package to read the declaration below, so it does not import CuPy. It has no kernels yet: it
-declares what it will take and refuses every call.
+Dispatch imports this package to read the declaration below, so it does not import CuPy. It has no kernels
+yet: it declares what it will take and refuses every call.
 """
 
 from __future__ import annotations

