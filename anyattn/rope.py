@@ -1,0 +1,275 @@
+"""Rotary position embeddings for any array library.
+
+The rotation is plain array calls, so it runs lazily, under tracers and on devices. What is delicate is the
+angle: at position 1e6 a float32 product of position and frequency is off by 0.06 radians. Angles are
+therefore float64 where the library has it, and elsewhere (JAX by default, Apple's GPUs) float32 sums of
+products that lose nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import arrays
+from .arrays import Array, Namespace
+from .numbers import integer, real
+from .rope_scaling import check_scaling, frequencies, needs_sequence_length
+
+__all__ = ["rope"]
+
+_LAYOUTS = ("bhld", "blhd")
+_DIGIT = 4096
+
+
+def rope(
+    x: Array,
+    positions: int | Sequence[Any] | Array,
+    *,
+    base: float = 10000.0,
+    dims: int | None = None,
+    interleaved: bool = False,
+    scaling: Mapping[str, Any] | None = None,
+    layout: str = "bhld",
+) -> Array:
+    """Rotate queries or keys by their positions.
+
+    Pair m of the features turns by ``position · base^(−2m / dims)`` radians, so that the product of a query
+    and a key depends on the distance of their positions alone.
+
+    Parameters
+    ----------
+    x : array
+        Queries or keys, (..., H, L, D), or (..., L, H, D) with ``layout="blhd"``, or (L, D). float16,
+        bfloat16, float32 or float64; the two 16-bit types are rotated in float32.
+    positions : int, float, sequence or array
+        Position of each row, broadcastable to (..., L). A scalar is the position of every row. Floats stand
+        between whole positions. An array is of the library and device of `x`.
+    base : float, default 10000
+        θ of the paper, greater than 1.
+    dims : int, optional
+        Rotate the first `dims` features only, an even number; the others pass through bit for bit. Default D.
+    interleaved : bool, default False
+        Pair m is features (2m, 2m + 1), as in the paper and in GPT-J, instead of (m, m + dims / 2), as in
+        GPT-NeoX and Llama weights of Hugging Face.
+    scaling : mapping, optional
+        Stretch to longer contexts, written as in Hugging Face configurations: ``"rope_type"`` and its
+        numbers.
+
+        - ``"linear"``: ``factor``.
+        - ``"ntk"``: ``factor``.
+        - ``"dynamic"``: ``factor``, ``original_max_position_embeddings`` and ``seq_len``. The last is taken
+          from the largest of `positions` where the host can read them.
+        - ``"yarn"``: ``factor``, ``original_max_position_embeddings``; optionally ``beta_fast``,
+          ``beta_slow``, ``attention_factor``, ``mscale`` with ``mscale_all_dim``, ``truncate``.
+        - ``"llama3"``: ``factor``, ``original_max_position_embeddings``, ``low_freq_factor``,
+          ``high_freq_factor``.
+
+        ``"default"`` scales nothing. ``"rope_theta"`` may be there when it equals `base`.
+    layout : {"bhld", "blhd"}
+        Order of the axes of `x`.
+
+    Returns
+    -------
+    array
+        Like `x`.
+
+    Raises
+    ------
+    TypeError
+        Where `x` has no float dtype of those above, or `positions` are neither integers nor floats, or of
+        another library or device than `x`.
+    ValueError
+        Where shapes do not fit, `dims` is odd or larger than D, or `scaling` is incomplete or unknown.
+
+    Notes
+    -----
+    Angles are within 1e-6 radians at positions of any size up to 2**31, whether the library has float64 or
+    not.
+
+    References
+    ----------
+    J. Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, arXiv:2104.09864. The
+    papers behind `scaling` are named in `anyattn.rope_scaling`.
+
+    Examples
+    --------
+    >>> import numpy as np, anyattn as aa
+    >>> q = np.ones((1, 2, 4), dtype=np.float32)
+    >>> aa.rope(q, [0, 1])[0, 0]
+    array([1., 1., 1., 1.], dtype=float32)
+    """
+    head_dim = _check_array(x, layout)
+    dims = head_dim if dims is None else dims
+    check_options(base=base, dims=dims, interleaved=interleaved, scaling=scaling)
+    if dims > head_dim:
+        raise ValueError(f"dims: wanted at most the {head_dim} features of x, got {dims}")
+    xp = arrays.namespace(x)
+    at = as_positions("positions", positions, x)
+    _check_positions_fit(at, x, layout)
+    if scaling is not None and needs_sequence_length(scaling):
+        scaling = {**scaling, "seq_len": sequence_length(positions)}
+
+    cos, sin = _cos_sin(xp, at, x, dims, float(base), scaling)
+    if x.ndim > 2:
+        cos, sin = (xp.expand_dims(table, axis=-3 if layout == "bhld" else -2) for table in (cos, sin))
+    rotated = arrays.cast(xp, x[..., :dims], cos.dtype)
+    if interleaved:
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
+        pairs = xp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
+        rotated = xp.reshape(pairs, (*x.shape[:-1], dims))
+    else:
+        first, second = rotated[..., : dims // 2], rotated[..., dims // 2 :]
+        rotated = xp.concat([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    rotated = arrays.cast(xp, rotated, x.dtype)
+    return rotated if dims == head_dim else xp.concat([rotated, x[..., dims:]], axis=-1)
+
+
+def check_options(*, base: Any, dims: Any, interleaved: Any, scaling: Any) -> None:
+    """Raise where an option is wrong whatever the array is; `dims` may be None."""
+    if real(base, "base") <= 1.0:
+        raise ValueError(f"base: wanted a number greater than 1, got {base!r}")
+    if dims is not None and integer(dims, "dims", least=2) % 2:
+        raise ValueError(f"dims: wanted an even number, as features turn in pairs, got {dims}")
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"interleaved: wanted True or False, got {interleaved!r}")
+    check_scaling(scaling)
+
+
+def as_positions(name: str, positions: Any, x: Array) -> Array:
+    """`positions` as an array of the library and device of `x`, Python numbers and sequences converted."""
+    if arrays.is_array(positions):
+        if arrays.kind(positions) not in ("int", "float"):
+            raise TypeError(f"{name}: wanted integers or floats, got dtype {arrays.dtype_name(positions)}")
+        if arrays.library(positions) != arrays.library(x):
+            raise TypeError(
+                f"{name}: wanted an array of {arrays.library(x)}, as x is, "
+                f"got one of {arrays.library(positions)}"
+            )
+        here, there = arrays.device(x), arrays.device(positions)
+        if here is not None and there is not None and here != there:
+            raise TypeError(f"{name}: wanted an array on {here}, where x is, got one on {there}")
+        return positions
+    import numpy
+
+    try:
+        host = numpy.asarray(positions)
+    except ValueError as error:
+        raise ValueError(f"{name}: wanted numbers in the shape of an array, got {positions!r}") from error
+    if host.size == 0:
+        host = host.astype(numpy.int64)
+    if host.dtype.kind not in "iuf":
+        raise TypeError(f"{name}: wanted integers or floats, got {type(positions).__name__} of {host.dtype}")
+    xp, device = arrays.namespace(x), arrays.device(x)
+    if host.dtype.kind == "f":
+        dtype = xp.float64 if _has_float64(xp, device) else xp.float32
+    else:
+        dtype = arrays.index_dtype(xp, device)
+        limits = xp.iinfo(dtype)
+        if host.size and not limits.min <= host.min() <= host.max() <= limits.max:
+            raise ValueError(
+                f"{name}: wanted integers from {limits.min} to {limits.max}, the widest of x's library here, "
+                f"got {host.min()} to {host.max()}"
+            )
+    return xp.asarray(host, dtype=dtype, device=device)
+
+
+def sequence_length(*positions: Any) -> int:
+    """One more than the largest of the positions, which the host must be able to read."""
+    import numpy
+
+    longest = 1
+    for given in positions:
+        if arrays.is_array(given):
+            if not arrays.is_concrete_cpu(given):
+                raise ValueError(
+                    "scaling: 'dynamic' depends on the longest position, and the host reads positions only "
+                    "from CPU arrays outside jit: give scaling['seq_len']"
+                )
+            given = arrays.to_host(given)
+        longest = max(longest, math.floor(numpy.max(given, initial=0)) + 1)
+    return longest
+
+
+def _check_array(x: Array, layout: str) -> int:
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout: wanted 'bhld' or 'blhd', got {layout!r}")
+    if not arrays.is_array(x):
+        raise TypeError(f"x: wanted an array, got {type(x).__name__}")
+    if arrays.kind(x) != "float":
+        raise TypeError(f"x: wanted a dtype of {', '.join(arrays.FLOAT_DTYPES)}, got {arrays.dtype_name(x)}")
+    if x.ndim < 2:
+        raise ValueError(f"x: wanted shape (..., H, L, D) or (L, D), got {tuple(x.shape)}")
+    return int(x.shape[-1])
+
+
+def _check_positions_fit(positions: Array, x: Array, layout: str) -> None:
+    length = x.shape[-3] if layout == "blhd" and x.ndim > 2 else x.shape[-2]
+    rows = (*x.shape[:-3], length)
+    shape = tuple(positions.shape)
+    fits = len(shape) <= len(rows) and all(
+        have in (1, want) for have, want in zip(reversed(shape), reversed(rows), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"positions: wanted a shape that broadcasts to {rows}, the batch axes and L of x "
+            f"{tuple(x.shape)} with layout {layout!r}, got {shape}"
+        )
+
+
+def _has_float64(xp: Namespace, device: Any) -> bool:
+    return "float64" in xp.__array_namespace_info__().dtypes(device=device, kind="real floating")
+
+
+def _cos_sin(
+    xp: Namespace, positions: Array, x: Array, dims: int, base: float, scaling: Mapping[str, Any] | None
+) -> tuple[Array, Array]:
+    """Cosine and sine, positions.shape + (dims // 2,), in the dtype that `x` is rotated in."""
+    device = arrays.device(x)
+    dtype = xp.float64 if arrays.dtype_name(x) == "float64" else xp.float32
+    radians, amplitude = frequencies(dims, base, scaling)
+    if positions.ndim == 0:
+        positions = xp.reshape(positions, (1,))
+    positions = xp.expand_dims(positions, axis=-1)
+    if _has_float64(xp, device):
+        steps = xp.asarray(radians, dtype=xp.float64, device=device)
+        angle = arrays.cast(xp, positions, xp.float64) * steps
+    else:
+        angle = _float32_angle(xp, positions, radians, device)
+    cos, sin = xp.cos(angle), xp.sin(angle)
+    if amplitude != 1.0:
+        cos, sin = cos * amplitude, sin * amplitude
+    return arrays.cast(xp, cos, dtype), arrays.cast(xp, sin, dtype)
+
+
+def _float32_angle(xp: Namespace, positions: Array, radians: tuple[float, ...], device: Any) -> Array:
+    """Angle of each position and frequency, in radians modulo 2π, to a few units in float32's last place.
+
+    A position is written in digits of base 4096, and what each digit is worth in turns, modulo 1, is found on
+    the host and split into a multiple of 1/4096 and a rest below 1/8192. A digit times the multiple is a
+    multiple of 1/4096 below 2048, which fits the 24 bits of float32: nothing is rounded before whole turns
+    are taken off.
+    """
+
+    def table(values: list[float]) -> Array:
+        return xp.asarray(values, dtype=xp.float32, device=device)
+
+    turns = [r / (2.0 * math.pi) for r in radians]
+    if arrays.kind(positions) == "float":
+        positions = arrays.cast(xp, positions, xp.float32)
+        whole = xp.floor(positions)
+        total = (positions - whole) * table(turns)
+    else:
+        whole, total = positions, None
+    for place in range(3):
+        digit = whole if place == 2 else whole % _DIGIT
+        whole = whole // _DIGIT
+        worth = [math.remainder(t * _DIGIT**place, 1.0) for t in turns]
+        coarse = [round(w * _DIGIT) / _DIGIT for w in worth]
+        rest = [w - c for w, c in zip(worth, coarse, strict=True)]
+        digit = arrays.cast(xp, digit, xp.float32)
+        exact = digit * table(coarse)
+        part = exact - xp.round(exact) + digit * table(rest)
+        total = part if total is None else total + part
+    return (total - xp.round(total)) * (2.0 * math.pi)
