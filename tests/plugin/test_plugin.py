@@ -1,4 +1,4 @@
-"""A backend from another distribution is found, runs only when named, and one that is broken breaks nothing."""
+"""A backend from another distribution is found, runs only when named, and breaks nothing when broken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anyattn import registry
 from anyattn.dispatch import recording
 from anyattn.errors import UnsupportedCallError
 
-REASONABLE = """
+OTHER = """
     from anyattn.backend import Backend
 
     class Other(Backend):
@@ -116,19 +116,19 @@ def test_refuses_for_its_own_reason() -> None:
         ("other = other_absent:backend", "", "ModuleNotFoundError"),
         ("other = other_empty:backend", "nothing = None", "AttributeError"),
         ("other = other_integer:backend", "backend = 3", "no attribute 'name'"),
-        ("other = other_class:Other", REASONABLE, "an instance"),
-        ("another = other_named:backend", REASONABLE, "calls itself 'other'"),
-        ("other = other_capable:backend", REASONABLE + "    Other.capabilities = {'flight'}", "flight"),
-        ("other = other_string:backend", REASONABLE + "    Other.arrays = 'numpy.ndarray'", "arrays"),
+        ("other = other_class:Other", OTHER, "an instance"),
+        ("another = other_named:backend", OTHER, "calls itself 'other'"),
+        ("other = other_capable:backend", OTHER + "    Other.capabilities = {'flight'}", "flight"),
+        ("other = other_string:backend", OTHER + "    Other.arrays = 'numpy.ndarray'", "arrays"),
         (
             "other = other_needy:backend",
-            REASONABLE + "    Other.requires = ('no_such_library',)",
+            OTHER + "    Other.requires = ('no_such_library',)",
             "no_such_library",
         ),
-        ("other = other_deep:backend", REASONABLE + "    Other.requires = ('no_such.library',)", "no_such"),
-        ("Other! = other_ill_named:backend", REASONABLE, "ill-named"),
-        ("reference = other_reference:backend", REASONABLE, "taken"),
-        ("numba = other_numba:backend", REASONABLE, "taken"),
+        ("other = other_deep:backend", OTHER + "    Other.requires = ('no_such.library',)", "no_such"),
+        ("Other! = other_ill_named:backend", OTHER, "ill-named"),
+        ("reference = other_reference:backend", OTHER, "taken"),
+        ("numba = other_numba:backend", OTHER, "taken"),
     ],
 )
 def test_a_broken_plugin_is_reported_and_breaks_nothing(
@@ -152,7 +152,7 @@ def test_a_broken_plugin_is_reported_and_breaks_nothing(
 def test_two_offers_of_one_name_are_both_refused(
     install: Callable[..., None], qkv: tuple[np.ndarray, ...]
 ) -> None:
-    install("stranger", "einsum = other_einsum:backend", REASONABLE)
+    install("stranger", "einsum = other_einsum:backend", OTHER)
     status = aa.backends()["einsum"]
     assert not status.available
     assert "stranger 2.0" in status.reason

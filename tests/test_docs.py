@@ -1,0 +1,59 @@
+"""Python examples of the documentation run, and give what their comments say."""
+
+from __future__ import annotations
+
+import re
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anyattn as aa
+
+DOCS = Path(__file__).parent.parent / "docs"
+if not DOCS.exists():
+    pytest.skip("needs the source tree, for docs/", allow_module_level=True)
+
+
+def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for number, source in enumerate(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE), 1):
+        exec(compile(source, f"<{page}, example {number}>", "exec"), names)
+    return names
+
+
+def test_getting_started(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("getting-started.md", {})
+    q, k, v = (names[name] for name in "qkv")
+
+    assert names["weights"].shape == (2, 8, 2, 100)
+    np.testing.assert_allclose(names["weights"].sum(axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(names["out"], aa.attention(q, k, v), rtol=0, atol=1e-5)
+    assert names["stats"].keys() == {"key_mass", "entropy"}
+    np.testing.assert_array_less(names["stats"]["entropy"], np.log(100))
+    step = aa.attention(q[1, :, :1], k[1, :, :63], v[1, :, :63])
+    np.testing.assert_allclose(names["step"][1], step, rtol=0, atol=1e-5)
+    assert "reference" in capsys.readouterr().out
+
+
+def test_masks_and_scores() -> None:
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 4, 9, 8))
+    names = run("masks-and-scores.md", {"aa": aa, "np": np, "q": q, "k": k, "v": v})
+    bias = -names["slopes"].astype(float)[:, None, None] * abs(np.arange(9)[:, None] - np.arange(9))
+    np.testing.assert_allclose(names["out"], aa.attention(q, k, v, bias=bias[None]), rtol=0, atol=1e-6)
+
+
+def test_every_argument_is_explained() -> None:
+    text = (DOCS / "contract.md").read_text(encoding="utf-8")
+    for name in signature(aa.attention).parameters:
+        assert f"`{name}`" in text or f"`{name}=" in text, name
+
+
+@pytest.mark.parametrize("module", ["masks", "scores"])
+def test_every_entry_is_listed(module: str) -> None:
+    text = (DOCS / "masks-and-scores.md").read_text(encoding="utf-8")
+    entries = {name for name in getattr(aa, module).__all__ if name[0].islower()}
+    assert entries
+    assert {name for name in entries if f"`{name}(" not in text} == set()
