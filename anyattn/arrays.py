@@ -1,0 +1,212 @@
+"""What anyattn knows of array libraries, in one place.
+
+Everything here works on the type or the metadata of an array and never imports a library that the caller has not
+imported: the namespace comes from `array_api_compat`, the rest from names. A library that is not listed works when
+it follows the array API standard.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import array_api_compat
+
+if TYPE_CHECKING:
+    import numpy
+
+Array = Any
+Namespace = Any
+
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_ROOTS = {"jaxlib": "jax"}
+_ARRAY_TYPES = {
+    "numpy": "numpy.ndarray",
+    "torch": "torch.Tensor",
+    "cupy": "cupy.ndarray",
+    "jax": "jax.Array",
+    "dask": "dask.array.Array",
+    "array_api_strict": "array_api_strict.Array",
+}
+_CLASS_NAMES = {
+    "numpy": {"ndarray"},
+    "torch": {"Tensor"},
+    "cupy": {"ndarray"},
+    "jax": {"ArrayImpl", "Tracer", "Array"},
+    "dask": {"Array"},
+    "array_api_strict": {"Array"},
+}
+# Their extra meaning (masked entries, two axes always) would be lost.
+_REFUSED = {"MaskedArray": "masked entries would be ignored", "matrix": "numpy.matrix always has two axes"}
+
+
+@lru_cache(maxsize=256)
+def _library_of_type(cls: type) -> str | None:
+    for base in cls.__mro__:
+        root = base.__module__.partition(".")[0]
+        root = _ROOTS.get(root, root)
+        if root in _CLASS_NAMES and base.__name__ in _CLASS_NAMES[root]:
+            return root
+    if hasattr(cls, "__array_namespace__"):
+        return cls.__module__.partition(".")[0]
+    return None
+
+
+def is_array(x: object) -> bool:
+    """Whether `x` is an array of a library that anyattn can compute with."""
+    return _library_of_type(type(x)) is not None
+
+
+def refused_type(x: object) -> str | None:
+    """Why an array type is not taken although its library is, or None."""
+    for base in type(x).__mro__:
+        if base.__name__ in _REFUSED and base.__module__.partition(".")[0] == "numpy":
+            return _REFUSED[base.__name__]
+    return None
+
+
+def library(x: Array) -> str:
+    """Name of the library that `x` belongs to: "numpy", "torch", "jax", "dask", ..."""
+    name = _library_of_type(type(x))
+    if name is None:
+        raise TypeError(f"{type(x).__module__}.{type(x).__qualname__} is not an array of a library that anyattn knows")
+    return name
+
+
+def array_type(x: Array) -> str:
+    """Dotted public name of the array type, as backends declare it ("numpy.ndarray")."""
+    cls = type(x)
+    return _ARRAY_TYPES.get(library(x), f"{cls.__module__}.{cls.__qualname__}")
+
+
+def namespace(x: Array) -> Namespace:
+    """The array API namespace of `x`."""
+    return array_api_compat.array_namespace(x)
+
+
+@lru_cache(maxsize=256)
+def _name_of_dtype(cls: type, dtype: object) -> str:
+    # The class comes first in the key: array-api-strict warns when its dtypes are compared with another library's.
+    return str(dtype).rpartition(".")[2]
+
+
+def dtype_name(x: Array) -> str:
+    """Name of the dtype of `x` without its library: "float32", "bfloat16", "int64", "bool"."""
+    return _name_of_dtype(type(x.dtype), x.dtype)
+
+
+def kind(x: Array) -> str:
+    """"bool", "int", "float", or the dtype's name where it is none of them."""
+    name = dtype_name(x)
+    if name in FLOAT_DTYPES:
+        return "float"
+    if name in ("bool", "bool_"):
+        return "bool"
+    if name.removeprefix("u") in ("int8", "int16", "int32", "int64"):
+        return "int"
+    return name
+
+
+def device(x: Array) -> Any:
+    """The device of `x`, or None where it is not known (under a tracer)."""
+    return array_api_compat.device(x)
+
+
+def device_kind(x: Array) -> str:
+    """"cpu", "cuda", another platform's name, or "unknown" under a tracer."""
+    lib = library(x)
+    if lib in ("numpy", "dask"):
+        return "cpu"
+    if lib == "cupy":
+        return "cuda"
+    where = device(x)
+    if where is None:
+        return "unknown"
+    if lib == "torch":
+        return str(where.type)
+    if lib == "jax":
+        platform = str(getattr(where, "platform", "unknown"))
+        return "cuda" if platform == "gpu" else platform
+    name = str(where)
+    return "cpu" if "CPU" in name.upper() else name
+
+
+def is_tracer(x: Array) -> bool:
+    """Whether `x` stands for values that do not exist yet (jit, vmap, grad, fake tensors, graph capture)."""
+    lib = library(x)
+    if lib == "jax":
+        return isinstance(x, sys.modules["jax"].core.Tracer)
+    if lib == "torch":
+        torch = sys.modules["torch"]
+        if torch.compiler.is_compiling():
+            return True
+        if type(x) in (torch.Tensor, torch.nn.Parameter):
+            return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+        return any(base.__name__ in ("FakeTensor", "FunctionalTensor") for base in type(x).__mro__)
+    return False
+
+
+def is_lazy(x: Array) -> bool:
+    """Whether reading a value of `x` would start a computation."""
+    return library(x) == "dask"
+
+
+def is_concrete_cpu(x: Array) -> bool:
+    """Whether the host can read the values of `x` without a transfer, a synchronisation or a computation."""
+    return not is_tracer(x) and not is_lazy(x) and device_kind(x) == "cpu"
+
+
+def to_host(x: Array) -> numpy.ndarray[Any, Any]:
+    """The values of a concrete CPU array as NumPy, shared where the library can."""
+    import numpy
+
+    lib = library(x)
+    if lib == "numpy":
+        return numpy.asarray(x)
+    if lib == "torch":
+        return numpy.asarray(x.detach().numpy())
+    if lib == "jax":
+        return numpy.asarray(x)
+    return numpy.from_dlpack(x)
+
+
+def stop_gradient(x: Array) -> Array:
+    """`x` as a constant for automatic differentiation."""
+    lib = library(x)
+    if lib == "torch":
+        return x.detach()
+    if lib == "jax":
+        return sys.modules["jax"].lax.stop_gradient(x)
+    return x
+
+
+def needs_gradient(x: Array) -> bool:
+    """Whether `x` is known to take part in automatic differentiation (JAX tracers do not tell)."""
+    if library(x) != "torch":
+        return False
+    return bool(sys.modules["torch"].is_grad_enabled() and x.requires_grad)
+
+
+def index_dtype(xp: Namespace, where: Any) -> Any:
+    """The library's default integer dtype on a device: int64, or int32 where 64 bits are switched off."""
+    return xp.__array_namespace_info__().default_dtypes(device=where)["integral"]
+
+
+def float_dtype(xp: Namespace, name: str, like: Array | None = None) -> Any:
+    """The dtype object called `name`; `like` lends its own where it has that name (ml_dtypes in NumPy)."""
+    if like is not None and dtype_name(like) == name:
+        return like.dtype
+    return getattr(xp, name)
+
+
+def cast(xp: Namespace, x: Array, dtype: Any) -> Array:
+    """`x` in `dtype`, itself where it has it already."""
+    return x if x.dtype == dtype else xp.astype(x, dtype)
+
+
+def take_range(x: Array, start: Any, size: int, axis: int) -> Array:
+    """`x[start : start + size]` along a negative `axis`; under a JAX loop `start` is traced."""
+    if isinstance(start, int):
+        return x[(..., slice(start, start + size), *(slice(None),) * (-axis - 1))]
+    return sys.modules["jax"].lax.dynamic_slice_in_dim(x, start, size, axis=axis)

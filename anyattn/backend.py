@@ -1,0 +1,100 @@
+"""What a backend is: a small object that says what it takes, refuses with reasons, and runs a call.
+
+The declarations are read by dispatch, by the conformance suite (what it must run and may skip) and by the table in
+the documentation, so each is made once, here or in the backend.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from anyattn.arrays import FLOAT_DTYPES
+
+if TYPE_CHECKING:
+    from anyattn.call import AttentionCall
+
+__all__ = ["CAPABILITIES", "Backend"]
+
+CAPABILITIES: dict[str, str] = {
+    "causal": "causal=True",
+    "window": "window=(left, right)",
+    "mask": "mask= as an expression, a function or a boolean array",
+    "bias": "bias=",
+    "score_mod": "score_mod= as an expression or a function",
+    "softcap": "softcap=",
+    "sinks": "sinks=",
+    "kv_lengths": "kv_lengths=",
+    "q_offset": "q_offset= other than its default",
+    "dropout": "dropout= above 0",
+    "grouped_heads": "fewer key/value heads than query heads",
+    "return_lse": "return_lse=True",
+    "weights": "attention_weights",
+    "stats": "attention_stats",
+    "gradients": "the array library can differentiate through the call",
+    "traced": "arrays without values: jit tracers, lazy arrays",
+    "strict_masking": "a hidden key contributes nothing even if it is NaN or infinite",
+    "deterministic_backward": "the same backward twice gives the same bits",
+}
+
+
+class Backend:
+    """Base class of backends; a duck type with the same attributes will do.
+
+    Attributes
+    ----------
+    name : str
+        Lower-case identifier, the name of its entry point in the group `anyattn.backends`.
+    arrays : tuple of str
+        Dotted names of the array types it takes ("numpy.ndarray"); "*" is every array-API library.
+    dtypes : frozenset of str
+    devices : tuple of str
+        "cpu", "cuda", ...; "*" is every device.
+    capabilities : frozenset of str
+        Names from `CAPABILITIES`.
+    requires : tuple of str
+        Import names that must be installed; found without importing them.
+    extra : str or None
+        The pip extra of anyattn that installs them.
+    """
+
+    name: str = ""
+    arrays: tuple[str, ...] = ()
+    dtypes: frozenset[str] = frozenset(FLOAT_DTYPES)
+    devices: tuple[str, ...] = ()
+    capabilities: frozenset[str] = frozenset()
+    requires: tuple[str, ...] = ()
+    extra: str | None = None
+
+    def unsupported(self, call: AttentionCall) -> tuple[str, ...]:
+        """Why this backend does not take the call, a sentence each; empty if it does.
+
+        The base class answers from the declarations; a backend with further limits adds to its answer.
+        """
+        reasons = []
+        if "*" not in self.arrays and call.array_type not in self.arrays:
+            reasons.append(f"takes arrays of {', '.join(self.arrays) or 'no library'}, not {call.array_type}")
+        if call.dtype not in self.dtypes:
+            reasons.append(f"takes {', '.join(sorted(self.dtypes)) or 'no dtype'}, not {call.dtype}")
+        if "*" not in self.devices and call.device_kind not in self.devices:
+            reasons.append(f"runs on {', '.join(self.devices) or 'no device'}, not {call.device_kind}")
+        missing = call.features - self.capabilities
+        reasons += [f"has no {name} ({CAPABILITIES[name]})" for name in CAPABILITIES if name in missing]
+        return tuple(reasons)
+
+    def notes(self, call: AttentionCall) -> tuple[str, ...]:
+        """What the caller should know of how the call would run: copies, quadratic memory, approximations."""
+        return ()
+
+    def run(self, call: AttentionCall) -> Any:
+        """Run a call that `unsupported` has no reason against.
+
+        Returns
+        -------
+        (out, lse) for "attention": out (..., Hq, Lq, Dv) in the dtype of the call, lse (..., Hq, Lq) in the
+        accumulation dtype, or None where `call.return_lse` is False; an array (..., Hq, R, Lk) in the dtype of the
+        call for "weights"; a dict of arrays in the accumulation dtype for "stats".
+        """
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<anyattn backend {self.name}>"

@@ -1,0 +1,146 @@
+"""The description of one call: built once by the front door, read by dispatch and by the backend that runs it.
+
+Every default is filled in, every argument is checked, arrays are in one layout, and all that decides which keys a
+query sees and how its scores change has become two expressions. A backend needs no argument beyond this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from anyattn import arrays
+from anyattn.arrays import Array, Namespace
+from anyattn.expr.nodes import Expr
+
+if TYPE_CHECKING:
+    import numpy
+
+__all__ = ["AttentionCall"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One call of `attention`, `attention_weights` or `attention_stats`.
+
+    Attributes
+    ----------
+    operation : "attention", "weights" or "stats"
+    q, k, v : arrays (..., Hq, Lq, D), (..., Hkv, Lk, D), (..., Hkv, Lk, Dv)
+        Views of the caller's arrays in "bhld" order, with a head axis always; batch axes not yet broadcast.
+        `v` is None for weights and stats.
+    batch_shape : tuple of int
+        The broadcast batch axes; the batch index b of an expression is their flat row-major index.
+    dtype, accumulate : str
+        Names of the dtype of q, k and v and of the one that scores and sums are computed in.
+    scale : float
+    score : Expr or None
+        What becomes of scale * (q . k): softcap, score_mod and bias in this order; None leaves it alone.
+    visible : Expr or None
+        Which keys a row sees: causal, window, mask and kv_lengths together; None sees all.
+    sinks : array (Hq,) or None
+        Logits that join the denominator only.
+    offset : int or integer array
+        Position of row 0; an array broadcasts to `batch_shape`. `offset_host` are its values where the host knows them.
+    kv_lengths : integer array or None
+        Valid keys, broadcasting to `batch_shape`, within [0, Lk]. `lengths_host` likewise.
+    causal, window, mask, softcap, score_mod, bias
+        The arguments that `score` and `visible` were made of, for backends that call a library's own attention.
+    rows : integer array (R,) or None
+        For weights: the rows asked for.
+    stats : tuple of str
+        For stats: the names asked for.
+    features : frozenset of str
+        The capabilities (`anyattn.backend.CAPABILITIES`) that the call uses.
+    """
+
+    operation: str
+    q: Array
+    k: Array
+    v: Array | None
+    xp: Namespace
+    library: str
+    array_type: str
+    device: Any
+    device_kind: str
+    dtype: str
+    accumulate: str
+    layout: str
+    has_heads: bool
+    batch_shape: tuple[int, ...]
+    scale: float
+    score: Expr | None
+    visible: Expr | None
+    sinks: Array | None
+    offset: Any
+    offset_host: numpy.ndarray[Any, Any] | int | None
+    kv_lengths: Array | None
+    lengths_host: numpy.ndarray[Any, Any] | None
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    mask: Any
+    softcap: float | None
+    score_mod: Any
+    bias: Array | None
+    return_lse: bool
+    rows: Array | None
+    stats: tuple[str, ...]
+    features: frozenset[str]
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.q.shape[-3])
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(self.k.shape[-3])
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share a key/value head; head h reads key/value head h // group_size."""
+        return self.num_heads // max(self.num_kv_heads, 1)
+
+    @property
+    def q_len(self) -> int:
+        return int(self.q.shape[-2])
+
+    @property
+    def k_len(self) -> int:
+        return int(self.k.shape[-2])
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.q.shape[-1])
+
+    @property
+    def v_head_dim(self) -> int:
+        return int(self.v.shape[-1]) if self.v is not None else 0
+
+    @cached_property
+    def traced(self) -> bool:
+        """Whether the arrays have no values yet: under a tracer, or lazy."""
+        return "traced" in self.features
+
+    def restore(self, out: Array) -> Array:
+        """A result (..., Hq, Lq, Dv) in the layout and with the axes that the caller uses."""
+        if not self.has_heads:
+            return out[0, ...]
+        return self.xp.moveaxis(out, -2, -3) if self.layout == "blhd" else out
+
+    def restore_rows(self, x: Array) -> Array:
+        """A per-head result (..., Hq, ...) without the head axis where the caller has none."""
+        return x if self.has_heads else x[0, ...]
+
+    def __repr__(self) -> str:
+        q, k = tuple(self.q.shape), tuple(self.k.shape)
+        used = ", ".join(sorted(self.features)) or "no option"
+        return f"<{self.operation} q {q} k {k} {self.dtype} {self.library} on {self.device_kind}: {used}>"
+
+
+def canonical(x: Array, layout: str) -> Array:
+    """`x` as a view (..., H, L, D)."""
+    xp = arrays.namespace(x)
+    if x.ndim == 2:
+        return xp.expand_dims(x, axis=0)
+    return xp.moveaxis(x, -3, -2) if layout == "blhd" else x

@@ -1,0 +1,111 @@
+"""From the description of a call to the backend that runs it.
+
+A forced backend (`backend=`, then `use`, then ANYATTN_BACKEND) runs or the call fails with its reasons. Otherwise the
+first in the order for the arrays of the call that accepts it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from anyattn import registry, settings
+from anyattn.call import AttentionCall
+from anyattn.errors import UnsupportedCallError
+
+__all__ = ["Record", "Verdict", "consider", "order_for", "recording", "run"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One dispatched call: which backend ran what."""
+
+    backend: str
+    operation: str
+    features: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a backend says to a call: no reason is yes."""
+
+    name: str
+    backend: Any
+    reasons: tuple[str, ...]
+
+
+_recorders: ContextVar[tuple[list[Record], ...]] = ContextVar("anyattn_recorders", default=())
+
+
+@contextmanager
+def recording() -> Iterator[list[Record]]:
+    """Collect a `Record` of every call that is dispatched inside the `with` block.
+
+    Under `jax.jit` that is when the function is traced, not when it runs.
+    """
+    records: list[Record] = []
+    token = _recorders.set((*_recorders.get(), records))
+    try:
+        yield records
+    finally:
+        _recorders.reset(token)
+
+
+def order_for(call: AttentionCall) -> tuple[str, ...]:
+    """The backends that are tried for a call where none is forced."""
+    chosen = settings.current().order
+    if chosen is not None:
+        return chosen
+    if call.library == "cupy":
+        return ("cupy", "reference")
+    if call.library == "torch":
+        plain = call.device_kind == "cpu" and not call.features & {"gradients", "traced"}
+        return ("numba", "torch", "reference") if plain else ("torch", "reference")
+    if call.device_kind == "cpu" and "traced" not in call.features:
+        return ("numba", "reference")
+    return ("reference",)
+
+
+def consider(name: str, call: AttentionCall) -> Verdict:
+    """What the backend called `name` says to a call."""
+    status = registry.find(name)
+    if not status.available:
+        return Verdict(name, None, (f"unavailable: {status.reason}",))
+    reasons = tuple(status.backend.unsupported(call))
+    if settings.current().strict and call.visible is not None and "strict_masking" not in status.backend.capabilities:
+        reasons += ("is not strict about hidden keys, which use(strict=True) asks for",)
+    return Verdict(name, status.backend, reasons)
+
+
+def choose(call: AttentionCall, backend: str | None) -> Any:
+    """The backend that runs a call."""
+    forced = settings.forced_backend(backend)
+    if forced is not None:
+        name, source = forced
+        verdict = consider(name, call)
+        if not verdict.reasons:
+            return verdict.backend
+        raise UnsupportedCallError(
+            f"backend {name!r} (from {source}) does not take this call: {'; '.join(verdict.reasons)}",
+            {name: verdict.reasons},
+        )
+    refusals: dict[str, tuple[str, ...]] = {}
+    for name in order_for(call):
+        verdict = consider(name, call)
+        if not verdict.reasons:
+            return verdict.backend
+        refusals[name] = verdict.reasons
+    lines = "".join(f"\n  {name}: {'; '.join(reasons)}" for name, reasons in refusals.items())
+    raise UnsupportedCallError(f"no backend takes this call {call!r}:{lines}", refusals)
+
+
+def run(call: AttentionCall, backend: str | None) -> Any:
+    """Run a call on the backend that is chosen for it."""
+    chosen = choose(call, backend)
+    record = Record(chosen.name, call.operation, call.features)
+    for records in _recorders.get():
+        records.append(record)
+    return chosen.run(call)

@@ -1,0 +1,107 @@
+"""`explain`: which backend would run a call, why the others would not, and what to know of how it runs."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import Any
+
+from anyattn import dispatch, registry, settings
+from anyattn.arrays import Array
+from anyattn.call import AttentionCall
+from anyattn.describe import Options, describe
+
+__all__ = ["Explanation", "explain"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; prints as a table.
+
+    Attributes
+    ----------
+    call : AttentionCall
+        The description that the backends were asked about.
+    backend : str or None
+        The backend that would run, None if the call would be an error.
+    forced_by : str or None
+        What forces a backend: "backend=", "anyattn.use" or "ANYATTN_BACKEND".
+    verdicts : tuple of Verdict
+        Each backend's answer, in the order in which they are asked; backends that are not asked come last.
+    notes : tuple of str
+        What the chosen backend says of how it would run: copies, memory.
+    """
+
+    call: AttentionCall
+    backend: str | None
+    forced_by: str | None
+    verdicts: tuple[dispatch.Verdict, ...]
+    asked: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(name, verdict, reasons) for each backend."""
+        rows = []
+        for v in self.verdicts:
+            if v.name == self.backend:
+                verdict = "runs"
+            elif v.reasons:
+                verdict = "refuses"
+            else:
+                verdict = "could run" if v.name in self.asked else "could run, by name"
+            rows.append((v.name, verdict, "; ".join(v.reasons)))
+        return rows
+
+    def __repr__(self) -> str:
+        table = [("backend", "verdict", "why not"), *self.rows()]
+        widths = [max(len(row[n]) for row in table) for n in range(2)]
+        lines = [repr(self.call)]
+        lines += [f"{name:<{widths[0]}}  {verdict:<{widths[1]}}  {why}".rstrip() for name, verdict, why in table]
+        lines += [f"forced by {self.forced_by}"] if self.forced_by else []
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self.rows()
+        )
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        forced = f"<p>forced by {html.escape(self.forced_by)}</p>" if self.forced_by else ""
+        return (
+            f"<p><code>{html.escape(repr(self.call))}</code></p>"
+            f"<table><thead><tr><th>backend</th><th>verdict</th><th>why not</th></tr></thead><tbody>{cells}</tbody></table>"
+            f"{forced}{f'<ul>{notes}</ul>' if notes else ''}"
+        )
+
+
+def explain(q: Array, k: Array, v: Array | None = None, *, backend: str | None = None, **options: Any) -> Explanation:
+    """Which backend would run `attention(q, k, v, ...)`, and why not the others.
+
+    Parameters
+    ----------
+    q, k, v, backend, **options
+        As for `attention`; without `v`, as for `attention_weights`. Arguments that the call would refuse are refused.
+
+    Returns
+    -------
+    Explanation
+    """
+    operation = "weights" if v is None else "attention"
+    unknown = [name for name in options if name not in Options.__dataclass_fields__]
+    if unknown:
+        raise TypeError(f"explain: unexpected option {unknown[0]!r}")
+    call = describe(operation, q, k, v, Options(**options))
+    forced = settings.forced_backend(backend)
+    asked = (forced[0],) if forced else dispatch.order_for(call)
+    others = [name for name in registry.backends() if name not in asked]
+    verdicts = tuple(dispatch.consider(name, call) for name in (*asked, *others))
+    chosen = next((v for v in verdicts if v.name in asked and not v.reasons), None)
+    return Explanation(
+        call=call,
+        backend=chosen.name if chosen else None,
+        forced_by=forced[1] if forced else None,
+        verdicts=verdicts,
+        asked=asked,
+        notes=tuple(chosen.backend.notes(call)) if chosen else (),
+    )

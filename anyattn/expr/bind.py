@@ -1,0 +1,147 @@
+"""Binding: what in an expression depends on the call is settled once, before a backend sees it.
+
+Deferred parts get the sizes, captured arrays are checked against the library, the device and the axes of the call,
+and host data becomes arrays beside the queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from anyattn import arrays
+from anyattn.arrays import Array, Namespace
+from anyattn.expr.nodes import Aligned, B, Const, Deferred, Expr, Load, Table, rewrite, walk
+
+if TYPE_CHECKING:
+    import numpy
+
+__all__ = ["Geometry", "batch_indices", "bind", "captured_arrays", "check_same_place"]
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """The sizes of a call and where its arrays live.
+
+    `offset_host` is the position of query row 0 where the host knows it: an integer, or one integer for each batch
+    entry in the shape that the caller gave; None where it lies on a device or does not exist yet.
+    """
+
+    xp: Namespace
+    like: Array
+    library: str
+    device: Any
+    accumulate: str
+    batch_shape: tuple[int, ...]
+    num_heads: int
+    q_len: int
+    k_len: int
+    offset_host: numpy.ndarray[Any, Any] | int | None
+
+    @property
+    def batch_size(self) -> int:
+        size = 1
+        for n in self.batch_shape:
+            size *= n
+        return size
+
+    def result_shape(self) -> tuple[int, ...]:
+        """(..., Hq, Lq, Lk)"""
+        return (*self.batch_shape, self.num_heads, self.q_len, self.k_len)
+
+    def host_array(self, data: Any) -> Array:
+        """Host numbers as an array beside the queries, in a dtype that every library has."""
+        import numpy
+
+        data = numpy.asarray(data)
+        if data.dtype.kind in "iu":
+            dtype = arrays.index_dtype(self.xp, self.device)
+        elif data.dtype.kind == "b":
+            dtype = self.xp.bool
+        else:
+            dtype = getattr(self.xp, self.accumulate)
+            data = data.astype(self.accumulate)
+        return self.xp.asarray(data, dtype=dtype, device=self.device)
+
+
+def bind(root: Expr, geometry: Geometry) -> Expr:
+    """`root` with deferred parts settled and every captured array checked and beside the queries."""
+    tables: dict[int, Table] = {}
+
+    def settle(node: Expr) -> Expr:
+        return settled(node.settle(geometry)) if isinstance(node, Deferred) else node
+
+    def settled(node: Expr) -> Expr:
+        return rewrite(node, settle)
+
+    def place(node: Expr) -> Expr:
+        if isinstance(node, Load):
+            if id(node.table) not in tables:
+                tables[id(node.table)] = _bind_table(node.table, geometry)
+            return Load(tables[id(node.table)], node.indices)
+        if isinstance(node, Aligned):
+            return _bind_aligned(node, geometry)
+        return node
+
+    return rewrite(settled(root), place)
+
+
+def captured_arrays(root: Expr | None) -> list[Array]:
+    """The arrays that a bound expression reads."""
+    found = []
+    for node in () if root is None else walk(root):
+        if isinstance(node, Load):
+            found.append(node.table.value)
+        elif isinstance(node, Aligned):
+            found.append(node.value)
+    return found
+
+
+def batch_indices(shape: tuple[int, ...], full: tuple[int, ...]) -> tuple[Expr, ...]:
+    """An index for each axis of `shape`, which broadcasts to the batch shape `full`, from the flat index b."""
+    indices: list[Expr] = []
+    stride = 1
+    for size, whole in zip(reversed(shape), reversed(full), strict=False):
+        indices.append(Const(0, "int") if size == 1 else (B // stride) % whole)
+        stride *= whole
+    return tuple(reversed(indices))
+
+
+def check_same_place(value: Array, label: str, geometry: Geometry) -> None:
+    """Raise unless `value` belongs to the library and the device of the queries."""
+    library = arrays.library(value)
+    if library != geometry.library:
+        raise TypeError(f"{label}: wanted an array of {geometry.library} like q, got one of {library}")
+    where = arrays.device(value)
+    if where is not None and geometry.device is not None and where != geometry.device:
+        raise ValueError(f"{label}: wanted an array on device {geometry.device} like q, got one on {where}")
+
+
+def _bind_table(table: Table, geometry: Geometry) -> Table:
+    if 0 in table.value.shape:
+        raise ValueError(f"{table.label}: wanted at least one entry on every axis, got shape {tuple(table.value.shape)}")
+    for size, axis in zip(table.value.shape, table.axes, strict=True):
+        wanted = {"b": geometry.batch_size, "h": geometry.num_heads, None: size}[axis]
+        if size != wanted:
+            what = {"b": "batch entries", "h": "query heads"}[axis or ""]
+            raise ValueError(f"{table.label}: wanted one entry for each of {wanted} {what}, got shape {tuple(table.value.shape)}")
+    if table.host:
+        return replace(table, value=geometry.host_array(table.value), host=False)
+    check_same_place(table.value, table.label, geometry)
+    return table
+
+
+def _bind_aligned(node: Aligned, geometry: Geometry) -> Aligned:
+    check_same_place(node.value, node.label, geometry)
+    *lead, rows, keys = geometry.result_shape()
+    wanted = (*lead, -(-rows // node.block), -(-keys // node.block))
+    shape = tuple(node.value.shape)
+    ranks = (2, len(wanted)) if node.block == 1 else range(2, len(wanted) + 1)
+    if len(shape) not in ranks:
+        raise ValueError(
+            f"{node.label}: wanted 2 axes {wanted[-2:]} or all {len(wanted)} axes {wanted}, got shape {shape}"
+        )
+    for size, full in zip(reversed(shape), reversed(wanted), strict=False):
+        if size not in (1, full):
+            raise ValueError(f"{node.label}: wanted a shape that broadcasts to {wanted}, got {shape}")
+    return node

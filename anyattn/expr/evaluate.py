@@ -1,0 +1,133 @@
+"""Evaluation of a bound expression with array-API calls, for all rows and one block of keys at a time.
+
+Index symbols are arrays of broadcastable shapes, b (..., 1, 1, 1), h (H, 1, 1), row and i (..., R, 1), j (K), so a
+part of the expression costs the product of the axes that it depends on and no more. Integers are computed in the
+library's default integer dtype, floats in the accumulation dtype; no branch looks at a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from anyattn import arrays
+from anyattn.arrays import Array, Namespace
+from anyattn.expr.nodes import Aligned, Apply, Const, Expr, Load, Symbol, walk
+
+__all__ = ["Tile", "evaluate"]
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Where an expression is evaluated: all batch entries and heads, some rows, keys [start, start + size)."""
+
+    xp: Namespace
+    device: Any
+    index: Any
+    accumulate: Any
+    symbols: dict[str, Array]
+    start: Any
+    size: int
+    rows: Array | None
+
+    def dtype(self, kind: str) -> Any:
+        """The dtype in which values of a kind are computed."""
+        return {"bool": self.xp.bool, "int": self.index, "float": self.accumulate}[kind]
+
+    def cast(self, x: Array, kind: str) -> Array:
+        return arrays.cast(self.xp, x, self.dtype(kind))
+
+
+def evaluate(root: Expr, tile: Tile, score: Array | None = None) -> Array:
+    """The values of `root`, of a shape that broadcasts to (..., H, R, K) and the dtype of its kind."""
+    values: dict[int, Array] = {}
+    for node in walk(root):
+        args = [values[id(child)] for child in node.children]
+        if isinstance(node, Const):
+            value = tile.xp.asarray(node.value, dtype=tile.dtype(node.kind), device=tile.device)
+        elif isinstance(node, Symbol):
+            value = score if node.name == "score" else tile.symbols[node.name]
+        elif isinstance(node, Load):
+            value = _load(node, args, tile)
+        elif isinstance(node, Aligned):
+            value = tile.cast(_aligned(node, tile), node.kind)
+        elif isinstance(node, Apply):
+            value = _apply(node, args, tile)
+        else:
+            raise TypeError(f"{type(node).__name__} must be bound before it is evaluated")
+        values[id(node)] = value
+    return values[id(root)]
+
+
+def _load(node: Load, indices: list[Array], tile: Tile) -> Array:
+    # n-d integer indexing is missing in dask and restricted in the standard; take on the flattened table is everywhere.
+    xp, table = tile.xp, node.table.value
+    flat: Array | None = None
+    for index, size in zip(indices, table.shape, strict=True):
+        inside = tile.cast(xp.clip(index, 0, size - 1), "int")
+        flat = inside if flat is None else flat * size + inside
+    if flat is None:
+        return tile.cast(table, node.kind)
+    values = xp.take(xp.reshape(table, (-1,)), xp.reshape(flat, (-1,)), axis=0)
+    return tile.cast(xp.reshape(values, flat.shape), node.kind)
+
+
+def _aligned(node: Aligned, tile: Tile) -> Array:
+    xp, x = tile.xp, node.value
+    if x.shape[-2] > 1:
+        if node.block > 1:
+            x = xp.take(x, tile.symbols["row"][:, 0] // node.block, axis=-2)
+        elif tile.rows is not None:
+            x = xp.take(x, tile.rows, axis=-2)
+    if x.shape[-1] > 1:
+        if node.block > 1:
+            x = xp.take(x, tile.symbols["j"] // node.block, axis=-1)
+        else:
+            x = arrays.take_range(x, tile.start, tile.size, axis=-1)
+    return x
+
+
+def _apply(node: Apply, args: list[Array], tile: Tile) -> Array:
+    if node.op == "where":
+        condition, x, y = args
+        return tile.xp.where(condition, tile.cast(x, node.kind), tile.cast(y, node.kind))
+    kinds = [child.kind for child in node.args]
+    common = node.kind if node.kind != "bool" else "float" if "float" in kinds else "int" if "int" in kinds else "bool"
+    return _OPERATIONS[node.op](tile.xp, *(tile.cast(x, common) for x in args))
+
+
+def _sigmoid(xp: Namespace, x: Array) -> Array:
+    # exp(-x) would overflow, and NumPy warn, for x < -88.
+    return (xp.tanh(x / 2) + 1) / 2
+
+
+_OPERATIONS: dict[str, Callable[..., Array]] = {
+    "add": lambda xp, x, y: x + y,
+    "sub": lambda xp, x, y: x - y,
+    "mul": lambda xp, x, y: x * y,
+    "truediv": lambda xp, x, y: x / y,
+    "floordiv": lambda xp, x, y: x // y,
+    "mod": lambda xp, x, y: x % y,
+    "pow": lambda xp, x, y: x**y,
+    "neg": lambda xp, x: -x,
+    "abs": lambda xp, x: xp.abs(x),
+    "minimum": lambda xp, x, y: xp.minimum(x, y),
+    "maximum": lambda xp, x, y: xp.maximum(x, y),
+    "lt": lambda xp, x, y: x < y,
+    "le": lambda xp, x, y: x <= y,
+    "gt": lambda xp, x, y: x > y,
+    "ge": lambda xp, x, y: x >= y,
+    "eq": lambda xp, x, y: x == y,
+    "ne": lambda xp, x, y: x != y,
+    "and": lambda xp, x, y: x & y,
+    "or": lambda xp, x, y: x | y,
+    "xor": lambda xp, x, y: x ^ y,
+    "not": lambda xp, x: ~x,
+    "exp": lambda xp, x: xp.exp(x),
+    "log": lambda xp, x: xp.log(x),
+    "tanh": lambda xp, x: xp.tanh(x),
+    "sqrt": lambda xp, x: xp.sqrt(x),
+    "sigmoid": _sigmoid,
+    "floor": lambda xp, x: xp.floor(x),
+}

@@ -1,0 +1,325 @@
+"""Expression nodes: immutable, typed, built by Python operators.
+
+An expression is a tree over six symbols (batch entry b, query head h, query row, query position i, key j, score),
+constants and captured arrays. Every node has a kind, "bool", "int" or "float"; an operator whose operands have the
+wrong kind is refused when it is written, not when it runs. Operators mean what they mean on Python numbers: `//`
+and `%` floor, `/` is true division, comparisons give "bool", and `& | ^ ~` are logic on "bool" only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from anyattn.errors import TraceError
+
+if TYPE_CHECKING:
+    from anyattn.expr.bind import Geometry
+
+__all__ = ["Aligned", "Apply", "Const", "Deferred", "Expr", "Load", "Symbol", "Table", "apply", "as_expr", "walk"]
+
+
+class Expr:
+    """Base of all nodes; `kind` is "bool", "int" or "float"."""
+
+    kind: str
+    # NumPy then leaves `array + expr` and `scalar + expr` to the operators below.
+    __array_ufunc__ = None
+    __hash__ = object.__hash__
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return ()
+
+    def rebuild(self, children: tuple[Expr, ...]) -> Expr:
+        """The same node over other children."""
+        return self
+
+    # fmt: off
+    def __add__(self, other: Any) -> Expr: return apply("add", self, other)
+    def __radd__(self, other: Any) -> Expr: return apply("add", other, self)
+    def __sub__(self, other: Any) -> Expr: return apply("sub", self, other)
+    def __rsub__(self, other: Any) -> Expr: return apply("sub", other, self)
+    def __mul__(self, other: Any) -> Expr: return apply("mul", self, other)
+    def __rmul__(self, other: Any) -> Expr: return apply("mul", other, self)
+    def __truediv__(self, other: Any) -> Expr: return apply("truediv", self, other)
+    def __rtruediv__(self, other: Any) -> Expr: return apply("truediv", other, self)
+    def __floordiv__(self, other: Any) -> Expr: return apply("floordiv", self, other)
+    def __rfloordiv__(self, other: Any) -> Expr: return apply("floordiv", other, self)
+    def __mod__(self, other: Any) -> Expr: return apply("mod", self, other)
+    def __rmod__(self, other: Any) -> Expr: return apply("mod", other, self)
+    def __pow__(self, other: Any) -> Expr: return apply("pow", self, other)
+    def __rpow__(self, other: Any) -> Expr: return apply("pow", other, self)
+    def __neg__(self) -> Expr: return apply("neg", self)
+    def __pos__(self) -> Expr: return self
+    def __abs__(self) -> Expr: return apply("abs", self)
+    def __invert__(self) -> Expr: return apply("not", self)
+    def __and__(self, other: Any) -> Expr: return apply("and", self, other)
+    def __rand__(self, other: Any) -> Expr: return apply("and", other, self)
+    def __or__(self, other: Any) -> Expr: return apply("or", self, other)
+    def __ror__(self, other: Any) -> Expr: return apply("or", other, self)
+    def __xor__(self, other: Any) -> Expr: return apply("xor", self, other)
+    def __rxor__(self, other: Any) -> Expr: return apply("xor", other, self)
+    def __lt__(self, other: Any) -> Expr: return apply("lt", self, other)
+    def __le__(self, other: Any) -> Expr: return apply("le", self, other)
+    def __gt__(self, other: Any) -> Expr: return apply("gt", self, other)
+    def __ge__(self, other: Any) -> Expr: return apply("ge", self, other)
+    def __eq__(self, other: Any) -> Expr: return apply("eq", self, other)  # type: ignore[override]
+    def __ne__(self, other: Any) -> Expr: return apply("ne", self, other)  # type: ignore[override]
+    # fmt: on
+
+    def __bool__(self) -> NoReturn:
+        raise TraceError(
+            "a traced condition has no truth value: it is traced once for all indices. Write aa.where(condition, x, y) "
+            "instead of `if`, `&` `|` `~` instead of `and` `or` `not`, aa.minimum and aa.maximum instead of `min` and "
+            "`max`, and (a <= b) & (b < c) instead of a chained comparison"
+        )
+
+    def _no_number(self) -> NoReturn:
+        raise TraceError(
+            "a traced value is not a number yet: use aa.exp, aa.log, aa.tanh, aa.sqrt, aa.sigmoid, aa.floor, aa.minimum, "
+            "aa.maximum, aa.clip and aa.where instead of functions of math, numpy or another library"
+        )
+
+    __float__ = __int__ = __index__ = __complex__ = __iter__ = __len__ = _no_number
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Const(Expr):
+    """A Python number."""
+
+    value: bool | int | float
+    kind: str
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Symbol(Expr):
+    """One of the indices, or the score."""
+
+    name: str
+    kind: str
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Apply(Expr):
+    """An operator or function of `OPERATIONS` on expressions."""
+
+    op: str
+    args: tuple[Expr, ...]
+    kind: str
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return self.args
+
+    def rebuild(self, children: tuple[Expr, ...]) -> Expr:
+        return Apply(self.op, children, self.kind)
+
+    def __repr__(self) -> str:
+        form = OPERATIONS[self.op].form
+        return form.format(*self.args) if form else f"{self.op}({', '.join(map(repr, self.args))})"
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A captured array, read through `Load`.
+
+    `axes` names what each axis must match in the call: "b" the number of batch entries, "h" the query heads, None
+    anything. `value` is an array of the user's library, or host data (`host`) that every library gets a copy of.
+    """
+
+    value: Any
+    kind: str
+    ndim: int
+    axes: tuple[str | None, ...]
+    label: str
+    host: bool
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Load(Expr):
+    """An element of a captured array; an index out of range reads the nearest edge."""
+
+    table: Table
+    indices: tuple[Expr, ...]
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return self.table.kind
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return self.indices
+
+    def rebuild(self, children: tuple[Expr, ...]) -> Expr:
+        return Load(self.table, children)
+
+    def __repr__(self) -> str:
+        return f"{self.table.label}[{', '.join(map(repr, self.indices))}]"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Aligned(Expr):
+    """An array that lies along (..., h, row, j) and broadcasts there, each entry serving `block` rows and keys."""
+
+    value: Any
+    kind: str
+    block: int
+    label: str
+
+    def __repr__(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Deferred(Expr):
+    """A part that only the sizes of the call can settle (`masks.random_blocks`, `scores.relative_keys`)."""
+
+    settle: Callable[[Geometry], Expr]
+    kind: str
+    inputs: tuple[Expr, ...]
+    label: str
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return self.inputs
+
+    def __repr__(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What an operator takes and gives: `takes` is "number" or "bool", `gives` a kind or "promote"."""
+
+    arity: int
+    takes: str
+    gives: str
+    form: str | None = None
+
+
+OPERATIONS: dict[str, Operation] = {
+    "add": Operation(2, "number", "promote", "({0!r} + {1!r})"),
+    "sub": Operation(2, "number", "promote", "({0!r} - {1!r})"),
+    "mul": Operation(2, "number", "promote", "({0!r} * {1!r})"),
+    "truediv": Operation(2, "number", "float", "({0!r} / {1!r})"),
+    "floordiv": Operation(2, "number", "promote", "({0!r} // {1!r})"),
+    "mod": Operation(2, "number", "promote", "({0!r} % {1!r})"),
+    "pow": Operation(2, "number", "promote", "({0!r} ** {1!r})"),
+    "neg": Operation(1, "number", "promote", "(-{0!r})"),
+    "abs": Operation(1, "number", "promote"),
+    "minimum": Operation(2, "number", "promote"),
+    "maximum": Operation(2, "number", "promote"),
+    "lt": Operation(2, "number", "bool", "({0!r} < {1!r})"),
+    "le": Operation(2, "number", "bool", "({0!r} <= {1!r})"),
+    "gt": Operation(2, "number", "bool", "({0!r} > {1!r})"),
+    "ge": Operation(2, "number", "bool", "({0!r} >= {1!r})"),
+    "eq": Operation(2, "number", "bool", "({0!r} == {1!r})"),
+    "ne": Operation(2, "number", "bool", "({0!r} != {1!r})"),
+    "and": Operation(2, "bool", "bool", "({0!r} & {1!r})"),
+    "or": Operation(2, "bool", "bool", "({0!r} | {1!r})"),
+    "xor": Operation(2, "bool", "bool", "({0!r} ^ {1!r})"),
+    "not": Operation(1, "bool", "bool", "(~{0!r})"),
+    "where": Operation(3, "number", "promote"),
+    "exp": Operation(1, "number", "float"),
+    "log": Operation(1, "number", "float"),
+    "tanh": Operation(1, "number", "float"),
+    "sqrt": Operation(1, "number", "float"),
+    "sigmoid": Operation(1, "number", "float"),
+    # Counts in whole numbers but keeps the range of floats; the only float that may index a table.
+    "floor": Operation(1, "number", "float"),
+}
+
+_RANK = {"bool": 0, "int": 1, "float": 2}
+
+
+def as_expr(value: Any) -> Expr:
+    """`value` as a node: expressions as they are, Python and NumPy scalars as constants."""
+    if isinstance(value, Expr):
+        return value
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0 and type(value).__module__ == "numpy":
+        value = value.item()
+    if isinstance(value, bool):
+        return Const(value, "bool")
+    if isinstance(value, int):
+        return Const(value, "int")
+    if isinstance(value, float):
+        return Const(value, "float")
+    as_node = getattr(value, "__anyattn_expr__", None)
+    if as_node is not None:
+        node: Expr = as_node()
+        return node
+    raise TraceError(
+        f"an expression was combined with {type(value).__module__}.{type(value).__qualname__}; wanted a number or an "
+        f"expression (an array is read by indexing it with index expressions: table[h, i - j])"
+    )
+
+
+def apply(op: str, *values: Any) -> Expr:
+    """The operation `op` on nodes or numbers, its kinds checked."""
+    rule = OPERATIONS[op]
+    args = tuple(as_expr(v) for v in values)
+    numbers = args
+    if op == "where":
+        if args[0].kind != "bool":
+            raise TraceError(f"where: the condition {args[0]!r} is {args[0].kind}; wanted a comparison or mask")
+        numbers = args[1:]
+    elif op in ("eq", "ne") and all(a.kind == "bool" for a in args):
+        return Apply(op, args, "bool")
+    if rule.takes == "bool":
+        for a in args:
+            if a.kind != "bool":
+                raise TraceError(f"{op}: {a!r} is {a.kind}; `& | ^ ~` join conditions (bool) only")
+    kind = rule.gives
+    if kind == "promote":
+        kind = max((a.kind for a in numbers), key=_RANK.__getitem__)
+        if kind == "bool" and op != "where":
+            kind = "int"
+        if op == "pow" and kind == "int" and not (isinstance(args[1], Const) and args[1].value >= 0):
+            kind = "float"
+    return Apply(op, args, kind)
+
+
+def walk(root: Expr) -> Iterator[Expr]:
+    """Every node under `root` once, children before parents."""
+    seen: set[int] = set()
+    stack: list[tuple[Expr, bool]] = [(root, False)]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            yield node
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            stack.extend((child, False) for child in reversed(node.children))
+
+
+def rewrite(root: Expr, change: Callable[[Expr], Expr]) -> Expr:
+    """`root` with `change` applied to every node, children first; shared nodes are changed once."""
+    done: dict[int, Expr] = {}
+    for node in walk(root):
+        children = tuple(done[id(c)] for c in node.children)
+        same = all(a is b for a, b in zip(children, node.children, strict=True))
+        done[id(node)] = change(node if same else node.rebuild(children))
+    return done[id(root)]
+
+
+def depends_on(root: Expr, *names: str) -> bool:
+    """Whether a symbol of one of these names occurs in `root`."""
+    return any(isinstance(node, Symbol) and node.name in names for node in walk(root))
+
+
+B = Symbol("b", "int")
+H = Symbol("h", "int")
+ROW = Symbol("row", "int")
+I = Symbol("i", "int")  # noqa: E741  the contract's name
+J = Symbol("j", "int")
+SCORE = Symbol("score", "float")
+TRUE = Const(True, "bool")

@@ -1,0 +1,364 @@
+"""Masks: which keys a query row may see, as small expressions that combine with `&`, `|` and `~`.
+
+In every entry i is the position of the query (row + `q_offset`) and j the key; `positions=False` uses the row number
+instead of the position. Arrays (`dense`, `block_sparse`) are indexed by row. Nothing here looks at an array of keys
+or queries: an entry is a description that the call binds and a backend evaluates or compiles.
+
+>>> import anyattn as aa
+>>> aa.masks.causal() & aa.masks.sliding_window(512) | aa.masks.global_tokens(64)
+causal() & sliding_window(512) | global_tokens(64)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+from anyattn import arrays
+from anyattn.arrays import Array
+from anyattn.expr.bind import Geometry
+from anyattn.expr.functions import where
+from anyattn.expr.nodes import ROW, Aligned, B, Const, Deferred, Expr, H, I, J, Load
+from anyattn.expr.trace import table_of, trace_mask
+from anyattn.numbers import integer
+
+__all__ = [
+    "Mask",
+    "block_sparse",
+    "causal",
+    "dense",
+    "dilated",
+    "documents",
+    "fixed",
+    "from_function",
+    "global_tokens",
+    "padding",
+    "prefix",
+    "random_blocks",
+    "sliding_window",
+    "strided",
+]
+
+# A membership test is spelled out up to this many tokens, looked up in a table beyond.
+_FEW_TOKENS = 8
+_PRECEDENCE = {"|": 1, "&": 2, "~": 3, "": 4}
+
+
+class Mask:
+    """A mask expression: True where query row i of head h in batch entry b sees key j.
+
+    Masks are made by the functions of `anyattn.masks` and combined with `&`, `|` and `~`, also with boolean arrays
+    and with functions (b, h, i, j) -> bool.
+    """
+
+    __slots__ = ("_operator", "_words", "expr")
+    __array_ufunc__ = None
+
+    def __init__(self, expr: Expr, words: str, operator: str = ""):
+        self.expr = expr
+        self._words = words
+        self._operator = operator
+
+    def __repr__(self) -> str:
+        return self._words
+
+    def _within(self, operator: str) -> str:
+        inner = _PRECEDENCE[self._operator] >= _PRECEDENCE[operator]
+        return self._words if inner else f"({self._words})"
+
+    def _join(self, other: Any, operator: str, left: bool = True) -> Mask:
+        other = as_mask(other, "mask")
+        first, second = (self, other) if left else (other, self)
+        expr = first.expr & second.expr if operator == "&" else first.expr | second.expr
+        return Mask(expr, f"{first._within(operator)} {operator} {second._within(operator)}", operator)
+
+    def __and__(self, other: Any) -> Mask:
+        return self._join(other, "&")
+
+    def __rand__(self, other: Any) -> Mask:
+        return self._join(other, "&", left=False)
+
+    def __or__(self, other: Any) -> Mask:
+        return self._join(other, "|")
+
+    def __ror__(self, other: Any) -> Mask:
+        return self._join(other, "|", left=False)
+
+    def __invert__(self) -> Mask:
+        return Mask(~self.expr, f"~{self._within('~')}", "~")
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask has no truth value: combine masks with & | ~ instead of and, or, not")
+
+
+def as_mask(value: Any, argument: str) -> Mask:
+    """A `Mask` from a mask, a boolean array or a function."""
+    if isinstance(value, Mask):
+        return value
+    if arrays.is_array(value):
+        return dense(value, _label=argument)
+    if callable(value):
+        return from_function(value)
+    raise TypeError(
+        f"{argument}: wanted a mask of anyattn.masks, a function (b, h, i, j) -> bool or a boolean array, "
+        f"got {type(value).__name__}"
+    )
+
+
+def causal(*, positions: bool = True) -> Mask:
+    """Key j is seen when j <= i."""
+    return Mask(_query(positions) >= J, _words("causal", positions=positions))
+
+
+def sliding_window(left: int | None, right: int | None = 0, *, positions: bool = True) -> Mask:
+    """Key j is seen when -left <= j - i <= right (Beltagy et al., "Longformer", 2020).
+
+    Parameters
+    ----------
+    left, right : int or None
+        Keys before and after the query's position; None is unbounded.
+    positions : bool, default True
+        Measure from the query's position; False: from its row.
+    """
+    left, right = window_bounds((left, right), "sliding_window")
+    i = _query(positions)
+    sides = ([i - J <= left] if left is not None else []) + ([J - i <= right] if right is not None else [])
+    expr = reduce(operator.and_, sides) if sides else Const(True, "bool")
+    shown = (left,) if right == 0 else (left, right)
+    return Mask(expr, _words("sliding_window", *shown, positions=positions))
+
+
+def dilated(window: int, dilation: int, *, positions: bool = True) -> Mask:
+    """Key j is seen when abs(i - j) <= window * dilation and (i - j) % dilation == 0 (Longformer, section 3.1)."""
+    window = integer(window, "dilated: window", least=0)
+    dilation = integer(dilation, "dilated: dilation", least=1)
+    i = _query(positions)
+    expr = (abs(i - J) <= window * dilation) & ((i - J) % dilation == 0)
+    return Mask(expr, _words("dilated", window, dilation, positions=positions))
+
+
+def strided(stride: int, *, positions: bool = True) -> Mask:
+    """Key j is seen when (i - j) % stride == 0 (Child et al., "Sparse Transformers", 2019)."""
+    stride = integer(stride, "strided: stride", least=1)
+    return Mask((_query(positions) - J) % stride == 0, _words("strided", stride, positions=positions))
+
+
+def fixed(stride: int, width: int = 1) -> Mask:
+    """Key j is seen when j % stride >= stride - width (the "fixed" pattern of Sparse Transformers, 2019)."""
+    stride = integer(stride, "fixed: stride", least=1)
+    width = integer(width, "fixed: width", least=0)
+    return Mask(J % stride >= stride - width, _words("fixed", stride, *([width] if width != 1 else [])))
+
+
+def global_tokens(tokens: int | Sequence[int] | Array, *, positions: bool = True) -> Mask:
+    """Key j is seen when i or j is one of some tokens (BigBird, Longformer).
+
+    Parameters
+    ----------
+    tokens : int or sequence or array of int, shape (n,)
+        Positions; an integer n means 0, ..., n - 1. An array is read by the host and so must be concrete and on CPU.
+    positions : bool, default True
+        Compare i; False: compare the row.
+    """
+    i = _query(positions)
+    if isinstance(tokens, int) or getattr(tokens, "ndim", None) == 0:
+        n = integer(tokens, "global_tokens: tokens", least=0)
+        return Mask(((i >= 0) & (i < n)) | (J < n), _words("global_tokens", n, positions=positions))
+    chosen = _host_integers(tokens, "global_tokens: tokens")
+    member = _membership(chosen)
+    shown = list(chosen) if len(chosen) <= _FEW_TOKENS else f"<{len(chosen)} tokens>"
+    return Mask(member(i) | member(J), _words("global_tokens", shown, positions=positions))
+
+
+def prefix(n: int | Sequence[int] | Array) -> Mask:
+    """Key j is seen when j < n; n may be one integer a batch entry (prefix language models, Raffel et al. 2020)."""
+    return _below(n, "prefix")
+
+
+def padding(lengths: int | Sequence[int] | Array) -> Mask:
+    """Key j is seen when j < lengths[b].
+
+    Hidden keys contribute nothing, whatever is in them. `kv_lengths` of `attention` says the same and lets a backend
+    leave the padding out.
+    """
+    return _below(lengths, "padding")
+
+
+def documents(ids: Sequence[int] | Sequence[Sequence[int]] | Array, *, positions: bool = True) -> Mask:
+    """Key j is seen when it lies in the same document as i: ids[i] == ids[j]; nothing outside the ids.
+
+    Parameters
+    ----------
+    ids : integer array or sequence, shape (L,) or (B, L)
+        Document of each position, one row a batch entry where there are two axes.
+    """
+    table = table_of(ids, "documents: ids")
+    if table.kind != "int" or table.ndim not in (1, 2):
+        raise TypeError(f"documents: ids: wanted integers of shape (L,) or (B, L), got {table.kind} of {table.ndim} axes")
+    if table.ndim == 2:
+        table = table_of(ids, "documents: ids", ("b", None))
+    lead = (B,) if table.ndim == 2 else ()
+    i, length = _query(positions), table.value.shape[-1]
+    inside = (i >= 0) & (i < length) & (J < length)
+    same = Load(table, (*lead, i)) == Load(table, (*lead, J))
+    return Mask(inside & same, _words("documents", f"<ids {tuple(table.value.shape)}>", positions=positions))
+
+
+def block_sparse(blocks: Array, block_size: int) -> Mask:
+    """Key j is seen by a row where blocks[..., h, row // block_size, j // block_size] is True.
+
+    Parameters
+    ----------
+    blocks : boolean array
+        Broadcastable to (..., Hq, ceil(Lq / block_size), ceil(Lk / block_size)).
+    block_size : int
+        Rows and keys of a block.
+    """
+    block_size = integer(block_size, "block_sparse: block_size", least=1)
+    _boolean_array(blocks, "block_sparse: blocks")
+    expr = Aligned(blocks, "bool", block_size, "block_sparse: blocks")
+    return Mask(expr, _words("block_sparse", f"<blocks {tuple(blocks.shape)}>", block_size))
+
+
+def random_blocks(count: int, block_size: int, seed: int, *, positions: bool = True) -> Mask:
+    """Each block of queries sees `count` blocks of keys drawn at random (BigBird, Zaheer et al. 2020).
+
+    For the query block i // block_size these are the key blocks of least Philox4x32-10 order among the
+    ceil(Lk / block_size) blocks of the call: key = `seed`, counter = (query block, key block, 0, 0), order = the first
+    two words as one 64-bit number, ties to the lower block. The same on every backend.
+
+    Where the position of row 0 is not known to the host, positions are taken to lie in [0, Lk), as those of a cache do.
+    """
+    count = integer(count, "random_blocks: count", least=0)
+    block_size = integer(block_size, "random_blocks: block_size", least=1)
+    seed = integer(seed, "random_blocks: seed", least=0)
+    i = _query(positions)
+
+    def settle(geometry: Geometry) -> Expr:
+        if count == 0 or geometry.k_len == 0 or geometry.q_len == 0:
+            return Const(False, "bool")
+        first, last = _query_range(geometry, positions)
+        first, last = first // block_size, last // block_size
+        chosen = _least_key_blocks(seed, first, last, -(-geometry.k_len // block_size), count)
+        table = table_of(chosen, "random_blocks", host=True)
+        slots = range(chosen.shape[1])
+        block = i // block_size - first
+        return reduce(operator.or_, (Load(table, (block, Const(n, "int"))) == J // block_size for n in slots))
+
+    expr = Deferred(settle, "bool", (i, J), f"random_blocks({count}, {block_size}, {seed})")
+    return Mask(expr, _words("random_blocks", count, block_size, seed, positions=positions))
+
+
+def dense(array: Array, *, _label: str = "dense: array") -> Mask:
+    """A boolean array, True = seen, of shape (Lq, Lk) or broadcastable to (..., Hq, Lq, Lk) at its full rank."""
+    _boolean_array(array, _label)
+    return Mask(Aligned(array, "bool", 1, _label), f"dense(<{tuple(array.shape)}>)")
+
+
+def from_function(function: Callable[..., Any]) -> Mask:
+    """A mask from a Python function (b, h, i, j) -> bool, which is called once, with symbols."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return Mask(trace_mask(function), f"from_function({name})")
+
+
+def window_bounds(window: Any, argument: str) -> tuple[int | None, int | None]:
+    """(left, right) of a window, checked."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"{argument}: wanted a pair (left, right) of integers or None, got {window!r}")
+    bounds = []
+    for side, bound in zip(("left", "right"), window, strict=True):
+        if bound is not None:
+            bound = integer(bound, f"{argument}: {side}")
+            if bound < 0:
+                raise ValueError(f"{argument}: {side} is {bound}; wanted 0 or more, or None for an unbounded side")
+        bounds.append(bound)
+    return bounds[0], bounds[1]
+
+
+def _query(positions: bool) -> Expr:
+    return I if positions else ROW
+
+
+def _words(name: str, *shown: Any, positions: bool = True) -> str:
+    return f"{name}({', '.join([*map(str, shown), *([] if positions else ['positions=False'])])})"
+
+
+def _below(n: Any, name: str) -> Mask:
+    label = f"{name}: {'n' if name == 'prefix' else 'lengths'}"
+    if isinstance(n, int) or (not arrays.is_array(n) and getattr(n, "ndim", None) == 0):
+        n = integer(n, label, least=0)
+        return Mask(Const(n, "int") > J, _words(name, n))
+    table = table_of(n, label)
+    if table.kind != "int" or table.ndim > 1:
+        raise TypeError(f"{label}: wanted an integer or integers of shape (B,), got {table.kind} of {table.ndim} axes")
+    if table.ndim == 1:
+        table = table_of(n, label, ("b",))
+    return Mask(Load(table, (B,) * table.ndim) > J, _words(name, f"<{tuple(table.value.shape)}>"))
+
+
+def _boolean_array(array: Any, label: str) -> None:
+    if not arrays.is_array(array):
+        raise TypeError(f"{label}: wanted a boolean array, got {type(array).__name__}")
+    if arrays.kind(array) != "bool":
+        hint = " (numbers that are added to the scores go to `bias`)" if label == "mask" else ""
+        raise TypeError(f"{label}: wanted dtype bool, True = seen, got {arrays.dtype_name(array)}{hint}")
+    if array.ndim < 2:
+        raise ValueError(f"{label}: wanted 2 axes or more, got shape {tuple(array.shape)}")
+
+
+def _host_integers(values: Any, label: str) -> tuple[int, ...]:
+    if arrays.is_array(values):
+        if arrays.kind(values) != "int" or values.ndim != 1:
+            raise TypeError(f"{label}: wanted integers of shape (n,), got {arrays.dtype_name(values)} {tuple(values.shape)}")
+        if not arrays.is_concrete_cpu(values):
+            raise ValueError(f"{label}: its values shape the mask, so the host must read them; give a list or a CPU array")
+        values = arrays.to_host(values).tolist()
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise TypeError(f"{label}: wanted an integer or a sequence of integers, got {type(values).__name__}")
+    return tuple(sorted({integer(v, label, least=0) for v in values}))
+
+
+def _membership(tokens: tuple[int, ...]) -> Callable[[Expr], Expr]:
+    """A function that says of an index whether it is one of `tokens`."""
+    if not tokens:
+        return lambda index: Const(False, "bool")
+    if len(tokens) <= _FEW_TOKENS:
+        return lambda index: reduce(operator.or_, (index == t for t in tokens))
+    import numpy
+
+    flags = numpy.zeros(tokens[-1] + 2, dtype=bool)  # the last entry, False, is what larger indices read
+    flags[list(tokens)] = True
+    table = table_of(flags, "global_tokens: tokens", host=True)
+    return lambda index: where(index >= 0, Load(table, (index,)), False)
+
+
+def _query_range(geometry: Geometry, positions: bool) -> tuple[int, int]:
+    """First and last position (or row) of a query in the call."""
+    if not positions:
+        return 0, geometry.q_len - 1
+    offset = geometry.offset_host
+    if offset is None:
+        return 0, max(geometry.k_len, geometry.q_len) - 1
+    if isinstance(offset, int):
+        return offset, offset + geometry.q_len - 1
+    if offset.size == 0:
+        return 0, geometry.q_len - 1
+    return int(offset.min()), int(offset.max()) + geometry.q_len - 1
+
+
+def _least_key_blocks(seed: int, first: int, last: int, key_blocks: int, count: int) -> Any:
+    """(query blocks, min(count, key blocks)) numbers of the chosen key blocks."""
+    import numpy
+
+    from anyattn.philox import philox4x32
+
+    count = min(count, key_blocks)
+    chosen = numpy.empty((last - first + 1, count), dtype=numpy.int64)
+    keys = numpy.arange(key_blocks)
+    for block in range(first, last + 1):
+        word0, word1, _, _ = philox4x32(seed, (block, keys, 0, 0))
+        order = word0.astype(numpy.uint64) | word1.astype(numpy.uint64) << numpy.uint64(32)
+        chosen[block - first] = numpy.argsort(order, kind="stable")[:count]
+    return chosen

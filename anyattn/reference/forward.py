@@ -1,0 +1,107 @@
+"""Attention in one pass over the keys with a running maximum and sum
+(Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018; Rabe & Staats, "Self-attention does not
+need O(n^2) memory", 2021).
+
+The state of a row is (m, l, acc): the largest score so far, and the sums of exp(s - m) and of exp(s - m) v. A sink
+is the state that a row starts from: m the sink, l = 1, acc = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from anyattn import arrays
+from anyattn.arrays import Array
+from anyattn.call import AttentionCall
+from anyattn.merge import merge
+from anyattn.reference.logits import Logits
+from anyattn.reference.loop import over_keys
+
+__all__ = ["advance", "forward", "log_sum", "start_state"]
+
+# Keys of a chunk that are taken at a time where a lazy array has larger chunks.
+LAZY_BLOCK = 1024
+
+State = tuple[Array, Array]
+
+
+def forward(call: AttentionCall) -> tuple[Array, Array | None]:
+    """(out, lse) of a call; lse is None unless it is asked for."""
+    logits = Logits(call)
+    if call.library == "dask":
+        out, lse = _merged_chunks(logits)
+    else:
+        (state, acc), _ = over_keys(call, lambda carry, start, size: (_step(logits, carry, start, size), None), _zero(logits))
+        out, lse = _finish(logits, state, acc)
+    return arrays.cast(call.xp, out, call.q.dtype), lse if call.return_lse else None
+
+
+def start_state(logits: Logits, sinks: bool = True) -> State:
+    """(m, l) of rows that have seen no key yet."""
+    xp, call = logits.xp, logits.call
+    if call.sinks is None or not sinks:
+        lowest = xp.full(logits.shape(), -xp.inf, dtype=logits.dtype, device=call.device)
+        return lowest, xp.zeros(logits.shape(), dtype=logits.dtype, device=call.device)
+    sink = xp.broadcast_to(xp.reshape(call.sinks, (call.num_heads, 1)), logits.shape())
+    top = arrays.stop_gradient(sink)
+    return top, xp.exp(sink - xp.where(top == -xp.inf, 0.0, top))
+
+
+def advance(logits: Logits, state: State, score: Array) -> tuple[State, Array, Array]:
+    """The state after a block of scores, the factor for what was summed before, and exp(s - m) of the block."""
+    xp = logits.xp
+    top, total = state
+    new = xp.maximum(top, arrays.stop_gradient(xp.max(score, axis=-1)))
+    # Rows without a score above -inf keep m = -inf; -inf - -inf would be NaN.
+    base = xp.where(new == -xp.inf, 0.0, new)
+    decay = xp.exp(top - base)
+    p = xp.exp(score - xp.expand_dims(base, axis=-1))
+    return (new, total * decay + xp.sum(p, axis=-1)), decay, p
+
+
+def log_sum(logits: Logits, state: State) -> Array:
+    """Log of the softmax denominator, -inf for rows that saw nothing."""
+    xp = logits.xp
+    top, total = state
+    seen = total != 0
+    base = xp.where(top == -xp.inf, 0.0, top)
+    return xp.where(seen, base + xp.log(xp.where(seen, total, 1.0)), -xp.inf)
+
+
+def _zero(logits: Logits) -> tuple[State, Array]:
+    shape = logits.shape(logits.call.v_head_dim)
+    return start_state(logits), logits.xp.zeros(shape, dtype=logits.dtype, device=logits.call.device)
+
+
+def _step(logits: Logits, carry: tuple[State, Array], start: Any, size: int) -> tuple[State, Array]:
+    state, acc = carry
+    score, visible = logits.block(start, size)
+    state, decay, p = advance(logits, state, score)
+    return state, acc * logits.xp.expand_dims(decay, axis=-1) + logits.weigh(p, visible, start, size)
+
+
+def _finish(logits: Logits, state: State, acc: Array) -> tuple[Array, Array]:
+    xp = logits.xp
+    seen = xp.expand_dims(state[1] != 0, axis=-1)
+    total = xp.where(seen, xp.expand_dims(state[1], axis=-1), 1.0)
+    return xp.where(seen, acc / total, 0.0), log_sum(logits, state)
+
+
+def _merged_chunks(logits: Logits) -> tuple[Array, Array]:
+    """Partial attention over each chunk of the keys, merged: a chain of blocks would hold every block at once."""
+    out, lse = _finish(logits, *_zero(logits))
+    for start, size in _chunks(logits.call):
+        state = start_state(logits, sinks=False)
+        acc = logits.xp.zeros(logits.shape(logits.call.v_head_dim), dtype=logits.dtype, device=logits.call.device)
+        part = _finish(logits, *_step(logits, (state, acc), start, size))
+        out, lse = merge([out, part[0]], [lse, part[1]])
+    return out, lse
+
+
+def _chunks(call: AttentionCall) -> Iterator[tuple[int, int]]:
+    start = 0
+    for chunk in call.k.chunks[-2]:
+        for first in range(start, start + chunk, LAZY_BLOCK):
+            yield first, min(LAZY_BLOCK, start + chunk - first)
+        start += chunk

@@ -1,0 +1,148 @@
+"""The scores of one block of keys, and their product with the values, of a described call.
+
+Strict masking: a hidden (row, key) must contribute nothing even where k, v or bias is NaN or infinite there. Scores
+are replaced by -inf where hidden; in P . V a zero weight times NaN would be NaN, so values are cleaned before the
+product and what is seen of the unclean ones is put back.
+"""
+
+from __future__ import annotations
+
+from anyattn import arrays
+from anyattn.arrays import Array
+from anyattn.call import AttentionCall
+from anyattn.expr.evaluate import Tile, evaluate
+
+__all__ = ["Logits"]
+
+
+class Logits:
+    """Block-wise scores of a call for all its rows, or for the rows that it asks for."""
+
+    def __init__(self, call: AttentionCall):
+        self.call = call
+        self.xp = xp = call.xp
+        self.dtype = getattr(xp, call.accumulate)
+        self.index = arrays.index_dtype(xp, call.device)
+        q = call.q if call.rows is None else xp.take(call.q, call.rows, axis=-2)
+        self.num_rows = int(q.shape[-2])
+        self.q = self._pack(arrays.cast(xp, q, self.dtype) * call.scale)
+        self.symbols = self._symbols()
+        # Where values are at hand, blocks are looked at and finite ones need no care.
+        self.readable = arrays.is_concrete_cpu(call.q) and not call.traced
+        self.differentiable = bool(call.features & {"gradients", "traced"}) and call.library != "dask"
+
+    def shape(self, *last: int) -> tuple[int, ...]:
+        """(..., Hq, R, *last)"""
+        return (*self.call.batch_shape, self.call.num_heads, self.num_rows, *last)
+
+    def block(self, start: Array | int, size: int) -> tuple[Array, Array | None]:
+        """Scores (..., Hq, R, size), -inf where hidden, and what is seen (None: all), of keys from `start` on."""
+        xp, call = self.xp, self.call
+        tile = self._tile(start, size)
+        visible = None if call.visible is None else evaluate(call.visible, tile)
+        k = arrays.cast(xp, arrays.take_range(call.k, start, size, axis=-2), self.dtype)
+        score = self._scores(k, clean=visible is not None)
+        if call.score is not None:
+            if visible is not None and self.differentiable:
+                # The derivative of score_mod at a hidden key must be finite to be multiplied by zero.
+                score = xp.where(visible, score, 0.0)
+            score = evaluate(call.score, tile, score)
+        if visible is not None:
+            score = xp.where(visible, score, -xp.inf)
+        return xp.broadcast_to(score, self.shape(size)), visible
+
+    def weigh(self, p: Array, visible: Array | None, start: Array | int, size: int) -> Array:
+        """P . V of a block, (..., Hq, R, Dv)."""
+        xp = self.xp
+        v = arrays.cast(xp, arrays.take_range(self.call.v, start, size, axis=-2), self.dtype)
+        if visible is None or self._is_finite(v):
+            return self._product(self._pack(p), v)
+        finite = xp.isfinite(v)
+        out = self._product(self._pack(p), xp.where(finite, v, 0.0))
+        return out + arrays.stop_gradient(self._seen_nonfinite(p, visible, v))
+
+    def _seen_nonfinite(self, p: Array, visible: Array, v: Array) -> Array:
+        """What the NaN and infinite values at seen keys add to P . V: NaN, inf, -inf, or 0 for nothing."""
+        xp = self.xp
+
+        def meets(weights: Array, values: Array) -> Array:
+            left, right = arrays.cast(xp, weights, self.dtype), arrays.cast(xp, values, self.dtype)
+            return self._product(self._pack(left), right) > 0
+
+        seen = xp.broadcast_to(visible, p.shape)
+        positive, vanished = seen & (p > 0), seen & (p == 0)
+        up, down = meets(positive, v == xp.inf), meets(positive, v == -xp.inf)
+        undefined = meets(seen, xp.isnan(v)) | meets(vanished, ~xp.isfinite(v)) | (up & down)
+        zero = xp.zeros(up.shape, dtype=self.dtype, device=self.call.device)
+        return xp.where(undefined, xp.nan, xp.where(up, xp.inf, xp.where(down, -xp.inf, zero)))
+
+    def _scores(self, k: Array, clean: bool) -> Array:
+        xp = self.xp
+        columns = xp.matrix_transpose(k)
+        if not clean or not self.differentiable or self._is_finite(k):
+            return self._product(self.q, columns)
+        # 0 * NaN would reach the gradient of q from hidden keys: differentiate through the clean product only.
+        raw = arrays.stop_gradient(self._product(self.q, columns))
+        cleaned = self._product(self.q, xp.where(xp.isfinite(columns), columns, 0.0))
+        return xp.where(xp.isfinite(raw), cleaned, raw)
+
+    def _is_finite(self, x: Array) -> bool:
+        return self.readable and bool(self.xp.all(self.xp.isfinite(x)))
+
+    def _pack(self, x: Array) -> Array:
+        """(..., Hq, R, n) -> (..., Hkv, group * R, n): the rows that share a key/value head in one product.
+
+        dask would lose the chunks of the rows that way: (..., Hkv, group, R, n) there.
+        """
+        group = self.call.group_size
+        if group == 1:
+            return x
+        *lead, heads, rows, n = x.shape
+        packed = (heads // group, group, rows) if self.call.library == "dask" else (heads // group, group * rows)
+        return self.xp.reshape(x, (*lead, *packed, n))
+
+    def _product(self, packed: Array, right: Array) -> Array:
+        """(..., Hq, R, n) . (..., Hkv, n, m) -> (..., Hq, R, m), the left operand packed."""
+        xp, group = self.xp, self.call.group_size
+        if group == 1:
+            return xp.matmul(packed, right)
+        if self.call.library == "dask":
+            right = xp.expand_dims(right, axis=-3)
+        product = xp.matmul(packed, right)
+        lead = product.shape[: -4 if self.call.library == "dask" else -3]
+        return xp.reshape(product, (*lead, self.call.num_heads, self.num_rows, right.shape[-1]))
+
+    def _symbols(self) -> dict[str, Array]:
+        """The index symbols that do not depend on the block; see `anyattn.expr.evaluate` for their shapes."""
+        xp, call = self.xp, self.call
+
+        def count(n: int) -> Array:
+            return xp.arange(n, dtype=self.index, device=call.device)
+
+        size = 1
+        for n in call.batch_shape:
+            size *= n
+        row = count(self.num_rows) if call.rows is None else call.rows
+        row = xp.reshape(row, (self.num_rows, 1))
+        offset = call.offset
+        if arrays.is_array(offset):
+            offset = xp.reshape(offset, (*offset.shape, 1, 1, 1))
+        return {
+            "b": xp.reshape(count(size), (*call.batch_shape, 1, 1, 1)),
+            "h": xp.reshape(count(call.num_heads), (call.num_heads, 1, 1)),
+            "row": row,
+            "i": row + offset,
+        }
+
+    def _tile(self, start: Array | int, size: int) -> Tile:
+        j = self.xp.arange(size, dtype=self.index, device=self.call.device) + start
+        return Tile(
+            xp=self.xp,
+            device=self.call.device,
+            index=self.index,
+            accumulate=self.dtype,
+            symbols={**self.symbols, "j": j},
+            start=start,
+            size=size,
+            rows=self.call.rows,
+        )

@@ -1,0 +1,47 @@
+"""Walking over blocks of keys: a Python loop, or a real loop where the program is traced.
+
+Unrolled under `jax.jit`, the blocks of 4096 keys take 1.0 to 1.8 GB and 4.8 s to compile; `lax.scan` takes 57 MB and
+0.4 s, and is differentiable.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from anyattn import arrays
+from anyattn.arrays import Array
+from anyattn.call import AttentionCall
+
+__all__ = ["BLOCK", "over_keys"]
+
+# Keys a block: large enough for the products to run at speed, small enough for L * BLOCK scores to be little.
+BLOCK = 256
+
+Step = Callable[[Any, Any, int], tuple[Any, Array | None]]
+
+
+def over_keys(call: AttentionCall, step: Step, carry: Any) -> tuple[Any, Array | None]:
+    """`step(carry, start, size) -> (carry, piece)` over all keys; pieces are joined along the last axis."""
+    whole = call.k_len // BLOCK
+    pieces = []
+    first = 0
+    if call.library == "jax" and whole > 1 and arrays.is_tracer(call.q):
+        carry, piece = _scan(call, step, carry, whole)
+        pieces.append(piece)
+        first = whole * BLOCK
+    for start in range(first, call.k_len, BLOCK):
+        carry, piece = step(carry, start, min(BLOCK, call.k_len - start))
+        pieces.append(piece)
+    found = [piece for piece in pieces if piece is not None]
+    return carry, call.xp.concat(found, axis=-1) if found else None
+
+
+def _scan(call: AttentionCall, step: Step, carry: Any, blocks: int) -> tuple[Any, Array | None]:
+    starts = call.xp.arange(blocks, dtype=arrays.index_dtype(call.xp, None)) * BLOCK
+    carry, pieces = sys.modules["jax"].lax.scan(lambda c, start: step(c, start, BLOCK), carry, starts)
+    if pieces is None:
+        return carry, None
+    pieces = call.xp.moveaxis(pieces, 0, -2)  # (blocks, ..., BLOCK) -> (..., blocks, BLOCK)
+    return carry, call.xp.reshape(pieces, (*pieces.shape[:-2], blocks * BLOCK))
