@@ -19,7 +19,8 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2024.4.15"
-nox.options.reuse_existing_virtualenvs = True
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True
 
 ROOT = Path(__file__).parent
