@@ -169,7 +169,7 @@ def _check_shapes(views: dict[str, Array], tensors: dict[str, Array]) -> tuple[i
     """The broadcast batch shape of consistent q, k and v."""
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
     for name, x in tensors.items():
-        if any(not isinstance(n, int) for n in x.shape):
+        if any(isinstance(n, float) for n in x.shape):
             raise ValueError(f"{name}: wanted known sizes, got shape {tuple(x.shape)} (dask: compute_chunk_sizes())")
         if (x.ndim == 2) != (tensors["q"].ndim == 2):
             raise ValueError(f"{name}: wanted a head axis on all of q, k, v or on none, got {shapes}")

@@ -7,12 +7,10 @@ nothing else.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from anyattn.backend import CAPABILITIES
@@ -97,6 +95,8 @@ def find(name: str) -> Status:
         If no installed backend has that name; the message lists those that do.
     """
     if name not in _offers():
+        import difflib
+
         near = difflib.get_close_matches(name, _offers(), n=2)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise UnknownBackendError(f"backend: {name!r} is not installed; there are {', '.join(_offers())}{hint}")
@@ -149,6 +149,8 @@ def _status(name: str) -> Status:
     flaw = _flaw(name, backend)
     if flaw:
         return Status(name, None, f"{points[0].value} is no backend: {flaw}", version)
+    from importlib.util import find_spec
+
     missing = [module for module in backend.requires if find_spec(module) is None]
     if missing:
         wanted = f"'anyattn[{backend.extra}]'" if backend.extra else " ".join(missing)

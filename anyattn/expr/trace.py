@@ -8,8 +8,6 @@ other captures is called. Nothing is parsed and nothing is evaluated from text.
 from __future__ import annotations
 
 import functools
-import linecache
-import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -218,6 +216,9 @@ def _call(function: Any, argument: str, symbols: tuple[Expr, ...]) -> Expr:
 
 def _user_line(function: Any, error: Exception) -> str:
     """The last line of the user's file that the error passed through."""
+    import linecache
+    import traceback
+
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     if code is None:
         return ""
