@@ -12,10 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import arrays
-from .arrays import Array, Namespace
-from .numbers import integer, real
-from .rope_scaling import check_scaling, frequencies, needs_sequence_length
+from anyattn import arrays
+from anyattn.arrays import Array, Namespace
+from anyattn.numbers import integer, real
+from anyattn.rope_scaling import check_scaling, frequencies, needs_sequence_length
 
 __all__ = ["rope"]
 
@@ -81,7 +81,8 @@ def rope(
         Where `x` has no float dtype of those above, or `positions` are neither integers nor floats, or of
         another library or device than `x`.
     ValueError
-        Where shapes do not fit, `dims` is odd or larger than D, or `scaling` is incomplete or unknown.
+        Where shapes or devices do not fit, `dims` is odd or larger than D, or `scaling` is incomplete or
+        unknown.
 
     Notes
     -----
@@ -149,7 +150,7 @@ def as_positions(name: str, positions: Any, x: Array) -> Array:
             )
         here, there = arrays.device(x), arrays.device(positions)
         if here is not None and there is not None and here != there:
-            raise TypeError(f"{name}: wanted an array on {here}, where x is, got one on {there}")
+            raise ValueError(f"{name}: wanted an array on {here}, where x is, got one on {there}")
         return positions
     import numpy
 

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from .numbers import real
+from anyattn.numbers import real
 
 
 class Frequencies(NamedTuple):
