@@ -1,7 +1,7 @@
 """Attention for any array library: one call, one meaning, the fastest kernel that is installed.
 
-Importing this package imports no array library; see `attention` for the call, `masks` and `scores` for what it may
-be given, `explain` and `backends` for what runs it.
+Importing this package imports no array library; see `attention` for the call, `masks` and `scores` for what
+it may be given, `explain` and `backends` for what runs it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What anyattn knows of array libraries, in one place.
 
-Everything here works on the type or the metadata of an array and never imports a library that the caller has not
-imported: the namespace comes from `array_api_compat`, the rest from names. A library that is not listed works when
-it follows the array API standard.
+Everything here works on the type or the metadata of an array and never imports a library that the caller has
+not imported: the namespace comes from `array_api_compat`, the rest from names. A library that is not listed
+works when it follows the array API standard.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _REFUSED = {"MaskedArray": "masked entries would be ignored", "matrix": "numpy.m
 
 
 @lru_cache(maxsize=256)
-def _library_of_type(cls: type) -> str | None:
+def _library_of_type(cls: Any) -> str | None:
     for base in cls.__mro__:
         root = base.__module__.partition(".")[0]
         root = _ROOTS.get(root, root)
@@ -70,7 +70,9 @@ def library(x: Array) -> str:
     """Name of the library that `x` belongs to: "numpy", "torch", "jax", "dask", ..."""
     name = _library_of_type(type(x))
     if name is None:
-        raise TypeError(f"{type(x).__module__}.{type(x).__qualname__} is not an array of a library that anyattn knows")
+        raise TypeError(
+            f"{type(x).__module__}.{type(x).__qualname__} is not an array of a library that anyattn knows"
+        )
     return name
 
 
@@ -86,8 +88,9 @@ def namespace(x: Array) -> Namespace:
 
 
 @lru_cache(maxsize=256)
-def _name_of_dtype(cls: type, dtype: object) -> str:
-    # The class comes first in the key: array-api-strict warns when its dtypes are compared with another library's.
+def _name_of_dtype(cls: Any, dtype: object) -> str:
+    # The class comes first in the key: array-api-strict warns when its dtypes are compared with another
+    # library's.
     return str(dtype).rpartition(".")[2]
 
 
@@ -97,7 +100,7 @@ def dtype_name(x: Array) -> str:
 
 
 def kind(x: Array) -> str:
-    """"bool", "int", "float", or the dtype's name where it is none of them."""
+    """The kind of the dtype of `x`: "bool", "int", "float", or the dtype's name where it is none of them."""
     name = dtype_name(x)
     if name in FLOAT_DTYPES:
         return "float"
@@ -114,7 +117,7 @@ def device(x: Array) -> Any:
 
 
 def device_kind(x: Array) -> str:
-    """"cpu", "cuda", another platform's name, or "unknown" under a tracer."""
+    """Where `x` lies: "cpu", "cuda", another platform's name, or "unknown" under a tracer."""
     lib = library(x)
     if lib in ("numpy", "dask"):
         return "cpu"

@@ -1,7 +1,7 @@
 """The front door: `attention`, and its two relatives that look at the weights.
 
-Each describes the call (`describe`), lets dispatch choose a backend and run it, and gives the result back in the
-caller's layout.
+Each describes the call (`describe`), lets dispatch choose a backend and run it, and gives the result back in
+the caller's layout.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def attention(
     """Scaled dot-product attention of arrays of any library.
 
     scale * (q . k) -> softcap -> score_mod -> + bias -> masks -> softmax (with sinks) -> . v
-    (Vaswani et al., "Attention Is All You Need", 2017). Everything combines with everything; masks AND together.
+    (Vaswani et al., "Attention Is All You Need", 2017). Everything combines with everything; masks AND
+    together.
 
     Parameters
     ----------
@@ -63,8 +64,8 @@ def attention(
     window : (left, right), optional
         Key j is seen when -left <= j - i <= right; None leaves a side unbounded.
     mask : Mask, function or boolean array, optional
-        An expression of `anyattn.masks`, a function (b, h, i, j) -> bool, or True where seen, of shape (Lq, Lk) or
-        broadcastable to (..., Hq, Lq, Lk) at the rank of the result.
+        An expression of `anyattn.masks`, a function (b, h, i, j) -> bool, or True where seen, of shape (Lq,
+        Lk) or broadcastable to (..., Hq, Lq, Lk) at the rank of the result.
     bias : float array, optional
         Added to the scores; shapes as for a boolean mask.
     score_mod : Score or function, optional
@@ -78,9 +79,10 @@ def attention(
     kv_lengths : int, sequence or integer array, optional
         Valid keys of each batch entry, broadcasting to the batch axes. Keys beyond never matter.
     q_offset : int, sequence or integer array, optional
-        Position of query row 0 on the key axis: row r stands at i = r + q_offset. Default Lk - Lq, so that the last
-        query sees the last key. With `kv_lengths` and an option that depends on i it must be given where Lq > 1 (0 for
-        right-padded sequences, kv_lengths - Lq for a cache); where Lq = 1 it is kv_lengths - 1.
+        Position of query row 0 on the key axis: row r stands at i = r + q_offset. Default Lk - Lq, so that
+        the last query sees the last key. With `kv_lengths` and an option that depends on i it must be given
+        where Lq > 1 (0 for right-padded sequences, kv_lengths - Lq for a cache); where Lq = 1 it is
+        kv_lengths - 1.
     dropout : float, default 0.0
         Not built yet: a nonzero value is refused.
     dropout_seed : int, optional
@@ -97,7 +99,8 @@ def attention(
     out : array, shape (..., Hq, Lq, Dv)
         In the library, dtype and device of q. A row that sees no key is 0.
     lse : array, shape (..., Hq, Lq)
-        Only with `return_lse`; float32, or float64 for float64 inputs. -inf (or the sink) for a row that sees no key.
+        Only with `return_lse`; float32, or float64 for float64 inputs. -inf (or the sink) for a row that sees
+        no key.
 
     Raises
     ------
@@ -130,7 +133,12 @@ def attention(
 
 
 def attention_weights(
-    q: Array, k: Array, *, rows: int | Sequence[int] | Array | None = None, backend: str | None = None, **options: Any
+    q: Array,
+    k: Array,
+    *,
+    rows: int | Sequence[int] | Array | None = None,
+    backend: str | None = None,
+    **options: Any,
 ) -> Array:
     """The softmax weights of `attention`, all rows or chosen ones.
 
@@ -143,14 +151,14 @@ def attention_weights(
     backend : str, optional
         As for `attention`.
     **options
-        causal, window, mask, bias, score_mod, softcap, sinks, scale, kv_lengths, q_offset and layout of `attention`,
-        with the same meaning.
+        causal, window, mask, bias, score_mod, softcap, sinks, scale, kv_lengths, q_offset and layout of
+        `attention`, with the same meaning.
 
     Returns
     -------
     array, shape (..., Hq, R, Lk)
-        In the dtype of q and in this order for either layout. A row that sees no key is 0; with sinks a row sums to
-        less than 1.
+        In the dtype of q and in this order for either layout. A row that sees no key is 0; with sinks a row
+        sums to less than 1.
     """
     _check_names("attention_weights", options)
     call = describe("weights", q, k, None, Options(rows=rows, **options))
@@ -167,8 +175,8 @@ def attention_stats(
     q, k : arrays
         As for `attention`.
     stats : sequence of str
-        Any of "key_mass": the sum of p over the rows, (..., Hq, Lk); "entropy": -sum over keys of p ln p, (..., Hq, Lq),
-        in nats, a sink's own term left out; "max": the largest weight of a row, (..., Hq, Lq).
+        Any of "key_mass": the sum of p over the rows, (..., Hq, Lk); "entropy": -sum over keys of p ln p,
+        (..., Hq, Lq), in nats, a sink's own term left out; "max": the largest weight of a row, (..., Hq, Lq).
     backend : str, optional
         As for `attention`.
     **options
@@ -186,8 +194,18 @@ def attention_stats(
 
 
 _WEIGHT_OPTIONS = (
-    "causal", "window", "mask", "bias", "score_mod", "softcap", "sinks", "scale", "kv_lengths", "q_offset", "layout",
-)  # fmt: skip
+    "causal",
+    "window",
+    "mask",
+    "bias",
+    "score_mod",
+    "softcap",
+    "sinks",
+    "scale",
+    "kv_lengths",
+    "q_offset",
+    "layout",
+)
 
 
 def _check_names(function: str, options: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What a backend is: a small object that says what it takes, refuses with reasons, and runs a call.
 
-The declarations are read by dispatch, by the conformance suite (what it must run and may skip) and by the table in
-the documentation, so each is made once, here or in the backend.
+The declarations are read by dispatch, by the conformance suite (what it must run and may skip) and by the
+table in the documentation, so each is made once, here or in the backend.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Backend:
         Returns
         -------
         (out, lse) for "attention": out (..., Hq, Lq, Dv) in the dtype of the call, lse (..., Hq, Lq) in the
-        accumulation dtype, or None where `call.return_lse` is False; an array (..., Hq, R, Lk) in the dtype of the
-        call for "weights"; a dict of arrays in the accumulation dtype for "stats".
+        accumulation dtype, or None where `call.return_lse` is False; an array (..., Hq, R, Lk) in the dtype
+        of the call for "weights"; a dict of arrays in the accumulation dtype for "stats".
         """
         raise NotImplementedError
 

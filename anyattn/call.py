@@ -1,7 +1,7 @@
-"""The description of one call: built once by the front door, read by dispatch and by the backend that runs it.
+"""The description of one call: built by the front door, read by dispatch and by the backend that runs it.
 
-Every default is filled in, every argument is checked, arrays are in one layout, and all that decides which keys a
-query sees and how its scores change has become two expressions. A backend needs no argument beyond this.
+Every default is filled in, every argument is checked, arrays are in one layout, and all that decides which
+keys a query sees and how its scores change has become two expressions. A backend needs nothing beyond this.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ class AttentionCall:
     sinks : array (Hq,) or None
         Logits that join the denominator only.
     offset : int or integer array
-        Position of row 0; an array broadcasts to `batch_shape`. `offset_host` are its values where the host knows them.
+        Position of row 0; an array broadcasts to `batch_shape`. `offset_host` are its values where the host
+        knows them.
     kv_lengths : integer array or None
         Valid keys, broadcasting to `batch_shape`, within [0, Lk]. `lengths_host` likewise.
     causal, window, mask, softcap, score_mod, bias
-        The arguments that `score` and `visible` were made of, for backends that call a library's own attention.
+        The arguments that `score` and `visible` were made of, for backends that call a library's own
+        attention.
     rows : integer array (R,) or None
         For weights: the rows asked for.
     stats : tuple of str

@@ -1,7 +1,7 @@
 """From the arguments of a call to its description: every check, every default, once.
 
-The steps follow the argument list: arrays, numbers, lengths and offset, then the two expressions. Values are read
-only where the host can read them without a transfer; elsewhere lengths are clamped.
+The steps follow the argument list: arrays, numbers, lengths and offset, then the two expressions. Values are
+read only where the host can read them without a transfer; elsewhere lengths are clamped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from anyattn import arrays, masks, scores
 from anyattn.arrays import FLOAT_DTYPES, Array
 from anyattn.call import AttentionCall, canonical
 from anyattn.expr.bind import Geometry, batch_indices, bind, captured_arrays, check_same_place
-from anyattn.expr.nodes import SCORE, Aligned, Expr, I, J, Load, Table, depends_on
+from anyattn.expr.nodes import SCORE, Aligned, Expr, J, Load, Table, depends_on
 from anyattn.numbers import integer, real
 
 __all__ = ["STATS", "Options", "describe"]
@@ -153,11 +153,15 @@ def _check_tensors(tensors: dict[str, Any]) -> None:
         if arrays.dtype_name(x) not in FLOAT_DTYPES:
             raise TypeError(f"{name}: wanted dtype {', '.join(FLOAT_DTYPES)}, got {x.dtype}")
         if x.ndim < 2:
-            raise ValueError(f"{name}: wanted axes (..., heads, length, dim) or (length, dim), got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: wanted axes (..., heads, length, dim) or (length, dim), got shape {tuple(x.shape)}"
+            )
     q = tensors["q"]
     for name, x in tensors.items():
         if arrays.library(x) != arrays.library(q):
-            raise TypeError(f"{name}: wanted an array of {arrays.library(q)} like q, got one of {arrays.library(x)}")
+            raise TypeError(
+                f"{name}: wanted an array of {arrays.library(q)} like q, got one of {arrays.library(x)}"
+            )
         if arrays.dtype_name(x) != arrays.dtype_name(q):
             raise TypeError(f"{name}: wanted dtype {arrays.dtype_name(q)} like q, got {arrays.dtype_name(x)}")
         here, there = arrays.device(q), arrays.device(x)
@@ -170,12 +174,16 @@ def _check_shapes(views: dict[str, Array], tensors: dict[str, Array]) -> tuple[i
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
     for name, x in tensors.items():
         if any(isinstance(n, float) for n in x.shape):
-            raise ValueError(f"{name}: wanted known sizes, got shape {tuple(x.shape)} (dask: compute_chunk_sizes())")
+            raise ValueError(
+                f"{name}: wanted known sizes, got shape {tuple(x.shape)} (dask: compute_chunk_sizes())"
+            )
         if (x.ndim == 2) != (tensors["q"].ndim == 2):
             raise ValueError(f"{name}: wanted a head axis on all of q, k, v or on none, got {shapes}")
     q, k = views["q"], views["k"]
     if q.shape[-1] < 1:
-        raise ValueError(f"q: wanted at least one feature on the last axis, got shape {tuple(tensors['q'].shape)}")
+        raise ValueError(
+            f"q: wanted at least one feature on the last axis, got shape {tuple(tensors['q'].shape)}"
+        )
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k: wanted {q.shape[-1]} features like q, got {k.shape[-1]}: {shapes}")
     if "v" in views:
@@ -208,7 +216,9 @@ def _check_flags(options: Options) -> None:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: wanted a probability in [0, 1), got {dropout}")
     if dropout > 0:
-        raise NotImplementedError(f"dropout: {dropout} was asked for; no backend has dropout yet, only 0.0 is taken")
+        raise NotImplementedError(
+            f"dropout: {dropout} was asked for; no backend has dropout yet, only 0.0 is taken"
+        )
     if options.dropout_seed is not None:
         integer(options.dropout_seed, "dropout_seed")
 
@@ -259,10 +269,8 @@ def _bias(bias: Any) -> Array:
     return bias
 
 
-def _integers(
-    value: Any, name: str, place: Geometry, limit: int | None = None
-) -> tuple[Array | None, Any]:
-    """An integer argument that broadcasts to the batch axes: an array beside q, and its values where the host has them."""
+def _integers(value: Any, name: str, place: Geometry, limit: int | None = None) -> tuple[Array | None, Any]:
+    """An integer argument over the batch axes: an array beside q, and its values where the host has them."""
     import numpy
 
     if value is None:
@@ -285,9 +293,13 @@ def _integers(
         a in (1, b) for a, b in zip(reversed(shape), reversed(place.batch_shape), strict=False)
     )
     if not fits:
-        raise ValueError(f"{name}: wanted a shape that broadcasts to the batch axes {place.batch_shape}, got {shape}")
+        raise ValueError(
+            f"{name}: wanted a shape that broadcasts to the batch axes {place.batch_shape}, got {shape}"
+        )
     if host is not None and limit is not None and host.size and (host.min() < 0 or host.max() > limit):
-        raise ValueError(f"{name}: wanted lengths between 0 and the {limit} keys, got {host.min()} to {host.max()}")
+        raise ValueError(
+            f"{name}: wanted lengths between 0 and the {limit} keys, got {host.min()} to {host.max()}"
+        )
     if host is not None:
         host = host.copy() if arrays.is_array(value) else host
         placed = value if arrays.is_array(value) else place.host_array(host)
@@ -311,9 +323,9 @@ def _offset(
         return place.k_len - place.q_len, place.k_len - place.q_len
     if place.q_len > 1:
         raise ValueError(
-            f"q_offset: with kv_lengths, {place.q_len} queries and an option that depends on positions (causal, window, "
-            f"mask or score_mod), say where row 0 stands: q_offset=0 for right-padded sequences, "
-            f"q_offset=kv_lengths - {place.q_len} for a cache whose last keys belong to these queries"
+            f"q_offset: with kv_lengths, {place.q_len} queries and an option that depends on positions "
+            f"(causal, window, mask or score_mod), say where row 0 stands: q_offset=0 for "
+            f"right-padded sequences, q_offset=kv_lengths - {place.q_len} for a cache whose last keys belong to these queries"
         )
     return lengths - 1, None if lengths_host is None else lengths_host - 1
 
@@ -335,7 +347,9 @@ def _sinks(sinks: Any, geometry: Geometry) -> Array | None:
         host = host.astype(geometry.accumulate)
         placed = geometry.host_array(numpy.broadcast_to(host, geometry.num_heads) if host.ndim == 0 else host)
     if tuple(placed.shape) != (geometry.num_heads,):
-        raise ValueError(f"sinks: wanted shape ({geometry.num_heads},), one a query head, got {tuple(placed.shape)}")
+        raise ValueError(
+            f"sinks: wanted shape ({geometry.num_heads},), one a query head, got {tuple(placed.shape)}"
+        )
     return placed
 
 
@@ -346,7 +360,9 @@ def _rows(rows: Any, geometry: Geometry) -> Array | None:
         return None
     if arrays.is_array(rows):
         if arrays.kind(rows) != "int" or rows.ndim != 1:
-            raise TypeError(f"rows: wanted integers of shape (R,), got {arrays.dtype_name(rows)} {tuple(rows.shape)}")
+            raise TypeError(
+                f"rows: wanted integers of shape (R,), got {arrays.dtype_name(rows)} {tuple(rows.shape)}"
+            )
         check_same_place(rows, "rows", geometry)
         host = arrays.to_host(rows) if arrays.is_concrete_cpu(rows) else None
         placed = rows
@@ -357,7 +373,9 @@ def _rows(rows: Any, geometry: Geometry) -> Array | None:
         host = host.reshape(-1).astype(numpy.int64)
         placed = geometry.host_array(host)
     if host is not None and host.size and (host.min() < 0 or host.max() >= geometry.q_len):
-        raise ValueError(f"rows: wanted numbers between 0 and {geometry.q_len - 1}, got {host.min()} to {host.max()}")
+        raise ValueError(
+            f"rows: wanted numbers between 0 and {geometry.q_len - 1}, got {host.min()} to {host.max()}"
+        )
     return arrays.cast(geometry.xp, placed, arrays.index_dtype(geometry.xp, geometry.device))
 
 

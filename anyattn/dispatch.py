@@ -1,7 +1,7 @@
 """From the description of a call to the backend that runs it.
 
-A forced backend (`backend=`, then `use`, then ANYATTN_BACKEND) runs or the call fails with its reasons. Otherwise the
-first in the order for the arrays of the call that accepts it runs.
+A forced backend (`backend=`, then `use`, then ANYATTN_BACKEND) runs or the call fails with its reasons.
+Otherwise the first in the order for the arrays of the call that accepts it runs.
 """
 
 from __future__ import annotations
@@ -75,7 +75,11 @@ def consider(name: str, call: AttentionCall) -> Verdict:
     if not status.available:
         return Verdict(name, None, (f"unavailable: {status.reason}",))
     reasons = tuple(status.backend.unsupported(call))
-    if settings.current().strict and call.visible is not None and "strict_masking" not in status.backend.capabilities:
+    if (
+        settings.current().strict
+        and call.visible is not None
+        and "strict_masking" not in status.backend.capabilities
+    ):
         reasons += ("is not strict about hidden keys, which use(strict=True) asks for",)
     return Verdict(name, status.backend, reasons)
 

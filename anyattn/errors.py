@@ -1,7 +1,8 @@
 """Errors of anyattn.
 
-Wrong input raises the built-in `TypeError` (wrong kind of thing) or `ValueError` (wrong value or shape), with a
-message that names the argument, what came and what was wanted. The classes here are for what has no built-in name.
+Wrong input raises the built-in `TypeError` (wrong kind of thing) or `ValueError` (wrong value or shape), with
+a message that names the argument, what came and what was wanted. The classes here are for what has no
+built-in name.
 """
 
 from __future__ import annotations

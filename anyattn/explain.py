@@ -55,7 +55,9 @@ class Explanation:
         table = [("backend", "verdict", "why not"), *self.rows()]
         widths = [max(len(row[n]) for row in table) for n in range(2)]
         lines = [repr(self.call)]
-        lines += [f"{name:<{widths[0]}}  {verdict:<{widths[1]}}  {why}".rstrip() for name, verdict, why in table]
+        lines += [
+            f"{name:<{widths[0]}}  {verdict:<{widths[1]}}  {why}".rstrip() for name, verdict, why in table
+        ]
         lines += [f"forced by {self.forced_by}"] if self.forced_by else []
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -64,25 +66,31 @@ class Explanation:
         import html
 
         cells = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            "<tr>"
+            + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row)
+            + "</tr>"
             for row in self.rows()
         )
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
         forced = f"<p>forced by {html.escape(self.forced_by)}</p>" if self.forced_by else ""
         return (
             f"<p><code>{html.escape(repr(self.call))}</code></p>"
-            f"<table><thead><tr><th>backend</th><th>verdict</th><th>why not</th></tr></thead><tbody>{cells}</tbody></table>"
+            "<table><thead><tr><th>backend</th><th>verdict</th><th>why not</th></tr></thead>"
+            f"<tbody>{cells}</tbody></table>"
             f"{forced}{f'<ul>{notes}</ul>' if notes else ''}"
         )
 
 
-def explain(q: Array, k: Array, v: Array | None = None, *, backend: str | None = None, **options: Any) -> Explanation:
+def explain(
+    q: Array, k: Array, v: Array | None = None, *, backend: str | None = None, **options: Any
+) -> Explanation:
     """Which backend would run `attention(q, k, v, ...)`, and why not the others.
 
     Parameters
     ----------
     q, k, v, backend, **options
-        As for `attention`; without `v`, as for `attention_weights`. Arguments that the call would refuse are refused.
+        As for `attention`; without `v`, as for `attention_weights`. Arguments that the call would refuse are
+        refused.
 
     Returns
     -------

@@ -1,8 +1,8 @@
 """Masks: which keys a query row may see, as small expressions that combine with `&`, `|` and `~`.
 
-In every entry i is the position of the query (row + `q_offset`) and j the key; `positions=False` uses the row number
-instead of the position. Arrays (`dense`, `block_sparse`) are indexed by row. Nothing here looks at an array of keys
-or queries: an entry is a description that the call binds and a backend evaluates or compiles.
+In every entry i is the position of the query (row + `q_offset`) and j the key; `positions=False` uses the row
+number instead of the position. Arrays (`dense`, `block_sparse`) are indexed by row. Nothing here looks at an
+array of keys or queries: an entry is a description that the call binds and a backend evaluates or compiles.
 
 >>> import anyattn as aa
 >>> aa.masks.causal() & aa.masks.sliding_window(512) | aa.masks.global_tokens(64)
@@ -20,7 +20,7 @@ from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.expr.bind import Geometry
 from anyattn.expr.functions import where
-from anyattn.expr.nodes import ROW, Aligned, B, Const, Deferred, Expr, H, I, J, Load
+from anyattn.expr.nodes import ROW, Aligned, B, Const, Deferred, Expr, I, J, Load
 from anyattn.expr.trace import table_of, trace_mask
 from anyattn.numbers import integer
 
@@ -49,8 +49,8 @@ _PRECEDENCE = {"|": 1, "&": 2, "~": 3, "": 4}
 class Mask:
     """A mask expression: True where query row i of head h in batch entry b sees key j.
 
-    Masks are made by the functions of `anyattn.masks` and combined with `&`, `|` and `~`, also with boolean arrays
-    and with functions (b, h, i, j) -> bool.
+    Masks are made by the functions of `anyattn.masks` and combined with `&`, `|` and `~`, also with boolean
+    arrays and with functions (b, h, i, j) -> bool.
     """
 
     __slots__ = ("_operator", "_words", "expr")
@@ -131,7 +131,7 @@ def sliding_window(left: int | None, right: int | None = 0, *, positions: bool =
 
 
 def dilated(window: int, dilation: int, *, positions: bool = True) -> Mask:
-    """Key j is seen when abs(i - j) <= window * dilation and (i - j) % dilation == 0 (Longformer, section 3.1)."""
+    """Key j is seen when abs(i - j) <= window * dilation and (i - j) % dilation == 0 (Longformer, 3.1)."""
     window = integer(window, "dilated: window", least=0)
     dilation = integer(dilation, "dilated: dilation", least=1)
     i = _query(positions)
@@ -158,14 +158,15 @@ def global_tokens(tokens: int | Sequence[int] | Array, *, positions: bool = True
     Parameters
     ----------
     tokens : int or sequence or array of int, shape (n,)
-        Positions; an integer n means 0, ..., n - 1. An array is read by the host and so must be concrete and on CPU.
+        Positions; an integer n means 0, ..., n - 1. An array is read by the host and so must be concrete and
+        on CPU.
     positions : bool, default True
         Compare i; False: compare the row.
     """
     i = _query(positions)
     if isinstance(tokens, int) or getattr(tokens, "ndim", None) == 0:
         n = integer(tokens, "global_tokens: tokens", least=0)
-        return Mask(((i >= 0) & (i < n)) | (J < n), _words("global_tokens", n, positions=positions))
+        return Mask(((i >= 0) & (i < n)) | (n > J), _words("global_tokens", n, positions=positions))
     chosen = _host_integers(tokens, "global_tokens: tokens")
     member = _membership(chosen)
     shown = list(chosen) if len(chosen) <= _FEW_TOKENS else f"<{len(chosen)} tokens>"
@@ -173,15 +174,15 @@ def global_tokens(tokens: int | Sequence[int] | Array, *, positions: bool = True
 
 
 def prefix(n: int | Sequence[int] | Array) -> Mask:
-    """Key j is seen when j < n; n may be one integer a batch entry (prefix language models, Raffel et al. 2020)."""
+    """Key j is seen when j < n; n may be one integer a batch entry (prefix LM, Raffel et al. 2020)."""
     return _below(n, "prefix")
 
 
 def padding(lengths: int | Sequence[int] | Array) -> Mask:
     """Key j is seen when j < lengths[b].
 
-    Hidden keys contribute nothing, whatever is in them. `kv_lengths` of `attention` says the same and lets a backend
-    leave the padding out.
+    Hidden keys contribute nothing, whatever is in them. `kv_lengths` of `attention` says the same and lets a
+    backend leave the padding out.
     """
     return _below(lengths, "padding")
 
@@ -196,12 +197,14 @@ def documents(ids: Sequence[int] | Sequence[Sequence[int]] | Array, *, positions
     """
     table = table_of(ids, "documents: ids")
     if table.kind != "int" or table.ndim not in (1, 2):
-        raise TypeError(f"documents: ids: wanted integers of shape (L,) or (B, L), got {table.kind} of {table.ndim} axes")
+        raise TypeError(
+            f"documents: ids: wanted integers of shape (L,) or (B, L), got {table.kind} of {table.ndim} axes"
+        )
     if table.ndim == 2:
         table = table_of(ids, "documents: ids", ("b", None))
     lead = (B,) if table.ndim == 2 else ()
     i, length = _query(positions), table.value.shape[-1]
-    inside = (i >= 0) & (i < length) & (J < length)
+    inside = (i >= 0) & (i < length) & (length > J)
     same = Load(table, (*lead, i)) == Load(table, (*lead, J))
     return Mask(inside & same, _words("documents", f"<ids {tuple(table.value.shape)}>", positions=positions))
 
@@ -226,10 +229,11 @@ def random_blocks(count: int, block_size: int, seed: int, *, positions: bool = T
     """Each block of queries sees `count` blocks of keys drawn at random (BigBird, Zaheer et al. 2020).
 
     For the query block i // block_size these are the key blocks of least Philox4x32-10 order among the
-    ceil(Lk / block_size) blocks of the call: key = `seed`, counter = (query block, key block, 0, 0), order = the first
-    two words as one 64-bit number, ties to the lower block. The same on every backend.
+    ceil(Lk / block_size) blocks of the call: key = `seed`, counter = (query block, key block, 0, 0), order =
+    the first two words as one 64-bit number, ties to the lower block. The same on every backend.
 
-    Where the position of row 0 is not known to the host, positions are taken to lie in [0, Lk), as those of a cache do.
+    Where the position of row 0 is not known to the host, positions are taken to lie in [0, Lk), as those of a
+    cache do.
     """
     count = integer(count, "random_blocks: count", least=0)
     block_size = integer(block_size, "random_blocks: block_size", least=1)
@@ -252,7 +256,7 @@ def random_blocks(count: int, block_size: int, seed: int, *, positions: bool = T
 
 
 def dense(array: Array, *, _label: str = "dense: array") -> Mask:
-    """A boolean array, True = seen, of shape (Lq, Lk) or broadcastable to (..., Hq, Lq, Lk) at its full rank."""
+    """A boolean array, True = seen, (Lq, Lk) or broadcastable to (..., Hq, Lq, Lk) at its full rank."""
     _boolean_array(array, _label)
     return Mask(Aligned(array, "bool", 1, _label), f"dense(<{tuple(array.shape)}>)")
 
@@ -272,7 +276,9 @@ def window_bounds(window: Any, argument: str) -> tuple[int | None, int | None]:
         if bound is not None:
             bound = integer(bound, f"{argument}: {side}")
             if bound < 0:
-                raise ValueError(f"{argument}: {side} is {bound}; wanted 0 or more, or None for an unbounded side")
+                raise ValueError(
+                    f"{argument}: {side} is {bound}; wanted 0 or more, or None for an unbounded side"
+                )
         bounds.append(bound)
     return bounds[0], bounds[1]
 
@@ -292,7 +298,9 @@ def _below(n: Any, name: str) -> Mask:
         return Mask(Const(n, "int") > J, _words(name, n))
     table = table_of(n, label)
     if table.kind != "int" or table.ndim > 1:
-        raise TypeError(f"{label}: wanted an integer or integers of shape (B,), got {table.kind} of {table.ndim} axes")
+        raise TypeError(
+            f"{label}: wanted an integer or integers of shape (B,), got {table.kind} of {table.ndim} axes"
+        )
     if table.ndim == 1:
         table = table_of(n, label, ("b",))
     return Mask(Load(table, (B,) * table.ndim) > J, _words(name, f"<{tuple(table.value.shape)}>"))
@@ -311,9 +319,14 @@ def _boolean_array(array: Any, label: str) -> None:
 def _host_integers(values: Any, label: str) -> tuple[int, ...]:
     if arrays.is_array(values):
         if arrays.kind(values) != "int" or values.ndim != 1:
-            raise TypeError(f"{label}: wanted integers of shape (n,), got {arrays.dtype_name(values)} {tuple(values.shape)}")
+            raise TypeError(
+                f"{label}: wanted integers of shape (n,), "
+                f"got {arrays.dtype_name(values)} {tuple(values.shape)}"
+            )
         if not arrays.is_concrete_cpu(values):
-            raise ValueError(f"{label}: its values shape the mask, so the host must read them; give a list or a CPU array")
+            raise ValueError(
+                f"{label}: its values shape the mask, so the host must read them; give a list or a CPU array"
+            )
         values = arrays.to_host(values).tolist()
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         raise TypeError(f"{label}: wanted an integer or a sequence of integers, got {type(values).__name__}")

@@ -13,8 +13,8 @@ __all__ = ["merge"]
 def merge(outs: Sequence[Array], lses: Sequence[Array], layout: str = "bhld") -> tuple[Array, Array]:
     """Join partial results of `attention(..., return_lse=True)` over disjoint sets of keys.
 
-    lse = logsumexp of the parts' lse, out = sum over parts of exp(lse_p - lse) * out_p. A part that saw nothing,
-    (0, -inf), changes nothing. An lse holds the sinks, so give sinks to one part only.
+    lse = logsumexp of the parts' lse, out = sum over parts of exp(lse_p - lse) * out_p. A part that saw
+    nothing, (0, -inf), changes nothing. An lse holds the sinks, so give sinks to one part only.
 
     Parameters
     ----------
@@ -71,19 +71,27 @@ def _check(outs: list[Array], lses: list[Array], layout: str) -> None:
     if layout not in ("bhld", "blhd"):
         raise ValueError(f"layout: wanted 'bhld' or 'blhd', got {layout!r}")
     if not outs or len(outs) != len(lses):
-        raise ValueError(f"outs, lses: wanted one lse a part and at least one part, got {len(outs)} and {len(lses)}")
+        raise ValueError(
+            f"outs, lses: wanted one lse a part and at least one part, got {len(outs)} and {len(lses)}"
+        )
     for name, parts in (("outs", outs), ("lses", lses)):
         for part in parts:
             if not arrays.is_array(part) or arrays.kind(part) != "float":
                 raise TypeError(f"{name}: wanted float arrays, got {type(part).__name__}")
             if arrays.library(part) != arrays.library(outs[0]):
-                raise TypeError(f"{name}: wanted arrays of {arrays.library(outs[0])}, got one of {arrays.library(part)}")
+                raise TypeError(
+                    f"{name}: wanted arrays of {arrays.library(outs[0])}, got one of {arrays.library(part)}"
+                )
             if part.dtype != parts[0].dtype:
                 raise TypeError(f"{name}: wanted one dtype, got {parts[0].dtype} and {part.dtype}")
             if tuple(part.shape) != tuple(parts[0].shape):
-                raise ValueError(f"{name}: wanted one shape, got {tuple(parts[0].shape)} and {tuple(part.shape)}")
+                raise ValueError(
+                    f"{name}: wanted one shape, got {tuple(parts[0].shape)} and {tuple(part.shape)}"
+                )
     shape = tuple(outs[0].shape[:-1])
     if layout == "blhd" and len(shape) > 1:
         shape = (*shape[:-2], shape[-1], shape[-2])
     if tuple(lses[0].shape) != shape:
-        raise ValueError(f"lses: wanted shape {shape} for outs of {tuple(outs[0].shape)}, got {tuple(lses[0].shape)}")
+        raise ValueError(
+            f"lses: wanted shape {shape} for outs of {tuple(outs[0].shape)}, got {tuple(lses[0].shape)}"
+        )

@@ -1,5 +1,6 @@
-"""Philox4x32-10, the counter-based random generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
-(SC 2011), section 3.3: the same words on every backend from a key and a counter, no state.
+"""Philox4x32-10, a counter-based random generator: the same words everywhere from a key and a counter.
+
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Which backends there are: `reference`, and what installed distributions offer in the group `anyattn.backends`.
+"""Which backends there are: `reference`, and what installed distributions offer as `anyattn.backends`.
 
-Entry points are listed at the first call, not at import (25 to 40 ms), and each is loaded when somebody asks for its
-backend. A plugin that is broken, ill-named or there twice is reported as unavailable with its reason and disturbs
-nothing else.
+Entry points are listed at the first call, not at import (25 to 40 ms), and each is loaded when somebody asks
+for its backend. A plugin that is broken, ill-named or there twice is reported as unavailable with its reason and
+disturbs nothing else.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from anyattn.backend import CAPABILITIES
@@ -99,7 +99,9 @@ def find(name: str) -> Status:
 
         near = difflib.get_close_matches(name, _offers(), n=2)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise UnknownBackendError(f"backend: {name!r} is not installed; there are {', '.join(_offers())}{hint}")
+        raise UnknownBackendError(
+            f"backend: {name!r} is not installed; there are {', '.join(_offers())}{hint}"
+        )
     return _status(name)
 
 
@@ -111,22 +113,26 @@ def refresh() -> None:
 
 @lru_cache(maxsize=1)
 def _offers() -> dict[str, list[EntryPoint]]:
-    """Every name that is offered, with the different entry points that offer it; `reference` and our own first."""
+    """Every name that is offered, with the entry points that offer it; `reference` and our own first."""
     from importlib.metadata import entry_points
 
     offers: dict[str, list[EntryPoint]] = {"reference": []}
     found = entry_points(group=GROUP)
-    for point in sorted(found, key=lambda p: (_OWN.index(p.name) if p.name in _OWN else len(_OWN), p.name, p.value)):
+    for point in sorted(
+        found, key=lambda p: (_OWN.index(p.name) if p.name in _OWN else len(_OWN), p.name, p.value)
+    ):
         name = point.name
         if name == "reference" or (name in _OWN and not point.value.startswith(f"anyattn_{name}:")):
             name = f"{name} of {_distribution(point)}"
         same = offers.setdefault(name, [])
-        if all(point.value != other.value for other in same):  # a stale copy of a distribution lists the same twice
+        if all(
+            point.value != other.value for other in same
+        ):  # a stale copy of a distribution lists the same twice
             same.append(point)
     return offers
 
 
-@lru_cache(maxsize=None)
+@cache
 def _status(name: str) -> Status:
     if name == "reference":
         from anyattn import __version__
@@ -144,8 +150,11 @@ def _status(name: str) -> Status:
         return Status(name, None, f"offered twice, by {who}; uninstall one", version)
     try:
         backend = points[0].load()
-    except Exception as error:  # a plugin's import may raise anything; it is reported and must not stop other backends
-        return Status(name, None, f"{points[0].value} does not load: {type(error).__name__}: {error}", version)
+    # A plugin's import may raise anything; it is reported and must not stop other backends.
+    except Exception as error:  # noqa: BLE001
+        return Status(
+            name, None, f"{points[0].value} does not load: {type(error).__name__}: {error}", version
+        )
     flaw = _flaw(name, backend)
     if flaw:
         return Status(name, None, f"{points[0].value} is no backend: {flaw}", version)
@@ -164,7 +173,18 @@ def _distribution(point: EntryPoint) -> str:
 
 def _flaw(name: str, backend: Any) -> str | None:
     """What keeps an object from being a backend."""
-    for attribute in ("name", "arrays", "dtypes", "devices", "capabilities", "requires", "extra", "unsupported", "run", "notes"):
+    for attribute in (
+        "name",
+        "arrays",
+        "dtypes",
+        "devices",
+        "capabilities",
+        "requires",
+        "extra",
+        "unsupported",
+        "run",
+        "notes",
+    ):
         if not hasattr(backend, attribute):
             return f"it has no attribute {attribute!r}"
     if isinstance(backend, type):

@@ -1,7 +1,7 @@
 """Score modifications: what is done to scale * (q . k) before the softmax, as small expressions.
 
-A score is a function s -> f(s) that may depend on the batch entry b, the query head h, the position i and the key j.
-`(f + g)(s) = f(s) + g(s) - s` adds what each adds; `f.then(g)(s) = g(f(s))` chains. Every entry takes
+A score is a function s -> f(s) that may depend on the batch entry b, the query head h, the position i and the
+key j. `(f + g)(s) = f(s) + g(s) - s` adds what each adds; `f.then(g)(s) = g(f(s))` chains. Every entry takes
 `positions=False` where it uses i, to measure from the row number instead of the position.
 """
 
@@ -56,7 +56,8 @@ def as_score(value: Any) -> Score:
     if callable(value) and not arrays.is_array(value):
         return from_function(value)
     raise TypeError(
-        f"score_mod: wanted a score of anyattn.scores or a function (score, b, h, i, j) -> score, got {type(value).__name__}"
+        f"score_mod: wanted a score of anyattn.scores or a function (score, b, h, i, j) -> score, "
+        f"got {type(value).__name__}"
     )
 
 
@@ -71,9 +72,9 @@ def alibi(slopes: int | Sequence[float] | Array, *, positions: bool = True) -> S
     Parameters
     ----------
     slopes : int or sequence or float array of shape (Hq,)
-        A slope for each query head, or the number of query heads for the paper's slopes: 2**(-8 / n), 2**(-16 / n),
-        ... for n heads, n a power of two; other counts take those of the next lower power of two, then every second
-        one of twice that power, as the paper's code does.
+        A slope for each query head, or the number of query heads for the paper's slopes: 2**(-8 / n), 2**(-16
+        / n), ... for n heads, n a power of two; other counts take those of the next lower power of two, then
+        every second one of twice that power, as the paper's code does.
     """
     words = f"alibi({slopes if isinstance(slopes, int) else '<slopes>'})"
     if isinstance(slopes, int) and not isinstance(slopes, bool):
@@ -101,13 +102,15 @@ def t5_bias(table: Array, bidirectional: bool, max_distance: int, *, positions: 
         raise TypeError(f"t5_bias: table: wanted a float array of shape (buckets, Hq), got {weights.kind}")
     buckets = int(weights.value.shape[0])
     if bidirectional and buckets % 2:
-        raise ValueError(f"t5_bias: table: wanted an even number of buckets for both directions, got {buckets}")
+        raise ValueError(
+            f"t5_bias: table: wanted an even number of buckets for both directions, got {buckets}"
+        )
     max_distance = integer(max_distance, "t5_bias: max_distance", least=1)
     one_side = buckets // 2 if bidirectional else buckets
     if max_distance <= one_side // 2:
         raise ValueError(
-            f"t5_bias: max_distance: wanted more than the {one_side // 2} distances with a bucket of their own, "
-            f"got {max_distance}"
+            f"t5_bias: max_distance: wanted more than the {one_side // 2} distances that have "
+            f"a bucket of their own, got {max_distance}"
         )
     nearest = table_of(_t5_buckets(one_side, max_distance), "t5_bias buckets")
     distance = J - _query(positions)
@@ -115,8 +118,8 @@ def t5_bias(table: Array, bidirectional: bool, max_distance: int, *, positions: 
     bucket: Expr = Load(nearest, (abs(distance) if bidirectional else -distance,))
     if bidirectional:
         bucket = bucket + where(distance > 0, one_side, 0)
-    words = f"t5_bias(<table {tuple(weights.value.shape)}>, bidirectional={bool(bidirectional)}, max_distance={max_distance})"
-    return Score(SCORE + Load(weights, (bucket, H)), words)
+    shown = f"<table {tuple(weights.value.shape)}>, {bool(bidirectional)}, {max_distance}"
+    return Score(SCORE + Load(weights, (bucket, H)), f"t5_bias({shown})")
 
 
 def relative_bias(table: Array, *, positions: bool = True) -> Score:
@@ -148,7 +151,8 @@ def relative_keys(
         raise ValueError(f"relative_keys: layout: wanted 'bhld' or 'blhd', got {layout!r}")
     if table.ndim != 2 or q.ndim < 2 or table.shape[-1] != q.shape[-1]:
         raise ValueError(
-            f"relative_keys: wanted q (..., Hq, Lq, D) and table (2R + 1, D), got {tuple(q.shape)} and {tuple(table.shape)}"
+            f"relative_keys: wanted q (..., Hq, Lq, D) and table (2R + 1, D), "
+            f"got {tuple(q.shape)} and {tuple(table.shape)}"
         )
     reach = _reach(table.shape[0], "relative_keys: table", "(2R + 1, D)")
     factor = 1 / math.sqrt(q.shape[-1]) if scale is None else real(scale, "relative_keys: scale")
@@ -167,8 +171,8 @@ def relative_keys(
         )
         if not fits or (heads, rows) != (geometry.num_heads, geometry.q_len):
             raise ValueError(
-                f"relative_keys: q: wanted the queries of the call, {(*full, geometry.num_heads, geometry.q_len)} "
-                f"without the last axis, got {tuple(queries.shape[:-1])}"
+                f"relative_keys: q: wanted the queries of the call, of shape "
+                f"{(*full, geometry.num_heads, geometry.q_len)} and D, got {tuple(queries.shape[:-1])}"
             )
         wide = getattr(xp, geometry.accumulate)
         queries = arrays.cast(xp, queries, wide) * factor
@@ -197,7 +201,9 @@ def soft_cap(c: Any, label: str) -> float:
     """A soft cap, checked."""
     c = real(c, label)
     if c <= 0:
-        raise ValueError(f"{label}: wanted a positive number, got {c} (None, or no softcap, leaves scores alone)")
+        raise ValueError(
+            f"{label}: wanted a positive number, got {c} (None, or no softcap, leaves scores alone)"
+        )
     return c
 
 
@@ -220,16 +226,18 @@ def _paper_slopes(heads: int) -> list[float]:
 def _t5_buckets(buckets: int, max_distance: int) -> list[int]:
     """Bucket of each distance 0, 1, ..., up to the first that reads the last bucket.
 
-    The paper's bucket is e + floor(log(d / e) / log(m / e) * (n - e)) with e = n // 2 exact buckets of n and m the
-    greatest distance; compared in integers, so that no rounding of a logarithm moves an edge.
+    The paper's bucket is e + floor(log(d / e) / log(m / e) * (n - e)) with e = n // 2 exact buckets of n and
+    m the greatest distance; compared in integers, so that no rounding of a logarithm moves an edge.
     """
     exact = buckets // 2
     bucket, found = 0, []
     for distance in range(max_distance + 1):
         if distance <= exact:
             bucket = min(distance, buckets - 1)
-        while bucket + 1 < buckets and distance > exact and _reaches(
-            distance, bucket + 1 - exact, exact, buckets - exact, max_distance
+        while (
+            bucket + 1 < buckets
+            and distance > exact
+            and _reaches(distance, bucket + 1 - exact, exact, buckets - exact, max_distance)
         ):
             bucket += 1
         found.append(bucket)

@@ -25,7 +25,8 @@ class Settings:
     order: tuple[str, ...] | None = None
 
 
-_current: ContextVar[Settings] = ContextVar("anyattn_settings", default=Settings())
+_DEFAULT = Settings()
+_current: ContextVar[Settings] = ContextVar("anyattn_settings", default=_DEFAULT)
 
 
 def current() -> Settings:
@@ -62,11 +63,11 @@ def use(
     threads : int, optional
         Threads that a backend may use for one call.
     strict : bool, optional
-        True leaves out backends that are not strict about hidden keys (capability `strict_masking`) where a call
-        hides any.
+        True leaves out backends that are not strict about hidden keys (capability `strict_masking`) where a
+        call hides any.
     order : sequence of str, optional
-        Names to try in this order where no backend is forced, the only way in which a backend from outside anyattn
-        is chosen by itself.
+        Names to try in this order where no backend is forced, the only way in which a backend from outside
+        anyattn is chosen by itself.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """Binding: what in an expression depends on the call is settled once, before a backend sees it.
 
-Deferred parts get the sizes, captured arrays are checked against the library, the device and the axes of the call,
-and host data becomes arrays beside the queries.
+Deferred parts get the sizes, captured arrays are checked against the library, the device and the axes of the
+call, and host data becomes arrays beside the queries.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ __all__ = ["Geometry", "batch_indices", "bind", "captured_arrays", "check_same_p
 class Geometry:
     """The sizes of a call and where its arrays live.
 
-    `offset_host` is the position of query row 0 where the host knows it: an integer, or one integer for each batch
-    entry in the shape that the caller gave; None where it lies on a device or does not exist yet.
+    `offset_host` is the position of query row 0 where the host knows it: an integer, or one integer for each
+    batch entry in the shape that the caller gave; None where it lies on a device or does not exist yet.
     """
 
     xp: Namespace
@@ -46,7 +46,7 @@ class Geometry:
         return size
 
     def result_shape(self) -> tuple[int, ...]:
-        """(..., Hq, Lq, Lk)"""
+        """(..., Hq, Lq, Lk) of the call."""
         return (*self.batch_shape, self.num_heads, self.q_len, self.k_len)
 
     def host_array(self, data: Any) -> Array:
@@ -98,7 +98,7 @@ def captured_arrays(root: Expr | None) -> list[Array]:
 
 
 def batch_indices(shape: tuple[int, ...], full: tuple[int, ...]) -> tuple[Expr, ...]:
-    """An index for each axis of `shape`, which broadcasts to the batch shape `full`, from the flat index b."""
+    """An index for each axis of `shape`, which broadcasts to the batch axes `full`, from the flat index b."""
     indices: list[Expr] = []
     stride = 1
     for size, whole in zip(reversed(shape), reversed(full), strict=False):
@@ -119,12 +119,17 @@ def check_same_place(value: Array, label: str, geometry: Geometry) -> None:
 
 def _bind_table(table: Table, geometry: Geometry) -> Table:
     if 0 in table.value.shape:
-        raise ValueError(f"{table.label}: wanted at least one entry on every axis, got shape {tuple(table.value.shape)}")
+        raise ValueError(
+            f"{table.label}: wanted at least one entry on every axis, got shape {tuple(table.value.shape)}"
+        )
     for size, axis in zip(table.value.shape, table.axes, strict=True):
         wanted = {"b": geometry.batch_size, "h": geometry.num_heads, None: size}[axis]
         if size != wanted:
             what = {"b": "batch entries", "h": "query heads"}[axis or ""]
-            raise ValueError(f"{table.label}: wanted one entry for each of {wanted} {what}, got shape {tuple(table.value.shape)}")
+            raise ValueError(
+                f"{table.label}: wanted one entry for each of {wanted} {what}, "
+                f"got shape {tuple(table.value.shape)}"
+            )
     if table.host:
         return replace(table, value=geometry.host_array(table.value), host=False)
     check_same_place(table.value, table.label, geometry)

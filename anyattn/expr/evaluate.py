@@ -1,8 +1,8 @@
 """Evaluation of a bound expression with array-API calls, for all rows and one block of keys at a time.
 
-Index symbols are arrays of broadcastable shapes, b (..., 1, 1, 1), h (H, 1, 1), row and i (..., R, 1), j (K), so a
-part of the expression costs the product of the axes that it depends on and no more. Integers are computed in the
-library's default integer dtype, floats in the accumulation dtype; no branch looks at a value.
+Index symbols are arrays of broadcastable shapes, b (..., 1, 1, 1), h (H, 1, 1), row and i (..., R, 1), j (K),
+so a part of the expression costs the product of the axes that it depends on and no more. Integers are
+computed in the library's default integer dtype, floats in the accumulation dtype; no branch looks at a value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Tile", "evaluate"]
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """Where an expression is evaluated: all batch entries and heads, some rows, keys [start, start + size)."""
+    """Where an expression is evaluated: all batch entries and heads, some rows, a block of keys."""
 
     xp: Namespace
     device: Any
@@ -61,7 +61,8 @@ def evaluate(root: Expr, tile: Tile, score: Array | None = None) -> Array:
 
 
 def _load(node: Load, indices: list[Array], tile: Tile) -> Array:
-    # n-d integer indexing is missing in dask and restricted in the standard; take on the flattened table is everywhere.
+    # n-d integer indexing is missing in dask and restricted in the standard; take on the flattened table is
+    # everywhere.
     xp, table = tile.xp, node.table.value
     flat: Array | None = None
     for index, size in zip(indices, table.shape, strict=True):
@@ -93,7 +94,15 @@ def _apply(node: Apply, args: list[Array], tile: Tile) -> Array:
         condition, x, y = args
         return tile.xp.where(condition, tile.cast(x, node.kind), tile.cast(y, node.kind))
     kinds = [child.kind for child in node.args]
-    common = node.kind if node.kind != "bool" else "float" if "float" in kinds else "int" if "int" in kinds else "bool"
+    common = (
+        node.kind
+        if node.kind != "bool"
+        else "float"
+        if "float" in kinds
+        else "int"
+        if "int" in kinds
+        else "bool"
+    )
     return _OPERATIONS[node.op](tile.xp, *(tile.cast(x, common) for x in args))
 
 

@@ -1,9 +1,10 @@
 """Expression nodes: immutable, typed, built by Python operators.
 
-An expression is a tree over six symbols (batch entry b, query head h, query row, query position i, key j, score),
-constants and captured arrays. Every node has a kind, "bool", "int" or "float"; an operator whose operands have the
-wrong kind is refused when it is written, not when it runs. Operators mean what they mean on Python numbers: `//`
-and `%` floor, `/` is true division, comparisons give "bool", and `& | ^ ~` are logic on "bool" only.
+An expression is a tree over six symbols (batch entry b, query head h, query row, query position i, key j,
+score), constants and captured arrays. Every node has a kind, "bool", "int" or "float"; an operator whose
+operands have the wrong kind is refused when it is written, not when it runs. Operators mean what they mean on
+Python numbers: `//` and `%` floor, `/` is true division, comparisons give "bool", and `& | ^ ~` are logic on
+"bool" only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,19 @@ from anyattn.errors import TraceError
 if TYPE_CHECKING:
     from anyattn.expr.bind import Geometry
 
-__all__ = ["Aligned", "Apply", "Const", "Deferred", "Expr", "Load", "Symbol", "Table", "apply", "as_expr", "walk"]
+__all__ = [
+    "Aligned",
+    "Apply",
+    "Const",
+    "Deferred",
+    "Expr",
+    "Load",
+    "Symbol",
+    "Table",
+    "apply",
+    "as_expr",
+    "walk",
+]
 
 
 class Expr:
@@ -71,15 +84,15 @@ class Expr:
 
     def __bool__(self) -> NoReturn:
         raise TraceError(
-            "a traced condition has no truth value: it is traced once for all indices. Write aa.where(condition, x, y) "
-            "instead of `if`, `&` `|` `~` instead of `and` `or` `not`, aa.minimum and aa.maximum instead of `min` and "
-            "`max`, and (a <= b) & (b < c) instead of a chained comparison"
+            "a traced condition has no truth value: it is traced once for all indices. Write "
+            "aa.where(condition, x, y) instead of `if`, `&` `|` `~` instead of `and` `or` `not`, aa.minimum and "
+            "aa.maximum instead of `min` and `max`, and (a <= b) & (b < c) instead of a chained comparison"
         )
 
     def _no_number(self) -> NoReturn:
         raise TraceError(
-            "a traced value is not a number yet: use aa.exp, aa.log, aa.tanh, aa.sqrt, aa.sigmoid, aa.floor, aa.minimum, "
-            "aa.maximum, aa.clip and aa.where instead of functions of math, numpy or another library"
+            "a traced value is not a number yet: use aa.exp, aa.log, aa.tanh, aa.sqrt, aa.sigmoid, aa.floor, "
+            "aa.minimum, aa.maximum, aa.clip and aa.where instead of functions of math, numpy or another library"
         )
 
     __float__ = __int__ = __index__ = __complex__ = __iter__ = __len__ = _no_number
@@ -131,8 +144,9 @@ class Apply(Expr):
 class Table:
     """A captured array, read through `Load`.
 
-    `axes` names what each axis must match in the call: "b" the number of batch entries, "h" the query heads, None
-    anything. `value` is an array of the user's library, or host data (`host`) that every library gets a copy of.
+    `axes` names what each axis must match in the call: "b" the number of batch entries, "h" the query heads,
+    None anything. `value` is an array of the user's library, or host data (`host`) that every library gets a
+    copy of.
     """
 
     value: Any
@@ -167,7 +181,7 @@ class Load(Expr):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Aligned(Expr):
-    """An array that lies along (..., h, row, j) and broadcasts there, each entry serving `block` rows and keys."""
+    """An array along (..., h, row, j) that broadcasts there, each entry serving `block` rows and keys."""
 
     value: Any
     kind: str
@@ -257,8 +271,8 @@ def as_expr(value: Any) -> Expr:
         node: Expr = as_node()
         return node
     raise TraceError(
-        f"an expression was combined with {type(value).__module__}.{type(value).__qualname__}; wanted a number or an "
-        f"expression (an array is read by indexing it with index expressions: table[h, i - j])"
+        f"an expression was combined with {type(value).__module__}.{type(value).__qualname__}; wanted a number "
+        f"or an expression (an array is read by indexing it with index expressions: table[h, i - j])"
     )
 
 
@@ -269,7 +283,9 @@ def apply(op: str, *values: Any) -> Expr:
     numbers = args
     if op == "where":
         if args[0].kind != "bool":
-            raise TraceError(f"where: the condition {args[0]!r} is {args[0].kind}; wanted a comparison or mask")
+            raise TraceError(
+                f"where: the condition {args[0]!r} is {args[0].kind}; wanted a comparison or mask"
+            )
         numbers = args[1:]
     elif op in ("eq", "ne") and all(a.kind == "bool" for a in args):
         return Apply(op, args, "bool")

@@ -1,8 +1,8 @@
 """Tracing: a user's Python function, called once with symbols, gives the expression that it computes.
 
-Arrays and number sequences that the function captures (closure, globals, defaults, also through helper functions)
-are swapped for stand-ins whose indexing builds `Load` nodes; the function itself is not changed, a copy of it with
-other captures is called. Nothing is parsed and nothing is evaluated from text.
+Arrays and number sequences that the function captures (closure, globals, defaults, also through helper
+functions) are swapped for stand-ins whose indexing builds `Load` nodes; the function itself is not changed, a
+copy of it with other captures is called. Nothing is parsed and nothing is evaluated from text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def trace_mask(function: Callable[..., Any]) -> Expr:
     result = _call(function, "mask", (B, H, I, J))
     if result.kind != "bool":
         raise TraceError(
-            f"mask function {_name(function)} gives {result.kind}; wanted a condition (a number goes to bias or score_mod)"
+            f"mask function {_name(function)} gives {result.kind}; wanted a condition "
+            f"(a number goes to bias or score_mod)"
         )
     return result
 
@@ -33,11 +34,16 @@ def trace_score(function: Callable[..., Any]) -> Expr:
     """The expression of a score function (score, b, h, i, j) -> score."""
     result = _call(function, "score_mod", (SCORE, B, H, I, J))
     if result.kind == "bool":
-        raise TraceError(f"score_mod function {_name(function)} gives a condition; wanted a score (a condition goes to mask)")
+        raise TraceError(
+            f"score_mod function {_name(function)} gives a condition; wanted a score "
+            f"(a condition goes to mask)"
+        )
     return result if result.kind == "float" else apply("truediv", result, 1)
 
 
-def table_of(value: Any, label: str, axes: tuple[str | None, ...] | None = None, *, host: bool = False) -> Table:
+def table_of(
+    value: Any, label: str, axes: tuple[str | None, ...] | None = None, *, host: bool = False
+) -> Table:
     """The table node of a captured array, or of numbers that every library gets a copy of.
 
     Rectangular sequences of numbers are such `host` data, and so are NumPy arrays that anyattn made itself.
@@ -59,7 +65,7 @@ def table_of(value: Any, label: str, axes: tuple[str | None, ...] | None = None,
 
 
 class _Captured:
-    """Stands for a captured array while a function is traced: indexing builds a `Load`, the rest is the array's."""
+    """Stands for a captured array in a traced function: indexing builds a `Load`, the rest is the array's."""
 
     __array_ufunc__ = None
 
@@ -77,7 +83,9 @@ class _Captured:
             index = as_expr(k)
             whole = index.kind == "int" or (isinstance(index, Apply) and index.op == "floor")
             if not whole:
-                raise TraceError(f"{self._label}: index {index!r} is {index.kind}; wanted an integer (aa.floor gives one)")
+                raise TraceError(
+                    f"{self._label}: index {index!r} is {index.kind}; wanted an integer (aa.floor gives one)"
+                )
             indices.append(index)
         table = table_of(self._value, self._label)
         if len(indices) > table.ndim:
@@ -90,7 +98,8 @@ class _Captured:
         table = table_of(self._value, self._label)
         if len(self._indices) < table.ndim:
             raise TraceError(
-                f"{self._label}: an array of {table.ndim} axes was used with {len(self._indices)} indices; index every axis"
+                f"{self._label}: an array of {table.ndim} axes was used with "
+                f"{len(self._indices)} indices; index every axis"
             )
         return Load(table, self._indices)
 
@@ -136,7 +145,7 @@ def _capture(value: Any, label: str) -> Any:
 
 
 def _with_captures(function: types.FunctionType, seen: dict[int, types.FunctionType]) -> types.FunctionType:
-    """A copy of `function` that sees stand-ins in place of captured arrays; `function` itself if it has none."""
+    """A copy of `function` that sees stand-ins for captured arrays; `function` itself if it has none."""
     if id(function) in seen:
         return seen[id(function)]
     seen[id(function)] = function

@@ -1,8 +1,8 @@
 """The reference backend: plain array-API calls, one block of keys at a time. It defines what is correct.
 
-`logits` computes the scores of a block, `loop` walks over the blocks, `forward` is the streamed softmax, `inspect`
-the weights and their statistics. Nothing here branches on a value, except to skip work on CPU arrays whose values
-are at hand.
+`logits` computes the scores of a block, `loop` walks over the blocks, `forward` is the streamed softmax,
+`inspect` the weights and their statistics. Nothing here branches on a value, except to skip work on CPU
+arrays whose values are at hand.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Attention in one pass over the keys with a running maximum and sum
-(Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018; Rabe & Staats, "Self-attention does not
-need O(n^2) memory", 2021).
+"""Attention in one pass over the keys, with a running maximum and sum.
 
-The state of a row is (m, l, acc): the largest score so far, and the sums of exp(s - m) and of exp(s - m) v. A sink
-is the state that a row starts from: m the sink, l = 1, acc = 0.
+Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018; Rabe & Staats, "Self-attention does
+not need O(n^2) memory", 2021. The state of a row is (m, l, acc): the largest score so far, and the sums of
+exp(s - m) and of exp(s - m) v. A sink is the state that a row starts from: m the sink, l = 1, acc = 0.
 """
 
 from __future__ import annotations
@@ -32,7 +31,9 @@ def forward(call: AttentionCall) -> tuple[Array, Array | None]:
     if call.library == "dask":
         out, lse = _merged_chunks(logits)
     else:
-        (state, acc), _ = over_keys(call, lambda carry, start, size: (_step(logits, carry, start, size), None), _zero(logits))
+        (state, acc), _ = over_keys(
+            call, lambda carry, start, size: (_step(logits, carry, start, size), None), _zero(logits)
+        )
         out, lse = _finish(logits, state, acc)
     return arrays.cast(call.xp, out, call.q.dtype), lse if call.return_lse else None
 
@@ -49,7 +50,7 @@ def start_state(logits: Logits, sinks: bool = True) -> State:
 
 
 def advance(logits: Logits, state: State, score: Array) -> tuple[State, Array, Array]:
-    """The state after a block of scores, the factor for what was summed before, and exp(s - m) of the block."""
+    """The state after a block of scores, the factor for earlier sums, and exp(s - m) of the block."""
     xp = logits.xp
     top, total = state
     new = xp.maximum(top, arrays.stop_gradient(xp.max(score, axis=-1)))
@@ -89,11 +90,13 @@ def _finish(logits: Logits, state: State, acc: Array) -> tuple[Array, Array]:
 
 
 def _merged_chunks(logits: Logits) -> tuple[Array, Array]:
-    """Partial attention over each chunk of the keys, merged: a chain of blocks would hold every block at once."""
+    """Partial attention over each chunk of the keys, merged: a chain of blocks would hold them all."""
     out, lse = _finish(logits, *_zero(logits))
     for start, size in _chunks(logits.call):
         state = start_state(logits, sinks=False)
-        acc = logits.xp.zeros(logits.shape(logits.call.v_head_dim), dtype=logits.dtype, device=logits.call.device)
+        acc = logits.xp.zeros(
+            logits.shape(logits.call.v_head_dim), dtype=logits.dtype, device=logits.call.device
+        )
         part = _finish(logits, *_step(logits, (state, acc), start, size))
         out, lse = merge([out, part[0]], [lse, part[1]])
     return out, lse

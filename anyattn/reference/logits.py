@@ -1,8 +1,8 @@
 """The scores of one block of keys, and their product with the values, of a described call.
 
-Strict masking: a hidden (row, key) must contribute nothing even where k, v or bias is NaN or infinite there. Scores
-are replaced by -inf where hidden; in P . V a zero weight times NaN would be NaN, so values are cleaned before the
-product and what is seen of the unclean ones is put back.
+Strict masking: a hidden (row, key) must contribute nothing even where k, v or bias is NaN or infinite there.
+Scores are replaced by -inf where hidden; in P . V a zero weight times NaN would be NaN, so values are cleaned
+before the product and what is seen of the unclean ones is put back.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Logits:
         self.differentiable = bool(call.features & {"gradients", "traced"}) and call.library != "dask"
 
     def shape(self, *last: int) -> tuple[int, ...]:
-        """(..., Hq, R, *last)"""
+        """(..., Hq, R, *last) of the call."""
         return (*self.call.batch_shape, self.call.num_heads, self.num_rows, *last)
 
     def block(self, start: Array | int, size: int) -> tuple[Array, Array | None]:
-        """Scores (..., Hq, R, size), -inf where hidden, and what is seen (None: all), of keys from `start` on."""
+        """Scores (..., Hq, R, size) from key `start` on, -inf where hidden, and what is seen (None: all)."""
         xp, call = self.xp, self.call
         tile = self._tile(start, size)
         visible = None if call.visible is None else evaluate(call.visible, tile)
@@ -81,7 +81,8 @@ class Logits:
         columns = xp.matrix_transpose(k)
         if not clean or not self.differentiable or self._is_finite(k):
             return self._product(self.q, columns)
-        # 0 * NaN would reach the gradient of q from hidden keys: differentiate through the clean product only.
+        # 0 * NaN would reach the gradient of q from hidden keys: differentiate through the clean product
+        # only.
         raw = arrays.stop_gradient(self._product(self.q, columns))
         cleaned = self._product(self.q, xp.where(xp.isfinite(columns), columns, 0.0))
         return xp.where(xp.isfinite(raw), cleaned, raw)
@@ -98,7 +99,9 @@ class Logits:
         if group == 1:
             return x
         *lead, heads, rows, n = x.shape
-        packed = (heads // group, group, rows) if self.call.library == "dask" else (heads // group, group * rows)
+        packed = (
+            (heads // group, group, rows) if self.call.library == "dask" else (heads // group, group * rows)
+        )
         return self.xp.reshape(x, (*lead, *packed, n))
 
     def _product(self, packed: Array, right: Array) -> Array:
