@@ -1,0 +1,46 @@
+"""The conformance tests: each case, on each chosen library, by the backend under test."""
+
+from __future__ import annotations
+
+import pytest
+
+from anyattn.testing.cases import all_cases, gradient_cases, repeatable_cases
+from anyattn.testing.plugin import Run
+from anyattn.testing.running import check_gradients, check_same_bits, check_values
+
+NOT_BUILT = {
+    "dropout": "attention refuses dropout until it is built, and a test of bad input holds it to that"
+}
+"""Capabilities that no case can exercise yet, and why."""
+BY_LIBRARY = {"traced"}
+"""Capabilities that hang on the library of a run, not on its case."""
+
+
+@pytest.mark.anyattn_cases.with_args(all_cases)
+def test_values(anyattn_run: Run) -> None:
+    """Results are within their bounds of the oracle, of the right dtype and library, and inputs are untouched."""
+    check_values(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name)
+
+
+@pytest.mark.anyattn_cases.with_args(repeatable_cases)
+def test_same_bits(anyattn_run: Run) -> None:
+    """The same call twice gives the same bits."""
+    check_same_bits(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name)
+
+
+@pytest.mark.anyattn_cases.with_args(gradient_cases)
+def test_gradients(anyattn_run: Run) -> None:
+    """Gradients by every float array are within their bounds, 0 where they should be, and never NaN."""
+    twice = "deterministic_backward" in anyattn_run.case.needs
+    check_gradients(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name, twice=twice)
+
+
+def test_every_capability_has_a_case() -> None:
+    """A capability that no case needs would be declared without ever being held to anything."""
+    from anyattn.backend import CAPABILITIES
+
+    exercised = frozenset().union(*(case.needs for case in (*all_cases(), *gradient_cases())))
+    missing = set(CAPABILITIES) - exercised - set(NOT_BUILT) - BY_LIBRARY
+    assert not missing, f"no case needs {sorted(missing)}"
+    unknown = exercised - set(CAPABILITIES)
+    assert not unknown, f"cases need capabilities that do not exist: {sorted(unknown)}"
