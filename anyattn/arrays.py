@@ -8,7 +8,6 @@ works when it follows the array API standard.
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import array_api_compat
@@ -41,8 +40,16 @@ _CLASS_NAMES = {
 _REFUSED = {"MaskedArray": "masked entries would be ignored", "matrix": "numpy.matrix always has two axes"}
 
 
-@lru_cache(maxsize=256)
-def _library_of_type(cls: Any) -> str | None:
+_libraries: dict[type, str | None] = {}
+
+
+def _library_of_type(cls: type) -> str | None:
+    if cls not in _libraries:
+        _libraries[cls] = _find_library(cls)
+    return _libraries[cls]
+
+
+def _find_library(cls: type) -> str | None:
     for base in cls.__mro__:
         root = base.__module__.partition(".")[0]
         root = _ROOTS.get(root, root)
@@ -87,16 +94,16 @@ def namespace(x: Array) -> Namespace:
     return array_api_compat.array_namespace(x)
 
 
-@lru_cache(maxsize=256)
-def _name_of_dtype(cls: Any, dtype: object) -> str:
-    # The class comes first in the key: array-api-strict warns when its dtypes are compared with another
-    # library's.
-    return str(dtype).rpartition(".")[2]
+_dtype_names: dict[tuple[type, Any], str] = {}
 
 
 def dtype_name(x: Array) -> str:
     """Name of the dtype of `x` without its library: "float32", "bfloat16", "int64", "bool"."""
-    return _name_of_dtype(type(x.dtype), x.dtype)
+    # The class goes first: array-api-strict warns when its dtypes are compared with another library's.
+    key = (type(x.dtype), x.dtype)
+    if key not in _dtype_names:
+        _dtype_names[key] = str(x.dtype).rpartition(".")[2]
+    return _dtype_names[key]
 
 
 def kind(x: Array) -> str:

@@ -325,7 +325,8 @@ def _offset(
         raise ValueError(
             f"q_offset: with kv_lengths, {place.q_len} queries and an option that depends on positions "
             f"(causal, window, mask or score_mod), say where row 0 stands: q_offset=0 for "
-            f"right-padded sequences, q_offset=kv_lengths - {place.q_len} for a cache whose last keys belong to these queries"
+            f"right-padded sequences, q_offset=kv_lengths - {place.q_len} for a cache "
+            f"whose last keys belong to these queries"
         )
     return lengths - 1, None if lengths_host is None else lengths_host - 1
 

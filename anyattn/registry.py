@@ -1,8 +1,8 @@
 """Which backends there are: `reference`, and what installed distributions offer as `anyattn.backends`.
 
 Entry points are listed at the first call, not at import (25 to 40 ms), and each is loaded when somebody asks
-for its backend. A plugin that is broken, ill-named or there twice is reported as unavailable with its reason and
-disturbs nothing else.
+for its backend. A plugin that is broken, ill-named or there twice is reported as unavailable with its
+reason and disturbs nothing else.
 """
 
 from __future__ import annotations

@@ -199,12 +199,10 @@ def from_function(function: Callable[..., Any]) -> Score:
 
 def soft_cap(c: Any, label: str) -> float:
     """A soft cap, checked."""
-    c = real(c, label)
-    if c <= 0:
-        raise ValueError(
-            f"{label}: wanted a positive number, got {c} (None, or no softcap, leaves scores alone)"
-        )
-    return c
+    cap = real(c, label)
+    if cap <= 0:
+        raise ValueError(f"{label}: wanted a positive number, got {cap} (no softcap leaves scores alone)")
+    return cap
 
 
 def _query(positions: bool) -> Expr:

@@ -85,14 +85,15 @@ class Expr:
     def __bool__(self) -> NoReturn:
         raise TraceError(
             "a traced condition has no truth value: it is traced once for all indices. Write "
-            "aa.where(condition, x, y) instead of `if`, `&` `|` `~` instead of `and` `or` `not`, aa.minimum and "
-            "aa.maximum instead of `min` and `max`, and (a <= b) & (b < c) instead of a chained comparison"
+            "aa.where(condition, x, y) instead of `if`, `&` `|` `~` instead of `and` `or` `not`, "
+            "aa.minimum and aa.maximum instead of `min` and `max`, "
+            "and (a <= b) & (b < c) instead of a chained comparison"
         )
 
     def _no_number(self) -> NoReturn:
         raise TraceError(
             "a traced value is not a number yet: use aa.exp, aa.log, aa.tanh, aa.sqrt, aa.sigmoid, aa.floor, "
-            "aa.minimum, aa.maximum, aa.clip and aa.where instead of functions of math, numpy or another library"
+            "aa.minimum, aa.maximum, aa.clip and aa.where instead of other libraries' functions"
         )
 
     __float__ = __int__ = __index__ = __complex__ = __iter__ = __len__ = _no_number
@@ -271,8 +272,8 @@ def as_expr(value: Any) -> Expr:
         node: Expr = as_node()
         return node
     raise TraceError(
-        f"an expression was combined with {type(value).__module__}.{type(value).__qualname__}; wanted a number "
-        f"or an expression (an array is read by indexing it with index expressions: table[h, i - j])"
+        f"an expression was combined with {type(value).__module__}.{type(value).__qualname__}; wanted a "
+        f"number or an expression (an array is read by indexing it with index expressions: table[h, i - j])"
     )
 
 
