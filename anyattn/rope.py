@@ -79,7 +79,7 @@ def rope(
     ------
     TypeError
         Where `x` has no float dtype of those above, or `positions` are neither integers nor floats, or of
-        another library or device than `x`.
+        another library than `x`.
     ValueError
         Where shapes or devices do not fit, `dims` is odd or larger than D, or `scaling` is incomplete or
         unknown.
