@@ -8,6 +8,7 @@ works when it follows the array API standard.
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import array_api_compat
@@ -220,3 +221,12 @@ def take_range(x: Array, start: Any, size: int, axis: int) -> Array:
     if isinstance(start, int):
         return x[(..., slice(start, start + size), *(slice(None),) * (-axis - 1))]
     return sys.modules["jax"].lax.dynamic_slice_in_dim(x, start, size, axis=axis)
+
+
+def quiet(x: Array) -> AbstractContextManager[Any]:
+    """A context without NumPy's warnings of NaN and infinity, which come for entries thrown away too."""
+    if library(x) != "numpy":
+        return nullcontext()
+    import numpy
+
+    return numpy.errstate(all="ignore")

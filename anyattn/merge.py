@@ -40,6 +40,11 @@ def merge(outs: Sequence[Array], lses: Sequence[Array], layout: str = "bhld") ->
     """
     outs, lses = list(outs), list(lses)
     _check(outs, lses, layout)
+    with arrays.quiet(outs[0]):
+        return _join(outs, lses, layout)
+
+
+def _join(outs: list[Array], lses: list[Array], layout: str) -> tuple[Array, Array]:
     xp = arrays.namespace(outs[0])
     columns = [_column(xp, lse, out, layout) for out, lse in zip(outs, lses, strict=True)]
     top = columns[0]

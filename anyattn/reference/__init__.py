@@ -7,9 +7,9 @@ arrays whose values are at hand.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from anyattn.arrays import quiet
 from anyattn.backend import CAPABILITIES, Backend
 from anyattn.call import AttentionCall
 from anyattn.reference.forward import forward
@@ -38,17 +38,8 @@ class ReferenceBackend(Backend):
 
     def run(self, call: AttentionCall) -> Any:
         run = {"attention": forward, "weights": weights, "stats": stats}[call.operation]
-        with _quiet(call):
+        with quiet(call.q):
             return run(call)
-
-
-def _quiet(call: AttentionCall) -> AbstractContextManager[Any]:
-    """NumPy warns of every NaN and infinity, also of those at hidden keys that are thrown away."""
-    if call.library != "numpy":
-        return nullcontext()
-    import numpy
-
-    return numpy.errstate(all="ignore")
 
 
 backend = ReferenceBackend()

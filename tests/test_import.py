@@ -1,0 +1,71 @@
+"""Importing anyattn is quick and drags in no array library."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+ARRAY_LIBRARIES = (
+    "numpy",
+    "torch",
+    "jax",
+    "jaxlib",
+    "cupy",
+    "dask",
+    "numba",
+    "array_api_strict",
+    "ml_dtypes",
+)
+LIMIT_MS = 60
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A process environment in which compiled bytecode is kept, as it is for a user."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
+    return {**kept, "PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("bytecode"))}
+
+
+def run(code, environment):
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    )
+    return found.stdout.strip()
+
+
+def seconds(code, environment):
+    start = time.perf_counter()
+    run(code, environment)
+    return time.perf_counter() - start
+
+
+def test_imports_no_array_library(environment):
+    loaded = run(
+        "import sys, anyattn; print(*sorted({m.partition('.')[0] for m in sys.modules}))", environment
+    )
+    assert "anyattn" in loaded.split()
+    assert not set(ARRAY_LIBRARIES) & set(loaded.split())
+
+
+def test_backends_import_nothing_heavy(environment):
+    code = "import sys, anyattn; anyattn.backends(); print(*{m.partition('.')[0] for m in sys.modules})"
+    assert not {"torch", "jax", "cupy", "numba", "dask"} & set(run(code, environment).split())
+
+
+def test_a_numpy_call_imports_numpy_alone(environment):
+    code = (
+        "import sys, numpy as np, anyattn as aa; x = np.ones((1, 2, 3)); aa.attention(x, x, x, causal=True);"
+        "print(*{m.partition('.')[0] for m in sys.modules})"
+    )
+    assert not {"torch", "jax", "cupy", "numba", "dask"} & set(run(code, environment).split())
+
+
+def test_import_takes_at_most_60_ms(environment):
+    run("import anyattn", environment)  # writes the bytecode
+    bare = min(seconds("pass", environment) for _ in range(10))
+    with_anyattn = min(seconds("import anyattn", environment) for _ in range(10))
+    assert (with_anyattn - bare) * 1000 <= LIMIT_MS
