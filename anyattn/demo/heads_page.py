@@ -99,8 +99,8 @@ def page(heads: Heads) -> str:
     thresholds = bounds()
     return _part("html").substitute(
         style=_part("css").substitute(
-            light=_variables(LIGHT, "#26303b", "#ffffff"),
-            dark=_variables(DARK, "#dbe2ea", "#10141a"),
+            light=_variables(LIGHT),
+            dark=_variables(DARK),
             rules=colour_rules([f"var(--l{step})" for step in range(1, LEVELS + 1)]),
         ),
         script=_part("js").template,
@@ -129,24 +129,19 @@ def _part(suffix: str) -> Template:
     )
 
 
-def _variables(colours: Sequence[str], *inks: str) -> str:
-    """The colour steps as CSS variables, and of the two inks the one that is read better on each."""
+def _variables(colours: Sequence[str]) -> str:
+    """The colour steps as CSS variables, and the colour of text on each."""
     return " ".join(
-        f"--l{step}: {colour}; --on{step}: {max(inks, key=lambda ink: _contrast(ink, colour))};"
-        for step, colour in enumerate(colours, start=1)
+        f"--l{step}: {colour}; --on{step}: {_ink(colour)};" for step, colour in enumerate(colours, start=1)
     )
 
 
-def _contrast(one: str, other: str) -> float:
-    """Contrast ratio of two hexadecimal colours (WCAG 2.2)."""
-
-    def luminance(colour: str) -> float:
-        parts = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
-        r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b
-
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
+def _ink(colour: str) -> str:
+    """Black or white, whichever has the larger contrast with a hexadecimal colour (WCAG 2.2)."""
+    parts = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    luminance = 0.2126 * r + 0.7152 * g + 0.0722 * b
+    return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
 
 def _name(layer: int, head: int | None, heads: int) -> str:
