@@ -262,7 +262,8 @@ def _float32_angle(xp: Namespace, positions: Array, radians: tuple[float, ...], 
         whole = xp.floor(positions)
         total = (positions - whole) * table(turns)
     else:
-        whole, total = positions, None
+        # Narrow integers hold no 4096.
+        whole, total = arrays.cast(xp, positions, arrays.index_dtype(xp, device)), None
     for place in range(3):
         digit = whole if place == 2 else whole % _DIGIT
         whole = whole // _DIGIT

@@ -182,6 +182,7 @@ def test_missing_library_names_the_command_that_installs_it(monkeypatch, capsys,
         ('He said "No." She left.', ['He said "No."', "She left."]),
         ('"Really?" he asked. I said no. See no. 5.', ['"Really?" he asked.', "I said no.", "See no. 5."]),
         ("It was I. He knew.", ["It was I.", "He knew."]),
+        ("12. Headings. There were 12. Then none.", ["12. Headings.", "There were 12.", "Then none."]),
         ("Wait… what? (Yes.) Good.", ["Wait… what?", "(Yes.)", "Good."]),
         ("", []),
     ],
@@ -204,7 +205,7 @@ def test_prose_is_split_into_sentences(prose, sentences):
             ["This text is wrapped at a narrow width.", "It has two."],
         ),
         ("First. Second. Third.", "prose", ["First.", "Second.", "Third."]),
-        ("Again.\nagain.\nAgain.\n---\n", "lines", ["Again.", "again."]),
+        ("Again.\nagain.\nAgain.\n---\n1.\n", "lines", ["Again.", "again."]),
     ],
 )
 def test_kind_of_file_is_found_out(tmp_path, content, split, sentences):

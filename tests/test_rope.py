@@ -121,6 +121,15 @@ def test_angles_hold_at_large_positions(library):
     np.testing.assert_allclose(out, rotated(x, positions, 64), atol=5e-6, rtol=0)
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "float32"])
+def test_positions_of_any_number_type(library, dtype):
+    x = sample(3, 4, 6)
+    positions = np.array([3, 127, 1, 100], dtype=dtype)
+    out = host(aa.rope(array(library, x), array(library, positions)))
+    np.testing.assert_allclose(out, rotated(x, positions, 6), atol=1e-6, rtol=0)
+
+
 def test_float_positions_hold_without_float64():
     jnp = pytest.importorskip("jax.numpy", reason="jax not installed")
     x = sample(3, 64)
@@ -215,6 +224,7 @@ SCALINGS = [
         "truncate": False,
     },
     {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "attention_factor": 1.5},
+    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 131072},
     {
         "rope_type": "llama3",
         "factor": 8.0,

@@ -59,7 +59,9 @@ def read_sentences(path: Path, split: str) -> tuple[list[str], str]:
     if split == "auto":
         split = "prose" if _looks_like_prose(lines) else "lines"
     found = lines if split == "lines" else split_prose(text)
-    unique = list({" ".join(sentence.split()): None for sentence in found if re.search(r"\w", sentence)})
+    unique = list(
+        {" ".join(sentence.split()): None for sentence in found if re.search(r"[^\W\d_]", sentence)}
+    )
     if not unique:
         raise DemoError(f"--file {path}: no words in it")
     return unique, split
@@ -89,6 +91,8 @@ def _abbreviated(before: str, following: str) -> bool:
     word = before[before.rfind(" ") + 1 :].lower().lstrip("(\"'“‘[")
     if word in _BEFORE_NUMBERS:
         return following.isdigit()
+    if before.strip().isdigit():  # the number of a heading
+        return True
     initial = len(word) == 1 and word.isalpha() and word != "i"
     return initial or word in _TITLES or word in _LATIN
 
