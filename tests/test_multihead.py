@@ -458,6 +458,19 @@ def test_arrays_of_two_libraries_are_refused():
         layer(torch.ones((5, 10)))
 
 
+def test_stays_on_a_device_that_is_not_the_default():
+    xp = module("array_api_strict")
+    other = xp.Device("device1")
+    layer = aa.MultiHeadAttention.init(
+        6, num_heads=2, rope={"dims": 2}, biases=True, xp=xp, seed=0, device=other
+    )
+    x = xp.asarray(sample(2, 5, 6), device=other)
+    assert layer(x, causal=True, q_offset=[0, 0]).device == other
+    assert layer(x[:, :1, :], x, causal=True, kv_lengths=[3, 5]).device == other
+    with pytest.raises(ValueError, match=r"x: wanted the device of the weights, .*device1"):
+        layer(xp.asarray(sample(2, 5, 6)))
+
+
 def test_no_rows_and_no_keys():
     layer = aa.MultiHeadAttention(**weights(), num_heads=4, num_kv_heads=2, biases=biases(weights(), "o"))
     assert layer(sample(2, 0, 10)).shape == (2, 0, 7)

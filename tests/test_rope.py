@@ -194,6 +194,16 @@ def test_gradient_is_the_rotation_back():
     np.testing.assert_allclose(gradient, rotated(upstream, [0, -1, -2, -3], 6), atol=1e-6, rtol=0)
 
 
+def test_stays_on_a_device_that_is_not_the_default():
+    xp = pytest.importorskip("array_api_strict", reason="array_api_strict not installed")
+    other = xp.Device("device1")
+    x = xp.asarray(sample(2, 4, 6), device=other)
+    for positions in (range(4), [0.5, 1.0, 1.5, 2.0], xp.asarray([0, 1, 2, 3], device=other)):
+        assert aa.rope(x, positions, dims=4).device == other
+    with pytest.raises(ValueError, match=r"positions: wanted an array on .*device1.*got one on .*CPU"):
+        aa.rope(x, xp.asarray([0, 1, 2, 3]))
+
+
 def test_takes_read_only_and_strided_and_writes_nothing():
     whole = sample(3, 8, 12)
     before = whole.copy()
