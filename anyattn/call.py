@@ -101,7 +101,7 @@ class AttentionCall:
     @property
     def group_size(self) -> int:
         """Query heads that share a key/value head; head h reads key/value head h // group_size."""
-        return self.num_heads // max(self.num_kv_heads, 1)
+        return self.num_heads // self.num_kv_heads if self.num_heads else 1
 
     @property
     def q_len(self) -> int:

@@ -53,6 +53,9 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
         raise ValueError(f"layout: wanted 'bhld' or 'blhd', got {options.layout!r}")
     views = {name: canonical(x, options.layout) for name, x in tensors.items()}
     batch_shape = _check_shapes(views, tensors)
+    if views["q"].shape[-3] == 0:
+        # Without query heads no key/value head is read; heads would not line up in a product.
+        views = {name: x[..., :0, :, :] for name, x in views.items()}
     qc, kc, vc = views["q"], views["k"], views.get("v")
     _check_flags(options)
     scale = 1 / math.sqrt(qc.shape[-1]) if options.scale is None else real(options.scale, "scale")

@@ -158,8 +158,8 @@ def global_tokens(tokens: int | Sequence[int] | Array, *, positions: bool = True
     Parameters
     ----------
     tokens : int or sequence or array of int, shape (n,)
-        Positions; an integer n means 0, ..., n - 1. An array is read by the host and so must be concrete and
-        on CPU.
+        Positions; an integer n means 0, ..., n - 1. Where the host cannot read an array, every entry costs a
+        comparison.
     positions : bool, default True
         Compare i; False: compare the row.
     """
@@ -167,7 +167,15 @@ def global_tokens(tokens: int | Sequence[int] | Array, *, positions: bool = True
     if isinstance(tokens, int) or getattr(tokens, "ndim", None) == 0:
         n = integer(tokens, "global_tokens: tokens", least=0)
         return Mask(((i >= 0) & (i < n)) | (n > J), _words("global_tokens", n, positions=positions))
-    chosen = _host_integers(tokens, "global_tokens: tokens")
+    label = "global_tokens: tokens"
+    if arrays.is_array(tokens) and not arrays.is_concrete_cpu(tokens):
+        table = table_of(tokens, label, (None,))
+        if table.kind != "int":
+            raise TypeError(f"{label}: wanted integers of shape (n,), got {arrays.dtype_name(tokens)}")
+        entries = [Load(table, (Const(n, "int"),)) for n in range(table.value.shape[0])]
+        expr = reduce(operator.or_, ((i == t) | (J == t) for t in entries), Const(False, "bool"))
+        return Mask(expr, _words("global_tokens", f"<{len(entries)} tokens>", positions=positions))
+    chosen = _host_integers(tokens, label)
     member = _membership(chosen)
     shown = list(chosen) if len(chosen) <= _FEW_TOKENS else f"<{len(chosen)} tokens>"
     return Mask(member(i) | member(J), _words("global_tokens", shown, positions=positions))
@@ -322,10 +330,6 @@ def _host_integers(values: Any, label: str) -> tuple[int, ...]:
             raise TypeError(
                 f"{label}: wanted integers of shape (n,), "
                 f"got {arrays.dtype_name(values)} {tuple(values.shape)}"
-            )
-        if not arrays.is_concrete_cpu(values):
-            raise ValueError(
-                f"{label}: its values shape the mask, so the host must read them; give a list or a CPU array"
             )
         values = arrays.to_host(values).tolist()
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):

@@ -158,13 +158,21 @@ def _status(name: str) -> Status:
     flaw = _flaw(name, backend)
     if flaw:
         return Status(name, None, f"{points[0].value} is no backend: {flaw}", version)
-    from importlib.util import find_spec
-
-    missing = [module for module in backend.requires if find_spec(module) is None]
+    missing = [module for module in backend.requires if not _is_installed(module)]
     if missing:
         wanted = f"'anyattn[{backend.extra}]'" if backend.extra else " ".join(missing)
         return Status(name, None, f"pip install {wanted}", version)
     return Status(name, backend, None, version)
+
+
+def _is_installed(module: str) -> bool:
+    """Whether a module can be found; of a dotted name, the parents are imported."""
+    from importlib.util import find_spec
+
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent of a dotted name is missing
+        return False
 
 
 def _distribution(point: EntryPoint) -> str:

@@ -43,6 +43,8 @@ def discover(monkeypatch):
     needs.requires, needs.extra = ("a_module_that_is_nowhere",), "extra"
     odd.capabilities = frozenset({"flight"})
     misnamed.name = "somebody"
+    module.deep = Plain()
+    module.deep.requires = ("no_such.library",)
     module.needs, module.odd, module.misnamed = needs, odd, misnamed
     monkeypatch.setitem(sys.modules, "plugin_module", module)
     real = list(importlib.metadata.entry_points(group=registry.GROUP))
@@ -74,6 +76,7 @@ def test_a_plugin_is_found_with_its_version(discover):
         ("plain", "plugin_module:misnamed", "it calls itself 'somebody'"),
         ("plain", "plugin_module:odd", "capabilities that do not exist: flight"),
         ("plain", "plugin_module:needs", r"pip install 'anyattn\[extra\]'"),
+        ("plain", "plugin_module:deep", r"pip install no_such\.library"),
         ("Ill Named", "plugin_module:plain", "ill-named"),
     ],
 )
@@ -91,9 +94,8 @@ def test_two_plugins_of_one_name_are_both_refused(discover):
     found = discover(
         point("plain", "plugin_module:plain", "first"), point("plain", "plugin_module:other", "second")
     )
-    assert found["plain"].reason == (
-        "offered twice, by second 2.5 (plugin_module:other) and first 2.5 (plugin_module:plain); uninstall one"
-    )
+    who = "second 2.5 (plugin_module:other) and first 2.5 (plugin_module:plain)"
+    assert found["plain"].reason == f"offered twice, by {who}; uninstall one"
 
 
 def test_a_stale_copy_of_one_distribution_does_no_harm(discover):

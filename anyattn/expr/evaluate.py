@@ -70,7 +70,7 @@ def _load(node: Load, indices: list[Array], tile: Tile) -> Array:
         flat = inside if flat is None else flat * size + inside
     if flat is None:
         return tile.cast(table, node.kind)
-    values = xp.take(xp.reshape(table, (-1,)), xp.reshape(flat, (-1,)), axis=0)
+    values = arrays.take(xp, xp.reshape(table, (-1,)), xp.reshape(flat, (-1,)), axis=-1)
     return tile.cast(xp.reshape(values, flat.shape), node.kind)
 
 
@@ -78,12 +78,12 @@ def _aligned(node: Aligned, tile: Tile) -> Array:
     xp, x = tile.xp, node.value
     if x.shape[-2] > 1:
         if node.block > 1:
-            x = xp.take(x, tile.symbols["row"][:, 0] // node.block, axis=-2)
+            x = arrays.take(xp, x, tile.symbols["row"][:, 0] // node.block, axis=-2)
         elif tile.rows is not None:
-            x = xp.take(x, tile.rows, axis=-2)
+            x = arrays.take(xp, x, tile.rows, axis=-2)
     if x.shape[-1] > 1:
         if node.block > 1:
-            x = xp.take(x, tile.symbols["j"] // node.block, axis=-1)
+            x = arrays.take(xp, x, tile.symbols["j"] // node.block, axis=-1)
         else:
             x = arrays.take_range(x, tile.start, tile.size, axis=-1)
     return x

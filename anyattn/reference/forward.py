@@ -17,7 +17,7 @@ from anyattn.merge import merge
 from anyattn.reference.logits import Logits
 from anyattn.reference.loop import over_keys
 
-__all__ = ["advance", "forward", "log_sum", "start_state"]
+__all__ = ["advance", "forward", "largest", "log_sum", "start_state"]
 
 # Keys of a chunk that are taken at a time where a lazy array has larger chunks.
 LAZY_BLOCK = 1024
@@ -53,12 +53,19 @@ def advance(logits: Logits, state: State, score: Array) -> tuple[State, Array, A
     """The state after a block of scores, the factor for earlier sums, and exp(s - m) of the block."""
     xp = logits.xp
     top, total = state
-    new = xp.maximum(top, arrays.stop_gradient(xp.max(score, axis=-1)))
+    new = xp.maximum(top, arrays.stop_gradient(largest(logits, score)))
     # Rows without a score above -inf keep m = -inf; -inf - -inf would be NaN.
     base = xp.where(new == -xp.inf, 0.0, new)
     decay = xp.exp(top - base)
     p = xp.exp(score - xp.expand_dims(base, axis=-1))
     return (new, total * decay + xp.sum(p, axis=-1)), decay, p
+
+
+def largest(logits: Logits, x: Array) -> Array:
+    """The maximum over the last axis, -inf of nothing."""
+    if 0 in x.shape:
+        return logits.xp.full(x.shape[:-1], -logits.xp.inf, dtype=logits.dtype, device=logits.call.device)
+    return logits.xp.max(x, axis=-1)
 
 
 def log_sum(logits: Logits, state: State) -> Array:
@@ -105,6 +112,6 @@ def _merged_chunks(logits: Logits) -> tuple[Array, Array]:
 def _chunks(call: AttentionCall) -> Iterator[tuple[int, int]]:
     start = 0
     for chunk in call.k.chunks[-2]:
-        for first in range(start, start + chunk, LAZY_BLOCK):
+        for first in range(start, start + max(chunk, 1), LAZY_BLOCK):
             yield first, min(LAZY_BLOCK, start + chunk - first)
         start += chunk

@@ -7,7 +7,7 @@ from typing import Any
 from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
-from anyattn.reference.forward import advance, log_sum, start_state
+from anyattn.reference.forward import advance, largest, log_sum, start_state
 from anyattn.reference.logits import Logits
 from anyattn.reference.loop import over_keys
 
@@ -17,8 +17,6 @@ __all__ = ["stats", "weights"]
 def weights(call: AttentionCall) -> Array:
     """Softmax weights (..., Hq, R, Lk) of the rows asked for, in the dtype of the call."""
     xp, logits = call.xp, Logits(call)
-    if call.k_len == 0:
-        return xp.zeros(logits.shape(0), dtype=call.q.dtype, device=call.device)
     score, _ = logits.block(0, call.k_len)
     (_, total), _, p = advance(logits, start_state(logits), score)
     seen = xp.expand_dims(total != 0, axis=-1)
@@ -40,18 +38,15 @@ def stats(call: AttentionCall) -> dict[str, Array]:
     base = xp.expand_dims(xp.where(lse == -xp.inf, 0.0, lse), axis=-1)
 
     def summarise(carry: tuple[Array, Array], start: Any, size: int) -> tuple[tuple[Array, Array], Array]:
-        entropy, largest = carry
+        entropy, peak = carry
         score, _ = logits.block(start, size)
         log_p = score - base
         p = xp.exp(log_p)
         surprise = -p * xp.where(p == 0, 0.0, log_p)
-        carry = entropy + xp.sum(surprise, axis=-1), xp.maximum(largest, xp.max(p, axis=-1))
+        carry = entropy + xp.sum(surprise, axis=-1), xp.maximum(peak, largest(logits, p))
         return carry, xp.sum(p, axis=-2)
 
     zero = xp.zeros(logits.shape(), dtype=logits.dtype, device=call.device)
-    (entropy, largest), key_mass = over_keys(call, summarise, (zero, zero))
-    if key_mass is None:
-        shape = (*call.batch_shape, call.num_heads, 0)
-        key_mass = xp.zeros(shape, dtype=logits.dtype, device=call.device)
-    found = {"key_mass": key_mass, "entropy": entropy, "max": largest}
+    (entropy, peak), key_mass = over_keys(call, summarise, (zero, zero))
+    found = {"key_mass": key_mass, "entropy": entropy, "max": peak}
     return {name: found[name] for name in call.stats}

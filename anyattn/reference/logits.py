@@ -23,7 +23,7 @@ class Logits:
         self.xp = xp = call.xp
         self.dtype = getattr(xp, call.accumulate)
         self.index = arrays.index_dtype(xp, call.device)
-        q = call.q if call.rows is None else xp.take(call.q, call.rows, axis=-2)
+        q = call.q if call.rows is None else arrays.take(xp, call.q, call.rows, axis=-2)
         self.num_rows = int(q.shape[-2])
         self.q = self._pack(arrays.cast(xp, q, self.dtype) * call.scale)
         self.symbols = self._symbols()

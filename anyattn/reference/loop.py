@@ -31,7 +31,8 @@ def over_keys(call: AttentionCall, step: Step, carry: Any) -> tuple[Any, Array |
         carry, piece = _scan(call, step, carry, whole)
         pieces.append(piece)
         first = whole * BLOCK
-    for start in range(first, call.k_len, BLOCK):
+    # Without keys there is one empty block, so that results hang on q, k and v for automatic differentiation.
+    for start in range(first, max(call.k_len, 1), BLOCK):
         carry, piece = step(carry, start, min(BLOCK, call.k_len - start))
         pieces.append(piece)
     found = [piece for piece in pieces if piece is not None]
