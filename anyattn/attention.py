@@ -26,7 +26,7 @@ Integers = int | Sequence[Any] | Array
 def attention(
     q: Array,
     k: Array,
-    v: Array,
+    v: Array | None = None,
     *,
     causal: bool = False,
     window: Window | None = None,
@@ -58,7 +58,7 @@ def attention(
         Keys, of the library, device and dtype of q. Hkv divides Hq; query head h reads head h // (Hq // Hkv).
         Leading axes broadcast as in matmul; heads never do.
     v : array, shape (..., Hkv, Lk, Dv)
-        Values.
+        Values; needed while `k` is an array.
     causal : bool, default False
         Key j is seen from position i when j <= i.
     window : (left, right), optional

@@ -173,7 +173,7 @@ def global_tokens(tokens: int | Sequence[int] | Array, *, positions: bool = True
         if table.kind != "int":
             raise TypeError(f"{label}: wanted integers of shape (n,), got {arrays.dtype_name(tokens)}")
         entries = [Load(table, (Const(n, "int"),)) for n in range(table.value.shape[0])]
-        expr = reduce(operator.or_, ((i == t) | (J == t) for t in entries), Const(False, "bool"))
+        expr = reduce(operator.or_, ((t == i) | (t == J) for t in entries), Const(False, "bool"))
         return Mask(expr, _words("global_tokens", f"<{len(entries)} tokens>", positions=positions))
     chosen = _host_integers(tokens, label)
     member = _membership(chosen)
