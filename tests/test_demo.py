@@ -230,8 +230,9 @@ def test_files_without_text_are_refused(tmp_path, content, message):
 
 
 def test_batches_hold_every_sentence_once_and_like_lengths_together():
-    parts = text.batches([3, 9, 1, 9, 4], 2)
-    assert parts == [[1, 3], [4, 0], [2]]
+    assert text.batches([3, 9, 1, 9, 4], 2) == [[1, 3], [4, 0], [2]]
+    assert text.batches([3, 9, 1, 9, 4], 9, most_tokens=12) == [[1], [3], [4, 0, 2]]
+    assert text.batches([30, 20], 9, most_tokens=12) == [[0], [1]]
 
 
 def test_word_pieces_are_joined(model):

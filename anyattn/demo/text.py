@@ -105,10 +105,31 @@ def _looks_like_prose(lines: Sequence[str]) -> bool:
     return continued > 0.2 * len(lines) or sentences > 1.5 * len(lines)
 
 
-def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Numbers of the sentences of each batch, long ones first, so that a batch pads little."""
+def batches(lengths: Sequence[int], most: int, most_tokens: int = 4096) -> list[list[int]]:
+    """Group sentences for the encoder.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Number of tokens of each sentence.
+    most : int
+        Most sentences in a batch.
+    most_tokens : int
+        Most tokens in a batch, padding included, unless one sentence alone has more. The widest activations
+        of MiniLM take 6 KB a token.
+
+    Returns
+    -------
+    list of list of int
+        Numbers of the sentences of each batch; long ones come first, so that a batch pads little.
+    """
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    parts = []
+    while order:
+        size = min(most, max(most_tokens // max(lengths[order[0]], 1), 1))
+        parts.append(order[:size])
+        order = order[size:]
+    return parts
 
 
 class Words(NamedTuple):
