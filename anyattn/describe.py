@@ -15,7 +15,7 @@ from anyattn import arrays, masks, scores
 from anyattn.arrays import FLOAT_DTYPES, Array
 from anyattn.call import AttentionCall, canonical
 from anyattn.expr.bind import Geometry, batch_indices, bind, captured_arrays, check_same_place
-from anyattn.expr.nodes import SCORE, Aligned, Expr, J, Load, Table, depends_on
+from anyattn.expr.nodes import SCORE, Aligned, Expr, J, Table, depends_on, load
 from anyattn.numbers import integer, real
 
 __all__ = ["STATS", "Options", "describe"]
@@ -241,7 +241,7 @@ def _visible(
         parts.append(mask.expr)
     if lengths is not None:
         table = Table(lengths, "int", lengths.ndim, (None,) * lengths.ndim, "kv_lengths", host=False)
-        parts.append(Load(table, batch_indices(tuple(lengths.shape), batch_shape)) > J)
+        parts.append(load(table, batch_indices(tuple(lengths.shape), batch_shape)) > J)
     if not parts:
         return None
     joined = parts[0]

@@ -20,7 +20,7 @@ from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.expr.bind import Geometry
 from anyattn.expr.functions import where
-from anyattn.expr.nodes import ROW, Aligned, B, Const, Deferred, Expr, I, J, Load
+from anyattn.expr.nodes import ROW, Aligned, B, Const, Deferred, Expr, I, J, load
 from anyattn.expr.trace import table_of, trace_mask
 from anyattn.numbers import integer
 
@@ -172,7 +172,7 @@ def global_tokens(tokens: int | Sequence[int] | Array, *, positions: bool = True
         table = table_of(tokens, label, (None,))
         if table.kind != "int":
             raise TypeError(f"{label}: wanted integers of shape (n,), got {arrays.dtype_name(tokens)}")
-        entries = [Load(table, (Const(n, "int"),)) for n in range(table.value.shape[0])]
+        entries = [load(table, (Const(n, "int"),)) for n in range(table.value.shape[0])]
         expr = reduce(operator.or_, ((t == i) | (t == J) for t in entries), Const(False, "bool"))
         return Mask(expr, _words("global_tokens", f"<{len(entries)} tokens>", positions=positions))
     chosen = _host_integers(tokens, label)
@@ -213,7 +213,7 @@ def documents(ids: Sequence[int] | Sequence[Sequence[int]] | Array, *, positions
     lead = (B,) if table.ndim == 2 else ()
     i, length = _query(positions), table.value.shape[-1]
     inside = (i >= 0) & (i < length) & (length > J)
-    same = Load(table, (*lead, i)) == Load(table, (*lead, J))
+    same = load(table, (*lead, i)) == load(table, (*lead, J))
     return Mask(inside & same, _words("documents", f"<ids {tuple(table.value.shape)}>", positions=positions))
 
 
@@ -257,7 +257,7 @@ def random_blocks(count: int, block_size: int, seed: int, *, positions: bool = T
         table = table_of(chosen, "random_blocks", host=True)
         slots = range(chosen.shape[1])
         block = i // block_size - first
-        return reduce(operator.or_, (Load(table, (block, Const(n, "int"))) == J // block_size for n in slots))
+        return reduce(operator.or_, (load(table, (block, Const(n, "int"))) == J // block_size for n in slots))
 
     expr = Deferred(settle, "bool", (i, J), f"random_blocks({count}, {block_size}, {seed})")
     return Mask(expr, _words("random_blocks", count, block_size, seed, positions=positions))
@@ -311,7 +311,7 @@ def _below(n: Any, name: str) -> Mask:
         )
     if table.ndim == 1:
         table = table_of(n, label, ("b",))
-    return Mask(Load(table, (B,) * table.ndim) > J, _words(name, f"<{tuple(table.value.shape)}>"))
+    return Mask(load(table, (B,) * table.ndim) > J, _words(name, f"<{tuple(table.value.shape)}>"))
 
 
 def _boolean_array(array: Any, label: str) -> None:
@@ -348,7 +348,7 @@ def _membership(tokens: tuple[int, ...]) -> Callable[[Expr], Expr]:
     flags = numpy.zeros(tokens[-1] + 2, dtype=bool)  # the last entry, False, is what larger indices read
     flags[list(tokens)] = True
     table = table_of(flags, "global_tokens: tokens", host=True)
-    return lambda index: where(index >= 0, Load(table, (index,)), False)
+    return lambda index: where(index >= 0, load(table, (index,)), False)
 
 
 def _query_range(geometry: Geometry, positions: bool) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.expr.bind import Geometry, batch_indices, check_same_place
 from anyattn.expr.functions import clip, tanh, where
-from anyattn.expr.nodes import ROW, SCORE, Deferred, Expr, H, I, J, Load, Symbol, rewrite
+from anyattn.expr.nodes import ROW, SCORE, Deferred, Expr, H, I, J, Symbol, load, rewrite
 from anyattn.expr.trace import table_of, trace_score
 from anyattn.numbers import integer, real
 
@@ -82,7 +82,7 @@ def alibi(slopes: int | Sequence[float] | Array, *, positions: bool = True) -> S
     table = table_of(slopes, "alibi: slopes", ("h",))
     if table.kind == "bool":
         raise TypeError("alibi: slopes: wanted real numbers, got bool")
-    return Score(SCORE - Load(table, (H,)) * abs(_query(positions) - J), words)
+    return Score(SCORE - load(table, (H,)) * abs(_query(positions) - J), words)
 
 
 def t5_bias(table: Array, bidirectional: bool, max_distance: int, *, positions: bool = True) -> Score:
@@ -115,11 +115,11 @@ def t5_bias(table: Array, bidirectional: bool, max_distance: int, *, positions: 
     nearest = table_of(_t5_buckets(one_side, max_distance), "t5_bias buckets")
     distance = J - _query(positions)
     # A table read clamps: distances beyond the last entry share its bucket, negative ones share bucket 0.
-    bucket: Expr = Load(nearest, (abs(distance) if bidirectional else -distance,))
+    bucket: Expr = load(nearest, (abs(distance) if bidirectional else -distance,))
     if bidirectional:
         bucket = bucket + where(distance > 0, one_side, 0)
     shown = f"<table {tuple(weights.value.shape)}>, {bool(bidirectional)}, {max_distance}"
-    return Score(SCORE + Load(weights, (bucket, H)), f"t5_bias({shown})")
+    return Score(SCORE + load(weights, (bucket, H)), f"t5_bias({shown})")
 
 
 def relative_bias(table: Array, *, positions: bool = True) -> Score:
@@ -127,7 +127,7 @@ def relative_bias(table: Array, *, positions: bool = True) -> Score:
     weights = table_of(table, "relative_bias: table", ("h", None))
     reach = _reach(weights.value.shape[1], "relative_bias: table", "(Hq, 2R + 1)")
     distance = clip(_query(positions) - J, -reach, reach) + reach
-    return Score(SCORE + Load(weights, (H, distance)), f"relative_bias(<table {tuple(weights.value.shape)}>)")
+    return Score(SCORE + load(weights, (H, distance)), f"relative_bias(<table {tuple(weights.value.shape)}>)")
 
 
 def relative_keys(
@@ -179,7 +179,7 @@ def relative_keys(
         products = xp.matmul(queries, xp.permute_dims(arrays.cast(xp, table, wide), (1, 0)))
         read = table_of(products, "relative_keys")
         distance = clip(J - i, -reach, reach) + reach
-        return Load(read, (*batch_indices(tuple(batch), full), H, ROW, distance))
+        return load(read, (*batch_indices(tuple(batch), full), H, ROW, distance))
 
     label = f"relative_keys(<q {tuple(q.shape)}>, <table {tuple(table.shape)}>)"
     return Score(SCORE + Deferred(settle, "float", (H, ROW, i, J), label), label)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyattn import arrays
 from anyattn.arrays import Array, Namespace
-from anyattn.expr.nodes import Aligned, B, Const, Deferred, Expr, Load, Table, rewrite, walk
+from anyattn.expr.nodes import Aligned, B, Const, Deferred, Expr, Load, Table, load, rewrite, walk
 
 if TYPE_CHECKING:
     import numpy
@@ -78,7 +78,7 @@ def bind(root: Expr, geometry: Geometry) -> Expr:
         if isinstance(node, Load):
             if id(node.table) not in tables:
                 tables[id(node.table)] = _bind_table(node.table, geometry)
-            return Load(tables[id(node.table)], node.indices)
+            return load(tables[id(node.table)], node.indices)
         if isinstance(node, Aligned):
             return _bind_aligned(node, geometry)
         return node

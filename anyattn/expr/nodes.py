@@ -1,10 +1,14 @@
 """Expression nodes: immutable, typed, built by Python operators.
 
-An expression is a tree over six symbols (batch entry b, query head h, query row, query position i, key j,
+An expression is a graph over six symbols (batch entry b, query head h, query row, query position i, key j,
 score), constants and captured arrays. Every node has a kind, "bool", "int" or "float"; an operator whose
 operands have the wrong kind is refused when it is written, not when it runs. Operators mean what they mean on
 Python numbers: `//` and `%` floor, `/` is true division, comparisons give "bool", and `& | ^ ~` are logic on
 "bool" only.
+
+Equal nodes over equal children are one object, so common parts are computed once. Constants are the
+exception: they may become arguments of a kernel, and two that happen to be equal today must not change its
+structure.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakValueDictionary
 
 from anyattn.errors import TraceError
 
@@ -134,7 +139,7 @@ class Apply(Expr):
         return self.args
 
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
-        return Apply(self.op, children, self.kind)
+        return _only(Apply(self.op, children, self.kind))
 
     def __repr__(self) -> str:
         form = OPERATIONS[self.op].form
@@ -174,7 +179,7 @@ class Load(Expr):
         return self.indices
 
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
-        return Load(self.table, children)
+        return load(self.table, children)
 
     def __repr__(self) -> str:
         return f"{self.table.label}[{', '.join(map(repr, self.indices))}]"
@@ -289,7 +294,7 @@ def apply(op: str, *values: Any) -> Expr:
             )
         numbers = args[1:]
     elif op in ("eq", "ne") and all(a.kind == "bool" for a in args):
-        return Apply(op, args, "bool")
+        return _only(Apply(op, args, "bool"))
     if rule.takes == "bool":
         for a in args:
             if a.kind != "bool":
@@ -301,7 +306,21 @@ def apply(op: str, *values: Any) -> Expr:
             kind = "int"
         if op == "pow" and kind == "int" and not (isinstance(args[1], Const) and args[1].value >= 0):
             kind = "float"
-    return Apply(op, args, kind)
+    return _only(Apply(op, args, kind))
+
+
+def load(table: Table, indices: tuple[Expr, ...]) -> Expr:
+    """The element of `table` at `indices`."""
+    return _only(Load(table, indices))
+
+
+_nodes: WeakValueDictionary[tuple[Any, ...], Expr] = WeakValueDictionary()
+
+
+def _only(node: Apply | Load) -> Expr:
+    """`node`, or the equal one that exists already."""
+    own: Any = (node.op, node.kind) if isinstance(node, Apply) else id(node.table)
+    return _nodes.setdefault((type(node), own, *map(id, node.children)), node)
 
 
 def walk(root: Expr) -> Iterator[Expr]:

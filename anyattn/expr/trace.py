@@ -14,7 +14,7 @@ from typing import Any
 
 from anyattn import arrays
 from anyattn.errors import TraceError
-from anyattn.expr.nodes import SCORE, Apply, B, Expr, H, I, J, Load, Table, apply, as_expr
+from anyattn.expr.nodes import SCORE, Apply, B, Expr, H, I, J, Table, apply, as_expr, load
 
 __all__ = ["table_of", "trace_mask", "trace_score"]
 
@@ -91,7 +91,7 @@ class _Captured:
         if len(indices) > table.ndim:
             raise TraceError(f"{self._label}: {len(indices)} indices for an array of {table.ndim} axes")
         if len(indices) == table.ndim:
-            return Load(table, tuple(indices))
+            return load(table, tuple(indices))
         return _Captured(self._value, self._label, tuple(indices))
 
     def __anyattn_expr__(self) -> Expr:
@@ -101,7 +101,7 @@ class _Captured:
                 f"{self._label}: an array of {table.ndim} axes was used with "
                 f"{len(self._indices)} indices; index every axis"
             )
-        return Load(table, self._indices)
+        return load(table, self._indices)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._value, name)
