@@ -1,4 +1,4 @@
-"""The oracle held to hand-computed numbers, published vectors, brute-force loops and torch's own attention."""
+"""The oracle held to hand-computed numbers, published vectors, plain loops and torch's own attention."""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ libraries
 strategies
     `calls()`, a hypothesis strategy that draws whole calls as cases.
 plugin
-    The pytest options, the account of what ran and what was skipped, and the rule that a declared capability is run.
+    The pytest options, the account of what ran and what was skipped, and the rule that a declared capability
+    is run.
 
-The package imports nothing until one of its modules is imported; NumPy, pytest and hypothesis are all it needs.
+The package imports nothing until one of its modules is imported; NumPy, pytest and hypothesis are all it
+needs.
 """

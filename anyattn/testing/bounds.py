@@ -1,32 +1,37 @@
 """How far a correct implementation may be from the oracle, element by element.
 
-Nothing here is tuned to what some implementation happens to reach; every bound is a first-order forward error bound
-(Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., chapters 3 and 4: a sum or dot product of n terms
-in any order errs by at most n·u times the sum of the absolute terms) applied to the contract's formula, with
+Nothing here is tuned to what some implementation happens to reach; every bound is a first-order forward error
+bound (Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., chapters 3 and 4: a sum or dot
+product of n terms in any order errs by at most n·u times the sum of the absolute terms) applied to the
+contract's formula, with
 
     u        unit roundoff of the accumulation dtype (2^-24 for float32, 2^-53 for float64)
     u_in     unit roundoff of q's dtype (2^-11 float16, 2^-8 bfloat16, 2^-24, 2^-53)
     A        scale · Σ_d |q_d|·|k_d|, what the score's products add up to without cancellation
     E        absolute error of a final score:
-             u·[(D + 4)·A·L + 8·(|scores of every stage| + |changes between stages|)], L the slope of the score
-             modification; tanh and exp are taken to be right to 4 units in the last place, 8 covers their arguments
+             u·[(D + 4)·A·L + 8·(|scores of every stage| + |changes between stages|)], L the slope of the
+             score modification; tanh and exp are taken to be right to 4 units in the last place, 8 covers
+             their arguments
     ε        relative error of a softmax weight:
-             exp(E + Σ p·exp(E) − 1 + u·[6·(|s| + max |s|) + 2·Lk + 32]) − 1. The sum is the denominator's share; 6 pays for
-             s − m, its conversion to base 2, and for rescaling once for every key block, whose exponents
-             telescope to at most 2·max |s|; 2·Lk pays for the sum and for a product in each of Lk blocks
+             exp(E + Σ p·exp(E) − 1 + u·[6·(|s| + max |s|) + 2·Lk + 32]) − 1. The sum is the denominator's
+             share; 6 pays for s − m, its conversion to base 2, and for rescaling once for every key block,
+             whose exponents telescope to at most 2·max |s|; 2·Lk pays for the sum and for a product in each
+             of Lk blocks
 
 and from them
 
     weights  p·(ε + u_in)
-    out      Σ p·|v|·(ε + (2·Lk + 16)·u + u_p) + u_in·|out|, where u_p = u_in for 16-bit dtypes, because kernels may
+    out      Σ p·|v|·(ε + (2·Lk + 16)·u + u_p) + u_in·|out|, where u_p = u_in for 16-bit dtypes, because
+    kernels may
              round the weights to the inputs' type before P·V (contract, section 1), and 0 otherwise
     lse      Σ p·E + u·[6·max |s| + 2·Lk + 32] + 2·u·|lse|
     key_mass Σ_rows p·ε + (Lq + 32)·u·key_mass
-    entropy  Σ p·ε·(1 + |ln p|) + bound of lse + (2·Lk + 32)·u·Σ p·(|s| + |lse| + |ln p|), which allows lse − Σ p·s
+    entropy  Σ p·ε·(1 + |ln p|) + bound of lse + (2·Lk + 32)·u·Σ p·(|s| + |lse| + |ln p|), which allows lse −
+    Σ p·s
 
-Gradients follow by the same rules from the formulas of `oracle.gradients`; 16-bit backends may round p, ds and out to
-q's dtype. Underflow adds the smallest normal number of the accumulation dtype, and half the spacing of subnormals
-of q's dtype, for each term of a sum.
+Gradients follow by the same rules from the formulas of `oracle.gradients`; 16-bit backends may round p, ds
+and out to q's dtype. Underflow adds the smallest normal number of the accumulation dtype, and half the
+spacing of subnormals of q's dtype, for each term of a sum.
 """
 
 from __future__ import annotations
@@ -130,6 +135,17 @@ class Bounds:
         lse = np.where(np.isfinite(self.lse), np.abs(self.lse), 0.0)
         return self.denominator + self.units.u * (6 * self.largest + 2 * self._keys + 32 + 2 * lse)
 
+    def merged(self, parts: int) -> tuple[Array, Array]:
+        """Bounds of out and lse where `anyattn.merge` joins that many parts.
+
+        Each part's lse errs by as much as the whole's may, which moves its share, and each part's out is
+        rounded to q's dtype before the sum.
+        """
+        size = np.where(np.isfinite(self.dense.v), np.abs(self.dense.v), 0.0)
+        lse = 2 * self.logsumexp() + 16 * parts * self.units.u
+        extra = (2 * lse + self.units.u_in + 16 * parts * self.units.u)[..., None] * (self._counted @ size)
+        return self.output() + extra + parts * self.units.floor_in, lse
+
     def key_mass(self) -> Array:
         """Bound of Σ over rows of p, (B, Hq, Lk)."""
         rows = self.dense.pairs.shape[2]
@@ -169,8 +185,8 @@ def gradient_bounds(
 ) -> dict[str, Array]:
     """Bounds of `oracle.gradients`, in the shapes of the arguments.
 
-    `dout` and `dlse` are in the order of `Dense`. Second derivatives of the score modification and of the soft cap
-    are taken to be at most 1 in absolute value, which the kit's cases keep.
+    `dout` and `dlse` are in the order of `Dense`. Second derivatives of the score modification and of the
+    soft cap are taken to be at most 1 in absolute value, which the kit's cases keep.
     """
     dense, units = bounds.dense, bounds.units
     p, relative = bounds._counted, bounds.relative

@@ -1,14 +1,15 @@
 """One call as data, independent of array libraries.
 
-A `Case` says which arrays there are and how their values are drawn, not in which library they live: the oracle reads
-its options with NumPy arrays and the oracle's vocabulary, a run under test reads the same options with arrays of the
-library under test and `anyattn`'s vocabulary. Values follow from the names of the case and of the array alone.
+A `Case` says which arrays there are and how their values are drawn, not in which library they live: the
+oracle reads its options with NumPy arrays and the oracle's vocabulary, a run under test reads the same
+options with arrays of the library under test and `anyattn`'s vocabulary. Values follow from the names of the
+case and of the array alone.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -90,9 +91,9 @@ class Combined(_Term):
 class Function(_Term):
     """A user's Python function.
 
-    `maker(functions, *arrays)` returns it: `functions` has `where`, `clip`, `exp`, ... (the module `anyattn`, or the
-    oracle's), the arrays are those to capture. In a score the function must be analytic in the score (no abs or floor
-    of it), because the bounds differentiate it by a complex step.
+    `maker(functions, *arrays)` returns it: `functions` has `where`, `clip`, `exp`, ... (the module `anyattn`,
+    or the oracle's), the arrays are those to capture. In a score the function must be analytic in the score
+    (no abs or floor of it), because the bounds differentiate it by a complex step.
     """
 
     maker: Callable[..., Callable[..., Any]]
@@ -113,7 +114,7 @@ class Plant:
 
 @dataclass(frozen=True)
 class Value:
-    """Values of one array of a case and the dtype that it has in a library; bfloat16 values come as float32."""
+    """Values of one array and the dtype that it has in a library; bfloat16 values come as float32."""
 
     values: Array
     dtype: str
@@ -143,7 +144,7 @@ class Case:
     dtype
         Of q, k and v.
     operation
-        "attention", "weights" or "stats".
+        "attention", "weights", "stats", or "merge": attention in parts, joined.
     options
         Keyword arguments of the call; arrays are `Drawn` or `Given`, masks and scores `Entry`, `Combined` or
         `Function`, everything else is plain data.
@@ -152,9 +153,12 @@ class Case:
     plants
         Special values written into the arrays.
     memory
-        How arrays lie in memory: "plain", "reversed", "transposed", "gapped", "repeated" (stride 0) or "readonly".
+        How arrays lie in memory: "plain", "reversed", "transposed", "gapped", "repeated" (stride 0) or
+        "readonly".
     also
         Capabilities that the case needs besides those that follow from its options.
+    cuts
+        Of "merge": the keys at which the call is cut into parts that `anyattn.merge` joins.
     """
 
     name: str
@@ -170,11 +174,13 @@ class Case:
     plants: tuple[Plant, ...] = ()
     memory: str = "plain"
     also: frozenset[str] = frozenset()
+    cuts: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         return (
-            f"Case({self.name!r}: {self.operation} of {self.dtype} q{self.q} k{self.k} v{self.v}; {shown or 'no options'}"
+            f"Case({self.name!r}: {self.operation} of {self.dtype} q{self.q} k{self.k} v{self.v}; "
+            + (shown or "no options")
             + (f"; plants {self.plants}" if self.plants else "")
             + (f"; memory {self.memory}" if self.memory != "plain" else "")
             + ")"
@@ -188,7 +194,7 @@ class Case:
             for name in ("window", "mask", "bias", "score_mod", "softcap", "sinks", "kv_lengths", "q_offset")
             if self.options.get(name) is not None
         }
-        if self.operation != "attention":
+        if self.operation in ("weights", "stats"):
             named.add(self.operation)
         if len(self.q) > 2 and self.q[-3] != self.k[-3]:
             named.add("grouped_heads")
@@ -206,15 +212,18 @@ class Case:
 
     def specifications(self) -> Iterator[Drawn | Given]:
         """q, k, v and the arrays of the options."""
-        names = POSITION_ARGUMENTS if self.operation == "attention" else POSITION_ARGUMENTS[:2]
-        for name in names:
+        for name in self._positional:
             yield Drawn(name, getattr(self, name), how=self.recipes.get(name, "normal"))
-        for value in self.options.values():
-            yield from _arrays_in(value)
+        yield from arrays_in(self.options)
 
     def arrays(self) -> dict[str, Value]:
         """The values of every array, by name, in the call's layout."""
-        drawn = {spec.name: self._draw(spec) for spec in self.specifications()}
+        still = self.memory == "repeated"
+        drawn = {
+            spec.name: draw(self.name, spec, self.dtype, repeated=still) for spec in self.specifications()
+        }
+        if self.plants:
+            drawn = {name: replace(value, values=value.values.copy()) for name, value in drawn.items()}
         for plant in self.plants:
             values = drawn[plant.array].values
             if plant.at == "beyond kv_lengths":
@@ -238,20 +247,22 @@ class Case:
         self, arrays: Mapping[str, Any], vocabulary: Vocabulary
     ) -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments of the call on arrays of one library."""
-        names = POSITION_ARGUMENTS if self.operation == "attention" else POSITION_ARGUMENTS[:2]
         keywords = {name: resolve(value, arrays, vocabulary) for name, value in self.options.items()}
-        return [arrays[name] for name in names], keywords
+        return [arrays[name] for name in self._positional], keywords
 
-    def _draw(self, spec: Drawn | Given) -> Value:
-        dtype = spec.dtype or self.dtype
-        if isinstance(spec, Given):
-            return Value(_rounded(np.array(spec.values), dtype), dtype)
-        rng = np.random.default_rng([zlib.crc32(self.name.encode()), zlib.crc32(spec.name.encode())])
-        shape = spec.shape
-        if self.memory == "repeated" and len(shape) > 2:
-            shape = (1, *shape[1:])
-        values = np.broadcast_to(_rounded(RECIPES[spec.how](rng, shape), dtype), spec.shape)
-        return Value(values if self.memory == "repeated" and not self.plants else values.copy(), dtype)
+    @property
+    def _positional(self) -> tuple[str, ...]:
+        return POSITION_ARGUMENTS if self.operation in ("attention", "merge") else POSITION_ARGUMENTS[:2]
+
+
+def draw(seed: str, spec: Drawn | Given, dtype: str = "float32", *, repeated: bool = False) -> Value:
+    """The values of one array; `repeated` makes them the same along the first of three or more axes."""
+    dtype = spec.dtype or dtype
+    if isinstance(spec, Given):
+        return Value(_rounded(np.array(spec.values), dtype), dtype)
+    rng = np.random.default_rng([zlib.crc32(seed.encode()), zlib.crc32(spec.name.encode())])
+    shape = (1, *spec.shape[1:]) if repeated and len(spec.shape) > 2 else spec.shape
+    return Value(np.broadcast_to(_rounded(RECIPES[spec.how](rng, shape), dtype), spec.shape), dtype)
 
 
 def call(
@@ -275,7 +286,8 @@ def call(
     recipes: Mapping[str, str] | None = None,
     plants: tuple[Plant, ...] = (),
     memory: str = "plain",
-    also: frozenset[str] | set[str] = frozenset(),
+    also: Collection[str] = frozenset(),
+    cuts: tuple[int, ...] = (),
     **options: Any,
 ) -> Case:
     """A case from sizes; `q_batch`, `k_batch` and `v_batch` replace `batch` where the arrays differ."""
@@ -290,8 +302,9 @@ def call(
         )
     )
     return Case(
-        name, family, why, q, k, v, dtype, operation, options, recipes or {}, plants, memory, frozenset(also)
-    )
+        name, family, why, q, k, v, dtype, operation, options, recipes or {}, plants, memory, frozenset(also),
+        cuts,
+    )  # fmt: skip
 
 
 def resolve(option: Any, arrays: Mapping[str, Any], vocabulary: Vocabulary) -> Any:
@@ -323,18 +336,22 @@ _JOIN: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def _arrays_in(option: Any) -> Iterator[Drawn | Given]:
+def arrays_in(option: Any) -> Iterator[Drawn | Given]:
+    """Every array inside an option, or inside a mapping of options."""
     match option:
+        case Mapping():
+            for value in option.values():
+                yield from arrays_in(value)
         case Drawn() | Given():
             yield option
         case Entry():
             for value in (*option.args, *option.kwargs.values()):
-                yield from _arrays_in(value)
+                yield from arrays_in(value)
         case Function():
             yield from option.arrays
         case Combined():
-            yield from _arrays_in(option.left)
-            yield from _arrays_in(option.right)
+            yield from arrays_in(option.left)
+            yield from arrays_in(option.right)
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -373,8 +390,8 @@ def _plant_beyond(values: Array, lengths: Array, batch_shape: tuple[int, ...], v
     """Write a value at the keys that no batch entry which shares them reaches."""
     own = values.shape[:-3]
     reach = np.broadcast_to(lengths, batch_shape)
-    reach = reach.max(axis=tuple(range(len(batch_shape) - len(own))))
+    reach = reach.max(axis=tuple(range(len(batch_shape) - len(own))), initial=0)
     shared = tuple(axis for axis, n in enumerate(own) if n == 1)
-    reach = reach.max(axis=shared, keepdims=True) if shared else reach
+    reach = reach.max(axis=shared, keepdims=True, initial=0) if shared else reach
     hidden = np.arange(values.shape[-2]) >= np.asarray(reach)[..., None]
     values[np.broadcast_to(hidden[..., None, :, None], values.shape)] = value

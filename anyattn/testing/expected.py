@@ -1,4 +1,4 @@
-"""What a case must give: the oracle's values, how far a result may be from them, and the comparison itself."""
+"""What a case must give: the oracle's values, how far a result may be from them, the comparison."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class Expected:
     bound: Array
     dtype: str
     nan_or_inf: bool = False
-    """Whether NaN may also come as infinity: the contract leaves open what lse is beside a NaN or +inf score."""
+    """Whether NaN may also come as infinity: the contract leaves open what lse is beside a NaN or +inf
+    score."""
 
 
 def expected(case: Case, arrays: Mapping[str, Value] | None = None) -> dict[str, Expected]:
-    """Every array that the call of a case returns, by name ("out", "lse", "weights" or the names of the stats)."""
+    """Every array that a case returns, by name ("out", "lse", "weights" or the names of the stats)."""
     dense, options = _dense(case, case.arrays() if arrays is None else arrays)
     bounds = Bounds.of(dense, case.dtype)
     wide = ACCUMULATION[case.dtype]
@@ -41,6 +42,12 @@ def expected(case: Case, arrays: Mapping[str, Value] | None = None) -> dict[str,
         if options["return_lse"]:
             found["lse"] = Expected(*_both(dense, bounds.lse, bounds.logsumexp()), wide, nan_or_inf=True)
         return found
+    if case.operation == "merge":
+        out, lse = bounds.merged(len(case.cuts) + 1)
+        return {
+            "out": Expected(*_both(dense, bounds.out, out, features=True), case.dtype),
+            "lse": Expected(*_both(dense, bounds.lse, lse), wide, nan_or_inf=True),
+        }
     if case.operation == "weights":
         rows = options["rows"]
         chosen = slice(None) if rows is None else np.asarray(rows, np.int64)
@@ -81,7 +88,7 @@ def differentiable(case: Case, arrays: Mapping[str, Value]) -> list[str]:
 def expected_gradients(case: Case, arrays: Mapping[str, Value] | None = None) -> dict[str, Expected]:
     """Gradients of Σ dout·out + Σ dlse·lse by every float array of the case."""
     arrays = case.arrays() if arrays is None else arrays
-    dense, options = _dense(case, arrays)
+    dense, _ = _dense(case, arrays)
     plain = {name: value.values for name, value in arrays.items()}
     (q, k, v), keywords = case.arguments(plain, ORACLE)
     keywords.pop("return_lse", None)
@@ -141,10 +148,11 @@ def mismatch(actual: Array, wanted: Expected, label: str) -> str | None:
         ratio = np.where(
             fine, -1.0, np.where(np.isfinite(error / wanted.bound), error / wanted.bound, np.inf)
         )
+    bound = np.broadcast_to(wanted.bound, fine.shape)
     at = tuple(int(n) for n in np.unravel_index(np.argmax(ratio), ratio.shape))
     return (
-        f"{label}: {np.count_nonzero(~fine)} of {fine.size} elements are wrong; worst at {at}: got {actual[at]!r}, "
-        f"wanted {wanted.values[at]!r} ± {np.broadcast_to(wanted.bound, fine.shape)[at]:.3g} "
+        f"{label}: {np.count_nonzero(~fine)} of {fine.size} elements are wrong; worst at {at}: "
+        f"got {actual[at]!r}, wanted {wanted.values[at]!r} ± {bound[at]:.3g} "
         f"(error / bound = {ratio[at]:.3g})"
     )
 

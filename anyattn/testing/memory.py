@@ -23,9 +23,9 @@ def lay_out(values: Array, memory: str, xp: Any = np) -> Array:
     every = (slice(None, None, -1),) * values.ndim
     match memory:
         case "reversed":
-            return xp.ascontiguousarray(values[every])[every]
+            return xp.array(values[every], order="C")[every]
         case "transposed":
-            return xp.ascontiguousarray(values.T).T
+            return xp.array(values.T, order="C").T
         case "gapped":
             wide = xp.zeros([2 * n for n in values.shape], dtype=values.dtype)
             inside = (slice(None, None, 2),) * values.ndim

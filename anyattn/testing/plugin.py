@@ -1,14 +1,14 @@
 """The pytest plugin, loaded by its entry point at every start of pytest where anyattn is installed.
 
-It adds the two options, keeps an account of the conformance cases, prints it at the end and fails the session where a
-backend declares a capability that no case ran. So that a pytest run of something else pays nothing for it, neither
-NumPy nor an array library is imported here, nor anything of anyattn but this package's empty front.
+It adds the two options, keeps an account of the conformance cases, prints it at the end and fails the session
+where a backend declares a capability that no case ran. So that a pytest run of something else pays nothing
+for it, neither NumPy nor an array library is imported here, nor anything of anyattn but this package's empty
+front.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         action="append",
         default=None,
-        help="array library, or variant of one, to run the cases on; may be given again. Default: numpy where the "
-        "backend takes it, else the first that it takes. An unknown name lists all",
+        help="array library, or variant of one, to run the cases on; may be given again. Default: numpy "
+        "where the backend takes it, else the first that it takes. An unknown name lists all",
     )
 
 
@@ -75,7 +75,7 @@ class _Bookkeeper:
         self.account.partial = self.account.partial or any(_is_conformance(item.nodeid) for item in items)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        noted: dict[str, Any] | None = dict(report.user_properties).get(PROPERTY)  # type: ignore[arg-type]
+        noted: Any = dict(report.user_properties).get(PROPERTY)
         if noted is None or not (report.when == "call" or report.outcome == "skipped"):
             return
         self.account.outcomes[noted["library"]][report.outcome] += 1
@@ -190,13 +190,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def anyattn_run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """A case to run, unless declarations say that library or backend lack what it needs: then a skip that says so."""
+def anyattn_run(request: pytest.FixtureRequest) -> Run:
+    """A case to run, or a skip where declarations say that library or backend lack what it needs."""
     from anyattn.testing.running import skip_reason
 
     run: Run = request.param
     missing = skip_reason(run.case, run.backend, run.library)
-    needs = run.case.needs | ({"traced"} if run.library.traced else set())
+    needs = set(run.case.needs) | ({"traced"} if run.library.traced else set())
     noted = {
         "library": run.library.name,
         "needs": sorted(needs),
@@ -206,4 +206,4 @@ def anyattn_run(request: pytest.FixtureRequest) -> Iterator[Run]:
     request.node.user_properties.append((PROPERTY, noted))
     if missing is not None:
         pytest.skip(missing[1])
-    yield run
+    return run

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import builtins
+import re
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from anyattn.testing.case import Case, Value
+from anyattn.testing.bad_input import BadCall
+from anyattn.testing.case import Case, Value, arrays_in, draw, resolve
 from anyattn.testing.expected import (
     Expected,
     cotangents,
@@ -22,14 +26,18 @@ from anyattn.testing.libraries import Library
 Array = Any
 
 
-def skip_reason(case: Case, backend: Any, library: Library) -> tuple[str, str] | None:
+def skip_reason(case: Case | BadCall, backend: Any, library: Library) -> tuple[str, str] | None:
     """Who does not have what the case needs ("library" or "backend") and a sentence that says what, or None.
 
     Read from declarations alone: a call that a backend refuses without having declared so fails the case.
     """
-    absent = library.missing() or library.lacks(case)
+    absent = library.missing() or (
+        library.cannot_refuse(case) if isinstance(case, BadCall) else library.lacks(case)
+    )
     if absent is not None:
         return "library", absent
+    if isinstance(case, BadCall):
+        return None
     if "*" not in backend.arrays and library.array_type not in backend.arrays:
         return "backend", f"{backend.name} does not take {library.array_type}"
     if "*" not in backend.devices and library.device not in backend.devices:
@@ -45,10 +53,9 @@ def perform(case: Case, arrays: Mapping[str, Array], backend: str) -> dict[str, 
     """The call of a case on arrays of a library; results by name."""
     import anyattn
 
-    vocabulary = SimpleNamespace(
-        masks=anyattn.masks, scores=anyattn.scores, functions=anyattn, capture=lambda array: array
-    )
-    arguments, keywords = case.arguments(arrays, vocabulary)
+    if case.operation == "merge":
+        return _in_parts(case, arrays, backend)
+    arguments, keywords = case.arguments(arrays, _vocabulary())
     if case.operation == "weights":
         return {"weights": anyattn.attention_weights(*arguments, **keywords, backend=backend)}
     if case.operation == "stats":
@@ -57,8 +64,40 @@ def perform(case: Case, arrays: Mapping[str, Array], backend: str) -> dict[str, 
     return {"out": result[0], "lse": result[1]} if keywords.get("return_lse") else {"out": result}
 
 
+def _vocabulary() -> SimpleNamespace:
+    import anyattn
+
+    return SimpleNamespace(
+        masks=anyattn.masks, scores=anyattn.scores, functions=anyattn, capture=lambda array: array
+    )
+
+
+def _in_parts(case: Case, arrays: Mapping[str, Array], backend: str) -> dict[str, Array]:
+    """Attention over each part of the keys, with sinks in the first, joined by `anyattn.merge`."""
+    import anyattn
+
+    k_len, edges = case.k[-2], (0, *case.cuts, case.k[-2])
+    parts: list[tuple[Array, Array]] = []
+    for start, stop in pairwise(edges):
+
+        def keys(name: str, start: int = start, stop: int = stop) -> Array:
+            array = arrays[name]
+            if name in ("k", "v"):
+                return array[..., start:stop, :, :] if case.layout == "blhd" else array[..., start:stop, :]
+            sliced = name in ("mask", "bias") and array.shape[-1] == k_len
+            return array[..., start:stop] if sliced else array
+
+        arguments, keywords = case.arguments({name: keys(name) for name in arrays}, _vocabulary())
+        keywords["q_offset"] = k_len - case.q[-2] - start
+        if start > 0 or parts:
+            keywords["sinks"] = None
+        parts.append(anyattn.attention(*arguments, **keywords, return_lse=True, backend=backend))
+    out, lse = anyattn.merge([part[0] for part in parts], [part[1] for part in parts], layout=case.layout)
+    return {"out": out, "lse": lse}
+
+
 def check_values(case: Case, library: Library, backend: str) -> None:
-    """Run a case and compare all that it returns; inputs must be as they were and the backend must have run."""
+    """Run a case and compare all that it returns; the backend must have run and inputs be as they were."""
     values = case.arrays()
     with library.session():
         arrays = library.arrays(case, values)
@@ -75,8 +114,8 @@ def check_same_bits(case: Case, library: Library, backend: str) -> None:
     """Two runs of the same call give the same bits."""
     with library.session():
         arrays = library.arrays(case, case.arrays())
-        first = _recorded(case, library, backend, arrays)
-        second = _recorded(case, library, backend, arrays)
+        program = library.prepare(lambda x: perform(case, x, backend))
+        first, second = program(arrays), program(arrays)
         for name, array in first.items():
             same = library.numpy(array).tobytes() == library.numpy(second[name]).tobytes()
             assert same, f"{case.name}: {name} differs between two runs of one call"
@@ -106,8 +145,65 @@ def check_gradients(case: Case, library: Library, backend: str, *, twice: bool =
                 assert same, f"{case.name}: the gradient of {name} differs between two runs"
 
 
+def check_refused(bad: BadCall, library: Library, backend: str) -> None:
+    """A bad call raises its error, in words that say what is wrong, before any backend runs."""
+    import anyattn
+    from anyattn.dispatch import recording
+
+    with library.session():
+        specifications = bad.specifications() | {spec.name: spec for spec in arrays_in(bad.options)}
+        arrays = {}
+        for name, spec in specifications.items():
+            value = draw(bad.name, spec)
+            if name == bad.foreign:
+                arrays[name] = library.foreign(value)
+            elif name == bad.elsewhere:
+                arrays[name] = library.elsewhere(value)
+            else:
+                arrays[name] = library.array(value)
+        keywords = {name: resolve(value, arrays, _vocabulary()) for name, value in bad.options.items()}
+        positional = [keywords.pop(name, arrays.get(name)) for name in bad.specifications() if name in "qkv"]
+        functions: dict[str, Callable[..., Any]] = {
+            "attention": anyattn.attention,
+            "weights": anyattn.attention_weights,
+            "stats": anyattn.attention_stats,
+        }
+        if bad.operation == "merge":
+            counts = (keywords["outs"], keywords["lses"])
+
+            def refused() -> Any:
+                return anyattn.merge([arrays["outs"]] * counts[0], [arrays["lses"]] * counts[1])
+        else:
+            keywords.setdefault("backend", backend)
+
+            def refused() -> Any:
+                return functions[bad.operation](*positional, **keywords)
+
+        with recording() as records:
+            message = _message(bad, refused)
+    # One letter must stand alone; "int" may be the start of int64 or of int32, as the library has it.
+    endings = {word: r"(?!\w)" if len(word) == 1 else "" for word in bad.mentions}
+    missing = [
+        word for word, end in endings.items() if not re.search(rf"(?<!\w){re.escape(word)}{end}", message)
+    ]
+    assert not missing, f"{bad.name}: the message does not say {missing}: {message}"
+    assert not records, f"{bad.name}: {records[0].backend} ran before the call was refused"
+
+
+def _message(bad: BadCall, refused: Callable[[], Any]) -> str:
+    import anyattn.errors
+
+    wanted = getattr(builtins, bad.error, None) or getattr(anyattn.errors, bad.error)
+    try:
+        result = refused()
+    except wanted as error:
+        return str(error)
+    raise AssertionError(f"{bad.name}: wanted a {bad.error}, got {type(result).__name__}")
+
+
 def _recorded(case: Case, library: Library, backend: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return _with_record(case, backend, lambda: library.run(lambda x: perform(case, x, backend), arrays))
+    program = library.prepare(lambda x: perform(case, x, backend))
+    return _with_record(case, backend, lambda: program(arrays))
 
 
 def _with_record(case: Case, backend: str, action: Any) -> dict[str, Array]:

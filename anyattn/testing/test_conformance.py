@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, given, settings
 
+from anyattn.testing.bad_input import bad_calls
+from anyattn.testing.case import Case, call
 from anyattn.testing.cases import all_cases, gradient_cases, repeatable_cases
 from anyattn.testing.plugin import Run
-from anyattn.testing.running import check_gradients, check_same_bits, check_values
+from anyattn.testing.running import check_gradients, check_refused, check_same_bits, check_values
+from anyattn.testing.strategies import calls
 
 NOT_BUILT = {
     "dropout": "attention refuses dropout until it is built, and a test of bad input holds it to that"
@@ -16,9 +20,14 @@ BY_LIBRARY = {"traced"}
 """Capabilities that hang on the library of a run, not on its case."""
 
 
+def one_drawing() -> tuple[Case, ...]:
+    """The name under which drawn calls appear among the cases."""
+    return (call("drawn calls", "drawn", "whole calls, drawn"),)
+
+
 @pytest.mark.anyattn_cases.with_args(all_cases)
 def test_values(anyattn_run: Run) -> None:
-    """Results are within their bounds of the oracle, of the right dtype and library, and inputs are untouched."""
+    """Results are near the oracle, of the right dtype and library, and inputs are untouched."""
     check_values(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name)
 
 
@@ -33,6 +42,32 @@ def test_gradients(anyattn_run: Run) -> None:
     """Gradients by every float array are within their bounds, 0 where they should be, and never NaN."""
     twice = "deterministic_backward" in anyattn_run.case.needs
     check_gradients(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name, twice=twice)
+
+
+@pytest.mark.anyattn_cases.with_args(bad_calls)
+def test_bad_input(anyattn_run: Run) -> None:
+    """Bad input raises an error that names the argument, what came and what was wanted, and nothing runs."""
+    check_refused(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name)
+
+
+@pytest.mark.anyattn_cases.with_args(one_drawing)
+def test_drawn_calls(anyattn_run: Run) -> None:
+    """Whole calls drawn by hypothesis, the same ones in every run."""
+    backend, library = anyattn_run.backend, anyattn_run.library
+    drawn = calls(dtypes=backend.dtypes & library.dtypes, capabilities=backend.capabilities)
+
+    @settings(
+        max_examples=library.examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(drawn)
+    def matches(case: Case) -> None:
+        check_values(case, library, backend.name)
+
+    matches()
 
 
 def test_every_capability_has_a_case() -> None:

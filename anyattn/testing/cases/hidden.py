@@ -1,4 +1,4 @@
-"""What is hidden does not matter: strict masking, lengths, rows that see nothing (contract section 2, promises)."""
+"""What is hidden does not matter: strict masking, lengths, rows that see nothing (contract, section 2)."""
 
 from __future__ import annotations
 
@@ -35,18 +35,26 @@ def _beyond_lengths() -> Iterator[Case]:
             plants=planted,
             return_lse=True,
         )
-        yield call(f"{word} beyond kv_lengths, with everything", FAMILY, why, batch=(3,), heads=4, kv_heads=2,
-                   kv_lengths=lengths, q_offset=Given("q_offset", (4, -1, 0)), causal=True, softcap=2.0,
-                   bias=Drawn("bias", (5, 9)), sinks=Drawn("sinks", (4,)), plants=planted, return_lse=True)  # fmt: skip
+        yield call(
+            f"{word} beyond kv_lengths, with everything", FAMILY, why, batch=(3,), heads=4, kv_heads=2,
+            kv_lengths=lengths, q_offset=Given("q_offset", (4, -1, 0)), causal=True, softcap=2.0,
+            bias=Drawn("bias", (5, 9)), sinks=Drawn("sinks", (4,)), plants=planted, return_lse=True,
+        )  # fmt: skip
         for dtype in ("float16", "bfloat16", "float64"):
-            yield call(f"{word} beyond kv_lengths, {dtype}", FAMILY, why, batch=(3,), kv_lengths=lengths,
-                       dtype=dtype, plants=planted, return_lse=True)  # fmt: skip
+            yield call(
+                f"{word} beyond kv_lengths, {dtype}", FAMILY, why, batch=(3,), kv_lengths=lengths,
+                dtype=dtype, plants=planted, return_lse=True,
+            )  # fmt: skip
         for operation in ("weights", "stats"):
-            yield call(f"{word} beyond kv_lengths, {operation}", FAMILY, why, batch=(3,), operation=operation,
-                       kv_lengths=lengths, plants=planted[:1])  # fmt: skip
-    yield call("nan beyond kv_lengths, blocks", FAMILY, why, batch=(2,), heads=1, q_len=2, k_len=300, dim=4,
-               kv_lengths=[129, 3], plants=(Plant("k", "beyond kv_lengths", NAN), Plant("v", "beyond kv_lengths", NAN)),
-               return_lse=True)  # fmt: skip
+            yield call(
+                f"{word} beyond kv_lengths, {operation}", FAMILY, why, batch=(3,), operation=operation,
+                kv_lengths=lengths, plants=planted[:1],
+            )  # fmt: skip
+    yield call(
+        "nan beyond kv_lengths, blocks", FAMILY, why, batch=(2,), heads=1, q_len=2, k_len=300, dim=4,
+        kv_lengths=[129, 3],
+        plants=(Plant("k", "beyond kv_lengths", NAN), Plant("v", "beyond kv_lengths", NAN)), return_lse=True,
+    )  # fmt: skip
 
 
 def _hidden_pairs() -> Iterator[Case]:
@@ -55,31 +63,48 @@ def _hidden_pairs() -> Iterator[Case]:
         "causal": {"causal": True},
         "window": {"window": (2, 1)},
         "mask array": {"mask": Drawn("mask", (5, 9), "bool", "half true")},
-        "mask expression": {"mask": Entry("masks", "documents", (Given("ids", (0, 0, 1, 1, 1, 2, 2, 3, 3)),))},
+        "mask expression": {
+            "mask": Entry("masks", "documents", (Given("ids", (0, 0, 1, 1, 1, 2, 2, 3, 3)),))
+        },
         "negated mask": {"mask": ~Entry("masks", "prefix", (8,)) | Entry("masks", "causal")},
-    }  # fmt: skip
+    }
     for word, value in SPECIALS.items():
         for name, options in hides.items():
-            yield call(f"{word} in k and v, hidden from some rows by {name}", FAMILY, why, also=STRICT,
-                       plants=(Plant("k", (0, 7, 2), value), Plant("v", (1, 6, 3), value)), return_lse=True,
-                       **options)  # fmt: skip
-        yield call(f"{word} in bias at hidden pairs", FAMILY, why, also=STRICT, bias=Drawn("bias", (5, 9)), causal=True,
-                   plants=(Plant("bias", (0, 7), value), Plant("bias", (3, 8), value)), return_lse=True)  # fmt: skip
-        yield call(f"{word} in weights and hidden keys", FAMILY, why, also=STRICT, operation="weights", causal=True,
-                   plants=(Plant("k", (0, 8), value),), kv_heads=1, heads=2)  # fmt: skip
-        yield call(f"{word} in stats and hidden keys", FAMILY, why, also=STRICT, operation="stats", causal=True,
-                   stats=("key_mass", "entropy", "max"), window=(None, -0),
-                   plants=(Plant("k", (0, 0), value),), mask=~Entry("masks", "prefix", (1,)))  # fmt: skip
+            yield call(
+                f"{word} in k and v, hidden from some rows by {name}", FAMILY, why, also=STRICT,
+                plants=(Plant("k", (0, 7, 2), value), Plant("v", (1, 6, 3), value)), return_lse=True,
+                **options,
+            )  # fmt: skip
+        yield call(
+            f"{word} in bias at hidden pairs", FAMILY, why, also=STRICT, bias=Drawn("bias", (5, 9)),
+            causal=True, plants=(Plant("bias", (0, 7), value), Plant("bias", (3, 8), value)), return_lse=True,
+        )  # fmt: skip
+        yield call(
+            f"{word} in weights and hidden keys", FAMILY, why, also=STRICT, operation="weights", causal=True,
+            plants=(Plant("k", (0, 8), value),), kv_heads=1, heads=2,
+        )  # fmt: skip
+        yield call(
+            f"{word} in stats and hidden keys", FAMILY, why, also=STRICT, operation="stats", causal=True,
+            stats=("key_mass", "entropy", "max"), window=(None, -0), plants=(Plant("k", (0, 0), value),),
+            mask=~Entry("masks", "prefix", (1,)),
+        )  # fmt: skip
     for dtype in ("float16", "bfloat16", "float64"):
-        yield call(f"nan in k and v, hidden from some rows, {dtype}", FAMILY, why, also=STRICT, causal=True, dtype=dtype,
-                   plants=(Plant("k", (0, 7), NAN), Plant("v", (1, 6), NAN)), return_lse=True)  # fmt: skip
-    yield call("nan in a row of q", FAMILY, "a NaN query spoils its row and no other", causal=True,
-               plants=(Plant("q", (0, 2, 1), NAN),), return_lse=True)  # fmt: skip
-    yield call("nan in a query that sees nothing", FAMILY, why, also=STRICT, return_lse=True, sinks=[0.5, 1.0],
-               mask=Given("mask", tuple((row != 2,) for row in range(5)), "bool"),
-               plants=(Plant("q", (0, 2), NAN),))  # fmt: skip
-    yield call("nan in a key of another block", FAMILY, why, also=STRICT, heads=1, q_len=260, k_len=300, dim=2, causal=True,
-               plants=(Plant("k", (0, 299, 0), NAN), Plant("v", (0, 150, 1), INF)), return_lse=True)  # fmt: skip
+        yield call(
+            f"nan in k and v, hidden from some rows, {dtype}", FAMILY, why, also=STRICT, causal=True,
+            dtype=dtype, plants=(Plant("k", (0, 7), NAN), Plant("v", (1, 6), NAN)), return_lse=True,
+        )  # fmt: skip
+    yield call(
+        "nan in a row of q", FAMILY, "a NaN query spoils its row and no other", causal=True,
+        plants=(Plant("q", (0, 2, 1), NAN),), return_lse=True,
+    )  # fmt: skip
+    yield call(
+        "nan in a query that sees nothing", FAMILY, why, also=STRICT, return_lse=True, sinks=[0.5, 1.0],
+        mask=Given("mask", tuple((row != 2,) for row in range(5)), "bool"), plants=(Plant("q", (0, 2), NAN),),
+    )  # fmt: skip
+    yield call(
+        "nan in a key of another block", FAMILY, why, also=STRICT, heads=1, q_len=260, k_len=300, dim=2,
+        causal=True, plants=(Plant("k", (0, 299, 0), NAN), Plant("v", (0, 150, 1), INF)), return_lse=True,
+    )  # fmt: skip
 
 
 def _seen_specials() -> Iterator[Case]:
@@ -88,15 +113,23 @@ def _seen_specials() -> Iterator[Case]:
         yield call(
             f"{word} at a seen value", FAMILY, why, plants=(Plant("v", (0, 3, 2), value),), return_lse=True
         )
-        yield call(f"{word} in a seen bias", FAMILY, why, bias=Drawn("bias", (2, 5, 9)), return_lse=True,
-                   plants=(Plant("bias", (1, 2, 3), value),))  # fmt: skip
-        yield call(f"{word} at a seen value, blocks", FAMILY, why, heads=1, q_len=2, k_len=300, dim=2,
-                   plants=(Plant("v", (0, 5, 1), value),), return_lse=True)  # fmt: skip
+        yield call(
+            f"{word} in a seen bias", FAMILY, why, bias=Drawn("bias", (2, 5, 9)), return_lse=True,
+            plants=(Plant("bias", (1, 2, 3), value),),
+        )  # fmt: skip
+        yield call(
+            f"{word} at a seen value, blocks", FAMILY, why, heads=1, q_len=2, k_len=300, dim=2,
+            plants=(Plant("v", (0, 5, 1), value),), return_lse=True,
+        )  # fmt: skip
     yield call("nan at a seen key", FAMILY, why, plants=(Plant("k", (0, 3, 2), NAN),), return_lse=True)
-    yield call("inf at a seen key", FAMILY, "scores of both infinities, by the sign of the query",
-               plants=(Plant("k", (0, 3, 2), INF),), return_lse=True)  # fmt: skip
-    yield call("inf and -inf at seen values", FAMILY, why, return_lse=True,
-               plants=(Plant("v", (0, 3, 2), INF), Plant("v", (0, 4, 2), -INF)))  # fmt: skip
+    yield call(
+        "inf at a seen key", FAMILY, "scores of both infinities, by the sign of the query",
+        plants=(Plant("k", (0, 3, 2), INF),), return_lse=True,
+    )  # fmt: skip
+    yield call(
+        "inf and -inf at seen values", FAMILY, why, return_lse=True,
+        plants=(Plant("v", (0, 3, 2), INF), Plant("v", (0, 4, 2), -INF)),
+    )  # fmt: skip
 
 
 def _empty_rows() -> Iterator[Case]:
@@ -104,24 +137,41 @@ def _empty_rows() -> Iterator[Case]:
     some = Given("mask", tuple((row not in (1, 4),) for row in range(5)), "bool")
     for dtype in ("float32", "float16", "bfloat16", "float64"):
         yield call(f"rows that see nothing, {dtype}", FAMILY, why, mask=some, return_lse=True, dtype=dtype)
-        yield call(f"rows that see nothing but a sink, {dtype}", FAMILY, why, mask=some, sinks=Drawn("sinks", (2,)),
-                   return_lse=True, dtype=dtype)  # fmt: skip
+        yield call(
+            f"rows that see nothing but a sink, {dtype}", FAMILY, why, mask=some, sinks=Drawn("sinks", (2,)),
+            return_lse=True, dtype=dtype,
+        )  # fmt: skip
     yield call("no key is seen at all", FAMILY, why, mask=Given("mask", ((False,),), "bool"), return_lse=True)
-    yield call("more queries than keys, causal", FAMILY, "rows before the first key", q_len=9, k_len=3, causal=True,
-               return_lse=True)  # fmt: skip
+    yield call(
+        "more queries than keys, causal", FAMILY, "rows before the first key", q_len=9, k_len=3, causal=True,
+        return_lse=True,
+    )  # fmt: skip
     yield call("lengths of 0", FAMILY, why, batch=(2,), kv_lengths=[0, 9], return_lse=True, sinks=[1.0, -2.0])
-    yield call("minus infinity as sink", FAMILY, "a sink of -inf is no sink", mask=some, return_lse=True,
-               sinks=Given("sinks", (-INF, 0.5), "float32"))  # fmt: skip
+    yield call(
+        "minus infinity as sink", FAMILY, "a sink of -inf is no sink", mask=some, return_lse=True,
+        sinks=Given("sinks", (-INF, 0.5), "float32"),
+    )  # fmt: skip
     for word, mask in {"": None, ", and a mask": some}.items():
-        yield call(f"bias of -inf{word}", FAMILY, "-inf gives weight 0, and a row with nothing else is treated as empty",
-                   bias=Drawn("bias", (2, 5, 9)), mask=mask, return_lse=True,
-                   plants=(Plant("bias", (0, 1), -INF), Plant("bias", (slice(None), 3, slice(0, 8)), -INF)))  # fmt: skip
-        yield call(f"bias of -inf and a sink{word}", FAMILY, "lse of such a row is the sink's logit",
-                   bias=Drawn("bias", (2, 5, 9)), mask=mask, return_lse=True, sinks=Drawn("sinks", (2,)),
-                   plants=(Plant("bias", (0, 1), -INF),))  # fmt: skip
-    for operation in ("weights", "stats"):
-        yield call(f"rows that see nothing, {operation}", FAMILY, "their weights are 0", operation=operation, mask=some,
-                   **({"stats": ("key_mass", "entropy", "max")} if operation == "stats" else {}))  # fmt: skip
-    yield call("the first block of keys is -inf", FAMILY, "a running maximum of -inf must not make NaN", heads=1, q_len=2,
-               k_len=400, dim=2, bias=Drawn("bias", (1, 400)), plants=(Plant("bias", (0, slice(0, 300)), -INF),),
-               return_lse=True)  # fmt: skip
+        yield call(
+            f"bias of -inf{word}", FAMILY,
+            "-inf gives weight 0, and a row with nothing else is treated as empty",
+            bias=Drawn("bias", (2, 5, 9)), mask=mask, return_lse=True,
+            plants=(Plant("bias", (0, 1), -INF), Plant("bias", (slice(None), 3, slice(0, 8)), -INF)),
+        )  # fmt: skip
+        yield call(
+            f"bias of -inf and a sink{word}", FAMILY, "lse of such a row is the sink's logit",
+            bias=Drawn("bias", (2, 5, 9)), mask=mask, return_lse=True, sinks=Drawn("sinks", (2,)),
+            plants=(Plant("bias", (0, 1), -INF),),
+        )  # fmt: skip
+    yield call(
+        "rows that see nothing, weights", FAMILY, "their weights are 0", operation="weights", mask=some
+    )
+    yield call(
+        "rows that see nothing, stats", FAMILY, "their weights are 0", operation="stats", mask=some,
+        stats=("key_mass", "entropy", "max"),
+    )  # fmt: skip
+    yield call(
+        "the first block of keys is -inf", FAMILY, "a running maximum of -inf must not make NaN", heads=1,
+        q_len=2, k_len=400, dim=2, bias=Drawn("bias", (1, 400)),
+        plants=(Plant("bias", (0, slice(0, 300)), -INF),), return_lse=True,
+    )  # fmt: skip

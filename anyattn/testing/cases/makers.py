@@ -1,4 +1,4 @@
-"""Python functions that cases give as `mask` and `score_mod`, made from the functions of the side that reads them.
+"""Python functions that cases give as `mask` and `score_mod`, for the library and for the oracle.
 
 A maker takes the side's functions (`where`, `clip`, `exp`, ...) and its captured arrays; see `case.Function`.
 """
@@ -101,3 +101,8 @@ def minus_infinity(f: Any) -> Made:
 def to_float(_f: Any, table: Any) -> Made:
     """A captured integer array in arithmetic with the score."""
     return lambda score, b, h, i, j: score + table[j] * 0.5
+
+
+def number(_f: Any) -> Made:
+    """Not a mask: a number where a truth value is wanted."""
+    return lambda b, h, i, j: i - j

@@ -15,16 +15,20 @@ def cases() -> Iterator[Case]:
     for memory, meaning in MEMORIES.items():
         for dtype in ("float32", "float16", "bfloat16", "float64"):
             for layout in ("bhld", "blhd"):
-                yield call(f"{memory} arrays, {layout}, {dtype}", FAMILY, meaning, batch=(3,), heads=4, kv_heads=2,
-                           memory=memory, layout=layout, dtype=dtype, causal=True, return_lse=True,
-                           bias=Drawn("bias", (3, 4, 5, 9)), mask=Drawn("mask", (3, 1, 5, 9), "bool", "mostly true"),
-                           kv_lengths=Given("kv_lengths", (9, 9, 9) if memory == "repeated" else (9, 7, 3)),
-                           q_offset=2)  # fmt: skip
+                yield call(
+                    f"{memory} arrays, {layout}, {dtype}", FAMILY, meaning, batch=(3,), heads=4, kv_heads=2,
+                    memory=memory, layout=layout, dtype=dtype, causal=True, return_lse=True,
+                    bias=Drawn("bias", (3, 4, 5, 9)), mask=Drawn("mask", (3, 1, 5, 9), "bool", "mostly true"),
+                    kv_lengths=Given("kv_lengths", (9, 9, 9) if memory == "repeated" else (9, 7, 3)),
+                    q_offset=2,
+                )  # fmt: skip
         yield call(
             f"{memory} arrays, two axes", FAMILY, meaning, two_axes=True, memory=memory, return_lse=True
         )
-        yield call(f"{memory} arrays, blocks", FAMILY, meaning, heads=2, q_len=9, k_len=270, dim=3, memory=memory,
-                   causal=True, return_lse=True)  # fmt: skip
+        yield call(
+            f"{memory} arrays, blocks", FAMILY, meaning, heads=2, q_len=9, k_len=270, dim=3, memory=memory,
+            causal=True, return_lse=True,
+        )  # fmt: skip
         for operation in ("weights", "stats"):
             yield call(
                 f"{memory} arrays, {operation}",

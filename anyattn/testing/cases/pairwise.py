@@ -1,7 +1,8 @@
 """All pairs of options: every value of one option meets every value of every other in some case.
 
-`ROWS` is written out so that the kit needs no generator and a case's name means the same everywhere. It comes from
-`python -m anyattn.testing.cases.regenerate_pairs`, which needs allpairspy; a test holds that it covers all pairs.
+`ROWS` is written out so that the kit needs no generator and a case's name means the same everywhere. It comes
+from `python -m anyattn.testing.cases.regenerate_pairs`, which needs allpairspy; a test holds that it covers
+all pairs.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _case(number: int, row: dict[str, str]) -> Case:
         "sinks": {"none": None, "array": Drawn("sinks", (heads,))}[row["sinks"]],
         "scale": {"default": None, "0.3": 0.3}[row["scale"]],
     }
-    lengths = [k_len, max(k_len - 4, 0), 2][: batch[-1]] if batch else k_len - 2
+    lengths: Any = [k_len, max(k_len - 4, 0), 2][: batch[-1]] if batch else k_len - 2
     if row["kv_lengths"] == "array":
         lengths = Given("kv_lengths", tuple(lengths) if isinstance(lengths, list) else lengths)
     if row["kv_lengths"] != "none":

@@ -1,4 +1,4 @@
-"""Write `pairwise.ROWS` anew after a change of `pairwise.FACTORS`: python -m anyattn.testing.cases.regenerate_pairs."""
+"""Write `pairwise.ROWS` anew after a change of `pairwise.FACTORS`; run as a module, needs allpairspy."""
 
 from __future__ import annotations
 

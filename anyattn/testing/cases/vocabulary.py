@@ -114,28 +114,52 @@ SCORES: dict[str, Any] = {
 
 def cases() -> Iterator[Case]:
     """Each entry at the default offset and at one where positions are negative."""
-    sizes = {"batch": (B,), "heads": HEADS, "q_len": Q_LEN, "k_len": K_LEN}
+    sizes: dict[str, Any] = {"batch": (B,), "heads": HEADS, "q_len": Q_LEN, "k_len": K_LEN}
     for offset in (None, -3):
         for name, entry in (MASKS | {f"combined: {name}": entry for name, entry in COMBINED.items()}).items():
-            yield call(f"masks.{name}, q_offset={offset}", FAMILY, f"masks: {name}", mask=entry, q_offset=offset,
-                       return_lse=True, **sizes)  # fmt: skip
+            yield call(
+                f"masks.{name}, q_offset={offset}", FAMILY, f"masks: {name}", mask=entry, q_offset=offset,
+                return_lse=True, **sizes,
+            )  # fmt: skip
         for name, entry in SCORES.items():
-            yield call(f"scores.{name}, q_offset={offset}", FAMILY, f"scores: {name}", score_mod=entry, q_offset=offset,
-                       return_lse=True, **sizes)  # fmt: skip
+            yield call(
+                f"scores.{name}, q_offset={offset}", FAMILY, f"scores: {name}", score_mod=entry,
+                q_offset=offset, return_lse=True, **sizes,
+            )  # fmt: skip
     for heads in (1, 3, 6, 12):
-        yield call(f"scores.alibi of {heads} heads", FAMILY, "slopes of head counts that are no power of two",
-                   heads=heads, score_mod=score("alibi", heads), return_lse=True)  # fmt: skip
+        yield call(
+            f"scores.alibi of {heads} heads", FAMILY, "slopes of head counts that are no power of two",
+            heads=heads, score_mod=score("alibi", heads), return_lse=True,
+        )  # fmt: skip
     for bidirectional in (True, False):
-        yield call(f"scores.t5_bias over a long range, bidirectional={bidirectional}", FAMILY,
-                   "every bucket edge; (16, 128) has edges at exact powers that float logarithms miss",
-                   heads=2, q_len=3, k_len=300, dim=2, q_offset=150, return_lse=True,
-                   score_mod=score("t5_bias", Drawn("table", (32, 2)), bidirectional, 128))  # fmt: skip
+        yield call(
+            f"scores.t5_bias over a long range, bidirectional={bidirectional}", FAMILY,
+            "every bucket edge; (16, 128) has edges at exact powers that float logarithms miss", heads=2,
+            q_len=3, k_len=300, dim=2, q_offset=150, return_lse=True,
+            score_mod=score("t5_bias", Drawn("table", (32, 2)), bidirectional, 128),
+        )  # fmt: skip
     for name in ("sliding_window(3)", "strided(4)", "random_blocks(2, 2, 0)", "dilated(2, 3)"):
-        yield call(f"masks.{name} over blocks", FAMILY, "masks across key blocks", heads=1, q_len=150, k_len=300, dim=2,
-                   mask=MASKS[name], return_lse=True)  # fmt: skip
-    yield call("scores.relative_keys, grouped heads, no batch", FAMILY, "one table for all heads", heads=4, kv_heads=2,
-               score_mod=score("relative_keys", Same("q"), Drawn("table", (7, 8))), return_lse=True)  # fmt: skip
+        yield call(
+            f"masks.{name} over blocks", FAMILY, "masks across key blocks", heads=1, q_len=150, k_len=300,
+            dim=2, mask=MASKS[name], return_lse=True,
+        )  # fmt: skip
+    yield call(
+        "scores.relative_keys, grouped heads, no batch", FAMILY, "one table for all heads", heads=4,
+        kv_heads=2, score_mod=score("relative_keys", Same("q"), Drawn("table", (7, 8))), return_lse=True,
+    )  # fmt: skip
+    empties: dict[str, dict[str, Any]] = {
+        "no rows": {"q_len": 0},
+        "no keys": {"k_len": 0},
+        "an empty batch": {"batch": (0,)},
+    }
+    for name, empty in empties.items():
+        yield call(
+            f"scores.relative_keys, {name}", FAMILY, "an empty call has an empty result", return_lse=True,
+            score_mod=score("relative_keys", Same("q"), Drawn("table", (7, 8))), **empty,
+        )  # fmt: skip
     for dtype in ("float16", "bfloat16", "float64"):
         for name in ("relative_keys", "relative_bias", "t5_bias(few buckets)", "alibi of slopes"):
-            yield call(f"scores.{name}, {dtype}", FAMILY, "tables of every dtype", dtype=dtype, score_mod=SCORES[name],
-                       return_lse=True, **sizes)  # fmt: skip
+            yield call(
+                f"scores.{name}, {dtype}", FAMILY, "tables of every dtype", dtype=dtype,
+                score_mod=SCORES[name], return_lse=True, **sizes,
+            )  # fmt: skip

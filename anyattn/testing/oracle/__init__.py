@@ -1,8 +1,9 @@
 """The float64 oracle: what every call of the contract means, written down once more from the contract alone.
 
-It shares no code with the library: nothing here imports `anyattn` outside this package, arrays are NumPy arrays, every
-definition is dense (an L x L array of scores, a Python loop over rows), and the masks, scores, Philox and T5 buckets
-are written anew. A mistake in `reference` and the same mistake here would have to be made twice.
+It shares no code with the library: nothing here imports `anyattn` outside this package, arrays are NumPy
+arrays, every definition is dense (an L x L array of scores, a Python loop over rows), and the masks, scores,
+Philox and T5 buckets are written anew. A mistake in `reference` and the same mistake here would have to be
+made twice.
 
 `attention`, `weights`, `stats` and `merge` take what their namesakes in `anyattn` take, with NumPy arrays;
 `masks` and `scores` hold the vocabulary; `gradients` gives the derivatives.

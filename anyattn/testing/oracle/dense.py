@@ -1,7 +1,8 @@
 """Attention by its definition: dense, in float64, one row at a time (contract sections 1 and 2).
 
-A hidden key cannot touch a row here because the row's sums run over its seen keys only; there is no masking by large
-negative numbers and no cleaning of non-finite values to get right. At seen keys NaN and infinity behave as IEEE says.
+A hidden key cannot touch a row here because the row's sums run over its seen keys only; there is no masking
+by large negative numbers and no cleaning of non-finite values to get right. At seen keys NaN and infinity
+behave as IEEE says.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ STATS = ("key_mass", "entropy", "max")
 class Dense:
     """One call with every score written out.
 
-    Arrays are ordered (B, Hq, rows, ...): B counts the batch entries in row-major order (1 if there is no batch axis),
-    key/value heads are repeated for the query heads that share them, and two-axis arrays have one head.
+    Arrays are ordered (B, Hq, rows, ...): B counts the batch entries in row-major order (1 if there is no
+    batch axis), key/value heads are repeated for the query heads that share them, and two-axis arrays have
+    one head.
     """
 
     q: Array
@@ -124,8 +126,8 @@ class Dense:
 
         return cls(
             q, k, v, pairs, product, capped, modified, final, seen,
-            None if sinks is None else np.asarray(sinks, np.float64).reshape(heads),
-            scale, modify, softcap, batch_shape, has_heads, layout,
+            None if sinks is None else np.asarray(sinks, np.float64).reshape(heads), scale, modify, softcap,
+            batch_shape, has_heads, layout,
         )  # fmt: skip
 
     def rows(self) -> Iterator[tuple[int, int, int]]:
@@ -154,7 +156,7 @@ class Dense:
         return out
 
     def as_result(self, x: Array, *, rows_and_features: bool = False) -> Array:
-        """Give (B, Hq, ...) the caller's axes; `rows_and_features` also gives (..., L, D) the caller's layout."""
+        """Give (B, Hq, ...) the caller's axes, and (..., L, D) with `rows_and_features` the layout."""
         x = x.reshape(*self.batch_shape, *x.shape[1:]) if self.has_heads else x[0, 0]
         if rows_and_features and self.has_heads and self.layout == "blhd":
             x = np.swapaxes(x, -3, -2)

@@ -1,11 +1,13 @@
 """Derivatives of the output and of lse, dense and in float64.
 
 With p = exp(s - lse), out = Σ p·v and cotangents dout, dlse:
-dv = Σ p·dout, ds = p·(dout·v − dout·out + dlse), and the sink's share exp(sink − lse) gets the same with v = 0.
-A hidden pair, and one whose score is −inf, has p = 0 and passes nothing on, whatever is in k, v or bias there.
+dv = Σ p·dout, ds = p·(dout·v − dout·out + dlse), and the sink's share exp(sink − lse) gets the same with v =
+0. A hidden pair, and one whose score is −inf, has p = 0 and passes nothing on, whatever is in k, v or bias
+there.
 
-How a score modification passes ds on is found by a complex step, f'(x) = Im f(x + i·ε)/ε, which has no cancellation
-and so is exact to rounding: Squire and Trapp, "Using Complex Variables to Estimate Derivatives" (1998).
+How a score modification passes ds on is found by a complex step, f'(x) = Im f(x + i·ε)/ε, which has no
+cancellation and so is exact to rounding: Squire and Trapp, "Using Complex Variables to Estimate Derivatives"
+(1998).
 """
 
 from __future__ import annotations
@@ -42,13 +44,14 @@ def gradients(
     dout, dlse
         Cotangents in the shapes of the two results.
     parameters, rebuild
-        Float arrays that the score modification captured, and the function that builds it from other values of them.
+        Float arrays that the score modification captured, and the function that builds it from other values
+        of them.
 
     Returns
     -------
     dict
-        "q", "k", "v" and, where given, "bias" and "sinks", each in the shape of its argument, and one entry for
-        each of `parameters`.
+        "q", "k", "v" and, where given, "bias" and "sinks", each in the shape of its argument, and one entry
+        for each of `parameters`.
     """
     dense = Dense.of(q, k, v, **options)
     p, lse = dense.softmax()
@@ -132,7 +135,7 @@ def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
 
 
 def argument_gradient(gradient: Array, dense: Dense, shape: tuple[int, ...]) -> Array:
-    """Take (B, Hq, L, features) to the axes of q, k or v, summing over what shared or broadcast an element."""
+    """Take (B, Hq, L, features) to the axes of q, k or v, summing over all that shared an element."""
     if not dense.has_heads:
         return gradient[0, 0]
     gradient = gradient.reshape(*dense.batch_shape, *gradient.shape[1:])

@@ -113,7 +113,7 @@ def block_sparse(blocks: Any, block_size: int) -> Pattern:
 
 
 def random_blocks(count: int, block_size: int, seed: int, *, positions: bool = True) -> Pattern:
-    """The `count` key blocks of least 64-bit Philox value for each block of queries; ties go to the lower index."""
+    """The `count` key blocks of least 64-bit Philox value for each query block; ties go to the lower one."""
     key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
 
     def chosen(query_block: int, key_blocks: int) -> set[int]:

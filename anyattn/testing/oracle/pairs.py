@@ -12,7 +12,7 @@ Array = Any
 
 @dataclass(frozen=True)
 class Pairs:
-    """int64 index arrays that broadcast to (B, Hq, Lq, Lk); `i` is the position, `row` + offset of the batch entry."""
+    """int64 index arrays that broadcast to (B, Hq, Lq, Lk); the position `i` is `row` + offset."""
 
     b: Array
     h: Array

@@ -1,4 +1,4 @@
-"""Philox4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), on Python integers."""
+"""Philox4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), on integers."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ A score function may be called with complex scores or tables: `derivatives` diff
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ Array = Any
 
 
 class Score:
-    """A function (scores, index grid) -> scores; `+` adds the changes of two, `then` applies one after the other."""
+    """A function (scores, index grid) -> scores; `+` adds the changes of two, `then` chains them."""
 
     def __init__(self, change: Callable[[Array, Pairs], Array]) -> None:
         self._change = change
@@ -35,8 +36,8 @@ class Score:
 def alibi_slopes(heads: int) -> Array:
     """Slopes of Press, Smith and Lewis, "Train Short, Test Long" (2022), section 3, and their released code.
 
-    For a power of two n the slopes are 2^(-8/n), 2^(-16/n), ... For other head counts the released code takes the
-    slopes of the next lower power of two and fills up with every other slope of twice as many heads.
+    For a power of two n the slopes are 2^(-8/n), 2^(-16/n), ... For other head counts the released code takes
+    the slopes of the next lower power of two and fills up with every other slope of twice as many heads.
     """
     power = 1
     while power * 2 <= heads:
@@ -47,7 +48,7 @@ def alibi_slopes(heads: int) -> Array:
 
 
 def wide(values: Any) -> Array:
-    """Values in float64, or complex where a derivative is taken: tables of 16 bits must not round what they meet."""
+    """Values in float64, or complex for a derivative: tables of 16 bits must not round what they meet."""
     values = np.asarray(values)
     return values if np.iscomplexobj(values) else values.astype(np.float64)
 
@@ -60,9 +61,10 @@ def alibi(slopes: Any, *, positions: bool = True) -> Score:
 def t5_bucket(distance: int, num_buckets: int, bidirectional: bool, max_distance: int) -> int:
     """Bucket of key position minus query position, in exact integers.
 
-    Raffel et al., "Exploring the Limits of Transfer Learning" (2020), section 2.1, as in T5's released code: half of
-    the buckets hold one distance each, the others grow by the logarithm up to `max_distance`. The code's
-    floor(log(d/e) / log(m/e) * n) >= k means (d/e)^n >= (m/e)^k, which integers decide without rounding.
+    Raffel et al., "Exploring the Limits of Transfer Learning" (2020), section 2.1, as in T5's released code:
+    half of the buckets hold one distance each, the others grow by the logarithm up to `max_distance`. The
+    code's floor(log(d/e) / log(m/e) * n) >= k means (d/e)^n >= (m/e)^k, which integers decide without
+    rounding.
     """
     first = 0
     if bidirectional:
@@ -110,7 +112,8 @@ def relative_bias(table: Any, *, positions: bool = True) -> Score:
 def relative_keys(q: Any, table: Any, scale: float | None = None, *, positions: bool = True) -> Score:
     """Shaw, Uszkoreit and Vaswani (2018), equation 5: `table` is (2R + 1, D), the same for every head."""
     queries, values = wide(q), wide(table)
-    queries = queries.reshape(-1, *((1,) * (3 - queries.ndim) + queries.shape)[-3:])
+    rows = ((1,) * (3 - queries.ndim) + queries.shape)[-3:]
+    queries = queries.reshape(math.prod(queries.shape[:-3]), *rows)
     reach = (values.shape[-2] - 1) // 2
     factor = queries.shape[-1] ** -0.5 if scale is None else scale
 
