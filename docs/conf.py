@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 project = "anyattn"
 author = "The anyattn developers"
 copyright = "The anyattn developers"
-release = version("anyattn")
+release = importlib.metadata.version("anyattn")
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser", "backend_table"]
 exclude_patterns = ["_build"]
@@ -27,3 +27,5 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = False
 napoleon_use_rtype = False
+# An attribute that is described in its class and documented where it is defined would be there twice.
+napoleon_use_ivar = True
