@@ -51,6 +51,20 @@ def test_every_argument_is_explained() -> None:
         assert f"`{name}`" in text or f"`{name}=" in text, name
 
 
+EXPORTED = sorted(name for name in aa.__all__ if callable(getattr(aa, name)))
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_what_is_exported_is_in_the_reference_with_every_parameter(name: str) -> None:
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert re.search(rf"auto(function|class):: {name}$", text, re.MULTILINE)
+    documentation = getattr(aa, name).__doc__
+    assert documentation
+    parameters = list(signature(getattr(aa, name)).parameters)
+    if len(parameters) > 2:
+        assert {each for each in parameters if not re.search(rf"\b{each}\b", documentation)} == set()
+
+
 @pytest.mark.parametrize("module", ["masks", "scores"])
 def test_every_entry_is_listed(module: str) -> None:
     text = (DOCS / "masks-and-scores.md").read_text(encoding="utf-8")
