@@ -237,8 +237,9 @@ class Torch(Library):
         memory = memory if memory != "plain" else self.memory
         dtype = {"int": torch.int64, "bool": torch.bool}.get(value.dtype) or getattr(torch, value.dtype)
         made = torch.tensor(_contiguous(value.values), dtype=dtype, device=self.device)
-        if memory == "transposed":
-            return made.permute(*reversed(range(made.ndim))).contiguous().permute(*reversed(range(made.ndim)))
+        if memory == "transposed" and made.ndim:
+            backwards = tuple(reversed(range(made.ndim)))
+            return made.permute(backwards).contiguous().permute(backwards)
         if memory == "gapped" and made.ndim:
             wide = torch.zeros([2 * n for n in made.shape], dtype=dtype, device=self.device)
             wide[(slice(None, None, 2),) * made.ndim] = made

@@ -21,7 +21,8 @@ MEMORIES = {
 def lay_out(values: Array, memory: str, xp: Any = np) -> Array:
     """The same values lying as `memory` says; `xp` is NumPy or a library with its strides."""
     every = (slice(None, None, -1),) * values.ndim
-    match memory:
+    # An array without axes has no strides to choose.
+    match memory if values.ndim or memory == "readonly" else "plain":
         case "reversed":
             return xp.array(values[every], order="C")[every]
         case "transposed":
@@ -41,4 +42,4 @@ def lay_out(values: Array, memory: str, xp: Any = np) -> Array:
             values = values.copy()
             values.flags.writeable = False
             return values
-    return xp.array(values)
+    return xp.array(values, order="C")

@@ -70,6 +70,7 @@ def calls(
     def option(name: str, values: st.SearchStrategy[Any]) -> Any:
         return draw(st.none() | st.none() | values) if name in able else None
 
+    layout = draw(st.sampled_from(["bhld", "blhd"]))
     shapes: list[tuple[int, ...]] = [(q_len, k_len), (1, k_len)]
     if not two_axes:
         ones = (1,) * len(batch)
@@ -84,11 +85,13 @@ def calls(
             shape.map(lambda s: Drawn("mask", s, "bool", "mostly true")) | masks(q_len, k_len),
         ),
         "bias": option("bias", shape.map(lambda s: Drawn("bias", s))),
-        "score_mod": option("score_mod", scores(heads, dim, own_q=q_batch == batch and len(batch) < 2)),
+        "score_mod": option(
+            "score_mod", scores(heads, dim, layout, own_q=q_batch == batch and len(batch) < 2)
+        ),
         "softcap": option("softcap", st.sampled_from([0.5, 2.0, 30.0])),
         "sinks": option("sinks", st.just(Drawn("sinks", (heads,)))),
         "scale": draw(st.none() | st.sampled_from([0.25, 1.0, -0.5])),
-        "layout": draw(st.sampled_from(["bhld", "blhd"])),
+        "layout": layout,
         "kv_lengths": lengths,
     }
     if "q_offset" in able:
@@ -189,7 +192,7 @@ def masks(q_len: int, k_len: int) -> st.SearchStrategy[Any]:
     )
 
 
-def scores(heads: int, dim: int, *, own_q: bool = True) -> st.SearchStrategy[Any]:
+def scores(heads: int, dim: int, layout: str = "bhld", *, own_q: bool = True) -> st.SearchStrategy[Any]:
     """An entry, a function, or a sum or chain of two; `own_q` allows `relative_keys`."""
     reach = st.integers(0, 6)
     entries: list[st.SearchStrategy[Any]] = [
@@ -214,7 +217,12 @@ def scores(heads: int, dim: int, *, own_q: bool = True) -> st.SearchStrategy[Any
     if own_q:
         entries.append(
             reach.map(
-                lambda n: Entry("scores", "relative_keys", (Same("q"), Drawn(f"keys{n}", (2 * n + 1, dim))))
+                lambda n: Entry(
+                    "scores",
+                    "relative_keys",
+                    (Same("q"), Drawn(f"keys{n}", (2 * n + 1, dim))),
+                    {"layout": layout},
+                )
             )
         )
     single = st.one_of(entries)

@@ -147,6 +147,12 @@ def cases() -> Iterator[Case]:
         "scores.relative_keys, grouped heads, no batch", FAMILY, "one table for all heads", heads=4,
         kv_heads=2, score_mod=score("relative_keys", Same("q"), Drawn("table", (7, 8))), return_lse=True,
     )  # fmt: skip
+    for layout in ("bhld", "blhd"):
+        yield call(
+            f"scores.relative_keys, batch, {layout}", FAMILY, "q of relative_keys lies as its layout says",
+            batch=(2,), layout=layout, return_lse=True,
+            score_mod=score("relative_keys", Same("q"), Drawn("table", (7, 8)), layout=layout),
+        )  # fmt: skip
     empties: dict[str, dict[str, Any]] = {
         "no rows": {"q_len": 0},
         "no keys": {"k_len": 0},

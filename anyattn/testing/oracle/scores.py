@@ -109,9 +109,13 @@ def relative_bias(table: Any, *, positions: bool = True) -> Score:
     return Score(lambda s, at: s + values[at.h, np.clip(at.place(positions) - at.j, -reach, reach) + reach])
 
 
-def relative_keys(q: Any, table: Any, scale: float | None = None, *, positions: bool = True) -> Score:
+def relative_keys(
+    q: Any, table: Any, scale: float | None = None, *, positions: bool = True, layout: str = "bhld"
+) -> Score:
     """Shaw, Uszkoreit and Vaswani (2018), equation 5: `table` is (2R + 1, D), the same for every head."""
     queries, values = wide(q), wide(table)
+    if layout == "blhd" and queries.ndim > 2:
+        queries = np.swapaxes(queries, -3, -2)
     rows = ((1,) * (3 - queries.ndim) + queries.shape)[-3:]
     queries = queries.reshape(math.prod(queries.shape[:-3]), *rows)
     reach = (values.shape[-2] - 1) // 2
