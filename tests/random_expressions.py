@@ -452,7 +452,7 @@ class _Scalar:
                 raise Undecided
             return result, 0.0
         error = self.carried(op, values, errors, float(result))
-        if op in _INEXACT and not (op == "pow" and values[1] == 2 and not any(errors)):
+        if op in _INEXACT:
             error += 8 * self.eps * abs(float(result)) + self.tiny
         elif error:
             error += self.eps * abs(float(result)) + self.tiny

@@ -81,9 +81,14 @@ def test_scores_mean_what_python_means(traced, plain):
 
 
 def test_sigmoid_of_large_scores_does_not_overflow():
-    with np.errstate(all="raise"):
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
         found = values(trace_score(lambda s, b, h, i, j: aa.sigmoid(s * 1000)), score=-5.0)
     assert np.all(found == 0)
+
+
+def test_sigmoid_of_low_scores_keeps_its_digits():
+    found = values(trace_score(lambda s, b, h, i, j: aa.log(aa.sigmoid(s))), score=-50.0)
+    np.testing.assert_allclose(found, -50.0, rtol=1e-14)
 
 
 class TestCapture:

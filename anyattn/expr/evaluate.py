@@ -65,7 +65,10 @@ def _load(node: Load, indices: list[Array], tile: Tile) -> Array:
     # everywhere.
     xp, table = tile.xp, node.table.value
     flat: Array | None = None
-    for index, size in zip(indices, table.shape, strict=True):
+    for kind, index, size in zip((i.kind for i in node.indices), indices, table.shape, strict=True):
+        if kind == "float":
+            # NaN reads entry 0, and beyond 2**24 entries float32 rounds the last one up.
+            index = tile.cast(xp.clip(xp.where(index > 0, index, 0.0), 0, size - 1), "int")
         inside = tile.cast(xp.clip(index, 0, size - 1), "int")
         flat = inside if flat is None else flat * size + inside
     if flat is None:
@@ -107,8 +110,11 @@ def _apply(node: Apply, args: list[Array], tile: Tile) -> Array:
 
 
 def _sigmoid(xp: Namespace, x: Array) -> Array:
-    # exp(-x) would overflow, and NumPy warn, for x < -88.
-    return (xp.tanh(x / 2) + 1) / 2
+    # 1 / (1 + exp(-x)) would overflow, and NumPy warn, for x < -88; (1 + tanh(x / 2)) / 2 has no digits left
+    # below -17. The selections, not abs(x), keep the derivative at 0.
+    low = x < 0
+    t = xp.exp(xp.where(low, x, -x))
+    return xp.where(low, t, 1.0) / (1 + t)
 
 
 _OPERATIONS: dict[str, Callable[..., Array]] = {
