@@ -28,7 +28,7 @@ PYTHON = "bin/python" if sys.platform != "win32" else "Scripts/python.exe"
 CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 
 # What an array library needs beside the `testing` extra, and the shared environment that holds it.
-SMALL = ["ml-dtypes", "array-api-strict", "dask[array]", "allpairspy"]
+SMALL = ["ml-dtypes", "array-api-strict", "dask[array]", "allpairspy", "pytest-xdist"]
 LARGE = [*SMALL, "torch", "jax", "transformers"]
 # Array library: its shared environment, and the variants of it that the conformance kit knows.
 LIBRARIES = {
@@ -40,6 +40,9 @@ LIBRARIES = {
 }
 # Backend: the shared environment that its tests run in.
 BACKENDS = {"reference": "large"}
+
+# More workers than this would each import torch and JAX and start threads of their own.
+PARALLEL = ["-n=auto", "--maxprocesses=4"]
 
 # The lower bounds of [project.dependencies].
 OLDEST = ["numpy==2.0.*", "array-api-compat==1.11.*"]
@@ -102,7 +105,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session, backend: str) -> None:
     """All of `tests/`, with every array library and what the backend needs installed."""
     python = shared_environment(session, BACKENDS[backend])
-    session.run(python, "-m", "pytest", *session.posargs, external=True)
+    session.run(python, "-m", "pytest", *PARALLEL, *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")
@@ -113,7 +116,7 @@ def conformance(session: nox.Session, library: str) -> None:
     python = shared_environment(session, environment)
     chosen = [f"--anyattn-library={variant}" for variant in variants]
     kit = ["--pyargs", "anyattn.testing", "--anyattn-backend=reference", *chosen]
-    session.run(python, "-m", "pytest", *kit, *session.posargs, external=True)
+    session.run(python, "-m", "pytest", *PARALLEL, *kit, *session.posargs, external=True)
 
 
 @nox.session(reuse_venv=False)
