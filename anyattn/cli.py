@@ -15,6 +15,7 @@ import anyattn
 
 COMMANDS = {
     "info": "anyattn.info",
+    "cache": "anyattn.cache_command",
     "demo": "anyattn.demo.command",
 }
 
@@ -23,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="anyattn",
-        description="Attention for any array library: what is installed here, and a demonstration.",
+        description="Attention for any array library: what is installed, compiled kernels, a demonstration.",
     )
     parser.add_argument("--version", action="version", version=f"anyattn {anyattn.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
