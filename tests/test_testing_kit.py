@@ -42,6 +42,13 @@ def reference(**changes):
     return SimpleNamespace(**(declared | changes))
 
 
+class Hidden(dict):
+    """Options that a case does not find when it names its needs."""
+
+    def get(self, name, default=None):
+        return default
+
+
 class TestCases:
     def test_the_pairs_are_all_there(self):
         rows = pairwise.rows()
@@ -298,6 +305,12 @@ class TestRunning:
         monkeypatch.setattr(running, "perform", lambda case, arrays, _: perform(case, arrays, "reference"))
         with pytest.raises(AssertionError, match=r"shows \['reference'\], not numba alone"):
             running.check_values(self.CASE, NUMPY, "numba")
+
+    def test_a_case_must_name_what_it_needs(self):
+        case = replace(self.CASE, options={"causal": True}, also=frozenset())
+        object.__setattr__(case, "options", Hidden({"causal": True}))
+        with pytest.raises(AssertionError, match=r"needs \['causal'\], and the case does not say so"):
+            running.check_values(case, NUMPY, "reference")
 
     def test_no_backend_ran(self, monkeypatch):
         monkeypatch.setattr(running, "perform", lambda case, arrays, _: {})

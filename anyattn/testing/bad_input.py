@@ -312,7 +312,7 @@ def _around() -> tuple[BadCall, ...]:
             ("stats", "key_mass", "entropy", "max", "median"), "stats", options={"stats": ("median",)},
         ),
         BadCall(
-            "statistics as one word", "a sequence of names", "ValueError", ("stats", "sequence"), "stats",
+            "statistics as one word", "a sequence of names", "TypeError", ("stats", "sequence"), "stats",
             options={"stats": "max"},
         ),
         BadCall(

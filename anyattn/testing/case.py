@@ -198,6 +198,9 @@ class Case:
             named.add(self.operation)
         if len(self.q) > 2 and self.q[-3] != self.k[-3]:
             named.add("grouped_heads")
+        if "kv_lengths" in named and self.q[-2] == 1:
+            # The one query stands at kv_lengths - 1, a position of its own in each batch entry.
+            named.add("q_offset")
         return frozenset(named) | self.also
 
     @property

@@ -95,6 +95,10 @@ class Library:
             return f"{self.name} has one device here"
         return None
 
+    def needs(self, case: Case) -> frozenset[str]:
+        """The capabilities that a backend needs for a case in this library."""
+        return case.needs | ({"traced"} if self.traced else set())
+
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """What must be switched on while arrays are made and the call runs."""
@@ -302,6 +306,10 @@ class Jax(Library):
             cast(Any, jax).clear_caches()
         with jax.enable_x64(self._x64):
             yield
+
+    def needs(self, case: Case) -> frozenset[str]:
+        # JAX differentiates by tracing.
+        return super().needs(case) | ({"traced"} if "gradients" in case.also else set())
 
     def array(self, value: Value, memory: str = "plain") -> Array:
         import jax.numpy as jnp

@@ -196,10 +196,9 @@ def anyattn_run(request: pytest.FixtureRequest) -> Run:
 
     run: Run = request.param
     missing = skip_reason(run.case, run.backend, run.library)
-    needs = set(run.case.needs) | ({"traced"} if run.library.traced else set())
     noted = {
         "library": run.library.name,
-        "needs": sorted(needs),
+        "needs": sorted(run.library.needs(run.case)),
         "skipped_by": missing and missing[0],
         "reason": missing and missing[1],
     }

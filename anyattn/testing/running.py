@@ -44,8 +44,7 @@ def skip_reason(case: Case | BadCall, backend: Any, library: Library) -> tuple[s
         return "backend", f"{backend.name} does not run on {library.device}"
     if case.dtype not in backend.dtypes:
         return "backend", f"{backend.name} does not take {case.dtype}"
-    needs = case.needs | ({"traced"} if library.traced else set())
-    undeclared = sorted(needs - backend.capabilities)
+    undeclared = sorted(library.needs(case) - backend.capabilities)
     return ("backend", f"{backend.name} does not declare {', '.join(undeclared)}") if undeclared else None
 
 
@@ -135,7 +134,7 @@ def check_gradients(case: Case, library: Library, backend: str, *, twice: bool =
         def differentiate() -> dict[str, Array]:
             return library.gradients(lambda x: perform(case, x, backend), arrays, names, weights)
 
-        found = _with_record(case, backend, differentiate)
+        found = _with_record(case, library, backend, differentiate)
         wanted = expected_gradients(case, values)
         _compare(case, library, found, {name: wanted[name] for name in found}, what="gradient of ")
         if twice:
@@ -203,19 +202,26 @@ def _message(bad: BadCall, refused: Callable[[], Any]) -> str:
 
 def _recorded(case: Case, library: Library, backend: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
     program = library.prepare(lambda x: perform(case, x, backend))
-    return _with_record(case, backend, lambda: program(arrays))
+    return _with_record(case, library, backend, lambda: program(arrays))
 
 
-def _with_record(case: Case, backend: str, action: Any) -> dict[str, Array]:
-    """Run, and assert from the dispatch record that the backend under test and no other ran."""
+def _with_record(
+    case: Case, library: Library, backend: str, action: Callable[[], dict[str, Array]]
+) -> dict[str, Array]:
+    """Run, and assert from the dispatch record that the backend under test and no other ran.
+
+    Skips are computed from what the case says that it needs, so the call must not turn out to need more.
+    """
     from anyattn.dispatch import recording
 
     with recording() as records:
-        results: dict[str, Array] = action()
+        results = action()
     ran = sorted({record.backend for record in records})
     assert ran == [backend], (
         f"{case.name}: the dispatch record shows {ran or 'no backend'}, not {backend} alone"
     )
+    more = frozenset().union(*(record.features for record in records)) - library.needs(case)
+    assert not more, f"{case.name}: the call needs {sorted(more)}, and the case does not say so"
     return results
 
 

@@ -122,6 +122,14 @@ def _seen_specials() -> Iterator[Case]:
             plants=(Plant("v", (0, 5, 1), value),), return_lse=True,
         )  # fmt: skip
     yield call("nan at a seen key", FAMILY, why, plants=(Plant("k", (0, 3, 2), NAN),), return_lse=True)
+    for operation, chosen in {"weights": {}, "stats": {"stats": ("key_mass", "entropy", "max")}}.items():
+        extra: dict[str, Any] = chosen
+        yield call(
+            f"nan at a seen key beside hidden ones, {operation}", FAMILY,
+            "the weight of a hidden key is 0 all the same",
+            operation=operation, also=STRICT, mask=Drawn("mask", (1, 9), "bool", "half true"),
+            plants=(Plant("k", (0, slice(0, 4)), NAN), Plant("k", (1, 5, 1), INF)), **extra,
+        )  # fmt: skip
     yield call(
         "inf at a seen key", FAMILY, "scores of both infinities, by the sign of the query",
         plants=(Plant("k", (0, 3, 2), INF),), return_lse=True,
