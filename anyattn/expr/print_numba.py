@@ -1,0 +1,384 @@
+"""Numba source of a program: a module of scalar functions that a kernel calls inside its loop over keys.
+
+The text depends on the structure alone, so it may be kept under the program's key. Written for LLVM to turn
+that loop into vector instructions: no branch (`_where` has both values at hand and becomes a select), no
+exception (error model "numpy"), no wrap-around of negative indices (they are unsigned by then). No fast-math
+flag is set, because all of them that help here let NaN or infinity be assumed away; NaN at a seen key must
+arrive. Integers are int64; 16-bit floats arrive as their bits, which every processor can convert with integer
+operations. With NUMBA_DISABLE_JIT=1 the module is plain Python over NumPy scalars and can be stepped through.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from anyattn.arrays import Array
+from anyattn.expr.nodes import Apply, Const, Expr, Symbol
+from anyattn.expr.program import AlignedSlot, LoadSlot, Parameter, Program
+from anyattn.expr.statements import Body, aligned_slots, body, computed_in, table_slots, whole_power
+
+__all__ = ["numba_arguments", "numba_source"]
+
+_BITS = {"float16": "uint16", "bfloat16": "uint16"}
+
+
+def numba_source(program: Program, accumulate: str, *, split: bool = False, title: str = "") -> str:
+    """A Python module with the functions `visible` and `score` of a program, where it has them.
+
+    `visible(b, h, row, i, j, *captured)` tells whether the key is seen,
+    `score(s, b, h, row, i, j, *captured)` what becomes of the score s. Indices are int64. `captured` are the
+    values of `numba_arguments`, of the types `CAPTURED` of the module: parameters p0, ..., tables t0, ...,
+    aligned arrays a0, ...
+
+    Parameters
+    ----------
+    program : Program
+    accumulate : {"float32", "float64"}
+        The dtype in which floats are computed; the score has it.
+    split : bool, default False
+        Write each function as two: `visible_row(b, h, row, i, *captured)` gives a tuple of what is the same
+        for all keys of a row, and `visible(r, b, h, row, i, j, *captured)` takes it first.
+    title : str
+        A line for the reader at the top of the module, such as the mask that it was made for.
+    """
+    writer = _Writer(accumulate)
+    captured = _captured_names(program)
+    functions = []
+    for name, root in (("visible", program.visible), ("score", program.score)):
+        if root is not None:
+            functions.append(writer.function(name, body(root), captured, split))
+    helpers = [text.format(float=accumulate) for name, text in _HELPERS.items() if name in writer.helpers]
+    head = [f'"""{_docstring(program, accumulate, title)}"""', "", "from __future__ import annotations", ""]
+    head += ["import numba", "import numpy as np", "from numba import types", ""]
+    head += ["# Types of the captured arguments, in order.", f"CAPTURED = {_types(program, accumulate)}", ""]
+    head += ['inline = numba.njit(forceinline=True, error_model="numpy")']
+    return "\n".join(head) + "\n\n\n" + "\n\n\n".join([*helpers, *functions]) + "\n"
+
+
+def numba_arguments(program: Program, accumulate: str, aligned: tuple[Array, ...]) -> tuple[Any, ...]:
+    """The captured arguments of the functions of a program whose arrays are NumPy arrays.
+
+    `aligned` are its aligned arrays as `aligned_view` gives them. Nothing is copied; arrays are read-only
+    views and 16-bit floats views of their bits, so that the types are those of `CAPTURED`.
+    """
+    import numpy
+
+    kinds = {"bool": numpy.bool_, "int": numpy.int64, "float": getattr(numpy, accumulate)}
+    numbers = [kinds[k](p) for k, p in zip(program.parameter_kinds, program.parameters, strict=True)]
+    found = [(slot.dtype, x) for slot, x in zip(table_slots(program), program.tables, strict=True)]
+    found += [(slot.dtype, x) for slot, x in zip(aligned_slots(program), aligned, strict=True)]
+    arrays = []
+    for dtype, x in found:
+        view = x.view(_BITS.get(dtype, x.dtype))
+        view.flags.writeable = False
+        arrays.append(view)
+    return (*numbers, *arrays)
+
+
+class _Text(NamedTuple):
+    """An expression and how strongly its outermost operator binds."""
+
+    text: str
+    binds: int
+
+    def within(self, binds: int) -> str:
+        return self.text if self.binds >= binds else f"({self.text})"
+
+
+_TERNARY, _COMPARISON, _OR, _XOR, _AND, _SHIFT, _SUM, _PRODUCT, _SIGN, _ATOM = range(10)
+_INFIX = {
+    "add": ("+", _SUM),
+    "sub": ("-", _SUM),
+    "mul": ("*", _PRODUCT),
+    "truediv": ("/", _PRODUCT),
+    "and": ("&", _AND),
+    "or": ("|", _OR),
+    "xor": ("^", _XOR),
+}
+_COMPARISONS = {"lt": "<", "le": "<=", "eq": "==", "ne": "!=", "gt": ">", "ge": ">="}
+_FUNCTIONS = {"exp": "np.exp", "log": "np.log", "tanh": "np.tanh", "sqrt": "np.sqrt", "floor": "np.floor"}
+
+
+class _Writer:
+    def __init__(self, accumulate: str):
+        self.float = f"np.{accumulate}"
+        self.accumulate = accumulate
+        self.helpers: set[str] = set()
+        self.names: dict[int, str] = {}
+
+    def function(self, name: str, parts: Body, captured: list[str], split: bool) -> str:
+        self.names = {}
+        where = ["b", "h", "row", "i"]
+        first = ["s"] if name == "score" else []
+        row = [self.statement(*part) for part in parts.row]
+        key = [self.statement(*part) for part in parts.key]
+        key = [*key, f"return {self.whole(parts.result)}"]
+        if not split:
+            return _function(name, [*first, *where, "j", *captured], [*row, *key])
+        names = [n for n, _ in parts.row]
+        together = ", ".join(names) + ("," if len(names) == 1 else "")
+        row.append(f"return ({together})")
+        if names:
+            key.insert(0, f"({together}) = r" if len(names) == 1 else f"{together} = r")
+        return "\n\n\n".join(
+            [
+                _function(f"{name}_row", [*where, *captured], row),
+                _function(name, [*first, "r", *where, "j", *captured], key),
+            ]
+        )
+
+    def statement(self, name: str, node: Expr) -> str:
+        line = f"{name} = {self.whole(node)}"
+        self.names[id(node)] = name
+        return line
+
+    def whole(self, node: Expr) -> str:
+        return self.expression(node).text
+
+    def helper(self, name: str, *arguments: str) -> _Text:
+        self.helpers.add(name)
+        return _Text(f"{name}({', '.join(arguments)})", _ATOM)
+
+    def expression(self, node: Expr) -> _Text:
+        if id(node) in self.names:
+            return _Text(self.names[id(node)], _ATOM)
+        if isinstance(node, Const):
+            return self.constant(node.value, node.kind)
+        if isinstance(node, Symbol):
+            return _Text("s" if node.name == "score" else node.name, _ATOM)
+        if isinstance(node, Parameter):
+            return _Text(f"p{node.slot}", _ATOM)
+        if isinstance(node, LoadSlot):
+            return self.load(node)
+        if isinstance(node, AlignedSlot):
+            row, j = (_divided(name, node.block) for name in ("row", "j"))
+            indices = f"np.uintp(b), np.uintp(h), np.uintp({row}), np.uintp({j})"
+            return self.read(f"a{node.slot}[{indices}]", node.dtype, node.kind)
+        if isinstance(node, Apply):
+            return self.apply(node)
+        raise TypeError(f"{type(node).__name__} must be lowered before it is printed")
+
+    def constant(self, value: float, kind: str) -> _Text:
+        if kind != "float":
+            value = int(value) if kind == "int" else bool(value)
+            return _Text(repr(value), _ATOM if value >= 0 else _SIGN)
+        text = repr(float(value)) if math.isfinite(value) else f"np.{value}".replace("-inf", "inf")
+        return _Text(f"{self.float}({'-' if value == -math.inf else ''}{text})", _ATOM)
+
+    def converted(self, node: Expr, kind: str) -> _Text:
+        """`node` as a value of another kind."""
+        if isinstance(node, Const):
+            return self.constant(node.value, kind)
+        if node.kind == kind:
+            return self.expression(node)
+        to = {"int": "np.int64", "float": self.float}[kind]
+        return _Text(f"{to}({self.whole(node)})", _ATOM)
+
+    def load(self, node: LoadSlot) -> _Text:
+        table = f"t{node.table.slot}"
+        indices = []
+        for axis, index in enumerate(node.indices):
+            inside = "_inside_float" if index.kind == "float" else "_inside"
+            text = self.whole(index) if index.kind == "float" else self.converted(index, "int").text
+            indices.append(self.helper(inside, text, f"{table}.shape[{axis}]").text)
+        return self.read(f"{table}[{', '.join(indices) or '()'}]", node.table.dtype, node.kind)
+
+    def read(self, text: str, dtype: str, kind: str) -> _Text:
+        if dtype in _BITS:
+            read = self.helper("_half" if dtype == "float16" else "_bfloat", text)
+            return read if self.accumulate == "float32" else _Text(f"{self.float}({read.text})", _ATOM)
+        if kind == "bool" or dtype in ("int64", self.accumulate):
+            return _Text(text, _ATOM)
+        return _Text(f"{'np.int64' if kind == 'int' else self.float}({text})", _ATOM)
+
+    def apply(self, node: Apply) -> _Text:
+        op, inner = node.op, computed_in(node)
+        if op == "where":
+            condition, *values = node.args
+            picked = (self.converted(a, node.kind).text for a in values)
+            return self.helper("_where", self.whole(condition), *picked)
+        if op in ("floordiv", "mod"):
+            return self.quotient(node, inner)
+        if op == "pow":
+            return self.power(node)
+        args = [self.converted(a, inner) for a in node.args]
+        if op in _COMPARISONS:
+            x, y = (a.within(_OR) for a in args)
+            return _Text(f"{x} {_COMPARISONS[op]} {y}", _COMPARISON)
+        if op in _INFIX:
+            sign, binds = _INFIX[op]
+            logic = op in ("and", "or", "xor")
+            # `a & b | c` reads worse with parentheses, `a + (b + c)` is another sum without.
+            return _Text(
+                f"{args[0].within(binds)} {sign} {args[1].within(binds if logic else binds + 1)}", binds
+            )
+        if op in ("minimum", "maximum"):
+            texts = [a.text for a in args]
+            if inner == "float":
+                return self.helper(f"_{op}", *texts)
+            return _Text(f"{op[:3]}({', '.join(texts)})", _ATOM)
+        if op == "neg":
+            return _Text(f"-{args[0].within(_ATOM)}", _SIGN)
+        if op == "not":
+            return _Text(f"not {args[0].within(_COMPARISON)}", _TERNARY)
+        if op == "sigmoid":
+            return self.helper("_sigmoid", args[0].text)
+        return _Text(f"{_FUNCTIONS.get(op, op)}({args[0].text})", _ATOM)
+
+    def quotient(self, node: Apply, inner: str) -> _Text:
+        x, y = (self.converted(a, inner) for a in node.args)
+        if inner == "float":
+            return self.helper(f"_{node.op}_float", x.text, y.text)
+        divisor = node.args[1]
+        if not isinstance(divisor, Const) or not divisor.value:
+            return self.helper(f"_{node.op}", x.text, y.text)
+        value = int(divisor.value)
+        if value > 0 and value & (value - 1) == 0:
+            if node.op == "mod":
+                return _Text(f"{x.within(_AND)} & {value - 1}", _AND)
+            return _Text(f"{x.within(_SHIFT)} >> {value.bit_length() - 1}", _SHIFT)
+        return _Text(f"{x.within(_PRODUCT)} {'//' if node.op == 'floordiv' else '%'} {value}", _PRODUCT)
+
+    def power(self, node: Apply) -> _Text:
+        exponent = whole_power(node)
+        x = self.converted(node.args[0], node.kind)
+        if exponent in (2, 3, 4):
+            return _Text(" * ".join([x.within(_ATOM)] * exponent), _PRODUCT)
+        if node.kind == "int":
+            return self.helper("_power", x.text, str(exponent))
+        return self.helper("_power_float", x.text, self.converted(node.args[1], "float").text)
+
+
+# How an operation is written that Numba has not, or has with a branch, an exception or another meaning.
+_HELPERS = {
+    "_where": """\
+@inline
+def _where(condition, x, y):
+    return x if condition else y""",
+    "_inside": '''\
+@inline
+def _inside(index, size):
+    """The nearest index of an axis."""
+    return np.uintp(min(max(index, 0), size - 1))''',
+    "_inside_float": '''\
+@inline
+def _inside_float(index, size):
+    """The nearest index of an axis; NaN gives 0, and what is too large for an integer is not converted."""
+    last = np.{float}(size - 1)
+    index = index if index > 0 else np.{float}(0)
+    return np.uintp(min(np.int64(index if index < last else last), size - 1))''',
+    "_half": '''\
+@inline
+def _half(bits):
+    """float16 from its bits: the exponent is moved, subnormal numbers come right by the multiplication."""
+    bits = np.uint32(bits)
+    size = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13))
+    value = size.view(np.float32) * np.float32(2.0**112)
+    special = np.uint32(size | np.uint32(0x7F800000)).view(np.float32)
+    value = special if size >= np.uint32(0x0F800000) else value
+    return -value if bits & np.uint32(0x8000) else value''',
+    "_bfloat": '''\
+@inline
+def _bfloat(bits):
+    """bfloat16 from its bits, the upper half of a float32."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)''',
+    "_minimum": '''\
+@inline
+def _minimum(x, y):
+    """The smaller one; NaN if either is."""
+    return x if (x < y) | (x != x) else y''',
+    "_maximum": '''\
+@inline
+def _maximum(x, y):
+    """The larger one; NaN if either is."""
+    return x if (x > y) | (x != x) else y''',
+    "_floordiv": '''\
+@inline
+def _floordiv(x, y):
+    """x // y; 0 where y is 0, as in NumPy."""
+    quotient = x // (y if y != 0 else 1)
+    return quotient if y != 0 else 0''',
+    "_mod": '''\
+@inline
+def _mod(x, y):
+    """x % y, of the sign of y; 0 where y is 0, as in NumPy."""
+    return x % (y if y != 0 else 1)''',
+    "_mod_float": '''\
+@inline
+def _mod_float(x, y):
+    """x % y, of the sign of y."""
+    remainder = np.fmod(x, y)
+    return remainder + y if (remainder != 0) & ((remainder < 0) != (y < 0)) else remainder''',
+    "_floordiv_float": '''\
+@inline
+def _floordiv_float(x, y):
+    """x // y: the quotient of what fmod leaves, so that rounding does not make it one too many."""
+    remainder = np.fmod(x, y)
+    quotient = (x - remainder) / y
+    quotient -= np.{float}((remainder != 0) & ((remainder < 0) != (y < 0)))
+    whole = np.floor(quotient)
+    whole += np.{float}(quotient - whole > np.{float}(0.5))
+    return whole if y != 0 else x / y''',
+    "_power": """\
+@inline
+def _power(x, n):
+    result = np.int64(1)
+    for _ in range(n):
+        result *= x
+    return result""",
+    "_power_float": """\
+@inline
+def _power_float(x, y):
+    return np.{float}(x**y)""",
+    "_sigmoid": '''\
+@inline
+def _sigmoid(x):
+    """1 / (1 + exp(-x)), where exp(-x) may be too large."""
+    t = np.exp(x if x < 0 else -x)
+    return (t if x < 0 else np.{float}(1)) / (np.{float}(1) + t)''',
+}
+
+
+def _divided(name: str, block: int) -> str:
+    if block & (block - 1) == 0:
+        return f"{name} >> {block.bit_length() - 1}" if block > 1 else name
+    return f"{name} // {block}"
+
+
+def _function(name: str, arguments: list[str], lines: list[str]) -> str:
+    text = "".join(f"    {line}\n" for line in lines)
+    return f"@inline\ndef {name}({', '.join(arguments)}):\n{text}".rstrip()
+
+
+def _captured_names(program: Program) -> list[str]:
+    return [
+        *(f"p{n}" for n in range(len(program.parameters))),
+        *(f"t{n}" for n in range(len(program.tables))),
+        *(f"a{n}" for n in range(len(program.aligned))),
+    ]
+
+
+def _types(program: Program, accumulate: str) -> str:
+    kinds = {"bool": "boolean", "int": "int64", "float": accumulate}
+    found = [f"types.{kinds[k]}" for k in program.parameter_kinds]
+    arrays = [(slot.dtype, slot.ndim) for slot in table_slots(program)]
+    arrays += [(slot.dtype, 4) for slot in aligned_slots(program)]
+    for dtype, ndim in arrays:
+        name = "boolean" if dtype.startswith("bool") else _BITS.get(dtype, dtype)
+        found.append(f'types.Array(types.{name}, {ndim}, "A", readonly=True)')
+    if len(found) < 2:
+        return f"({found[0]},)" if found else "()"
+    return "(\n    " + ",\n    ".join(found) + ",\n)"
+
+
+def _docstring(program: Program, accumulate: str, title: str) -> str:
+    lines = [f"Scalar functions of program {program.key}, floats in {accumulate}."]
+    if title:
+        lines += ["", title]
+    lines += [
+        "",
+        "Captured values are arguments: p numbers, t tables, a arrays along (b, h, row, j). Of the locals,",
+        "r are the same for all keys of a row and x are of one key.",
+    ]
+    return "\n".join(lines) + "\n"
