@@ -13,6 +13,7 @@ from typing import Any
 
 from anyattn import arrays
 from anyattn.arrays import Array, Namespace
+from anyattn.expr.branches import Held
 from anyattn.expr.nodes import Aligned, Apply, Const, Expr, Load, Symbol, walk
 
 __all__ = ["Tile", "evaluate"]
@@ -54,6 +55,8 @@ def evaluate(root: Expr, tile: Tile, score: Array | None = None) -> Array:
             value = tile.cast(_aligned(node, tile), node.kind)
         elif isinstance(node, Apply):
             value = _apply(node, args, tile)
+        elif isinstance(node, Held):
+            value = arrays.stop_gradient(args[0])
         else:
             raise TypeError(f"{type(node).__name__} must be bound before it is evaluated")
         values[id(node)] = value
@@ -73,6 +76,8 @@ def _load(node: Load, indices: list[Array], tile: Tile) -> Array:
         flat = inside if flat is None else flat * size + inside
     if flat is None:
         return tile.cast(table, node.kind)
+    if 0 in table.shape:  # of an empty call: there is nothing to read and nothing that is read
+        return tile.xp.zeros(flat.shape, dtype=tile.dtype(node.kind), device=tile.device)
     values = arrays.take(xp, xp.reshape(table, (-1,)), xp.reshape(flat, (-1,)), axis=-1)
     return tile.cast(xp.reshape(values, flat.shape), node.kind)
 

@@ -7,9 +7,12 @@ before the product and what is seen of the unclean ones is put back.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
+from anyattn.expr.branches import SEEN, hold_unpicked
 from anyattn.expr.evaluate import Tile, evaluate
 
 __all__ = ["Logits"]
@@ -30,6 +33,9 @@ class Logits:
         # Where values are at hand, blocks are looked at and finite ones need no care.
         self.readable = arrays.is_concrete_cpu(call.q) and not call.traced
         self.differentiable = bool(call.features & {"gradients", "traced"}) and call.library != "dask"
+        self.score = call.score
+        if self.score is not None and self.differentiable:
+            self.score = hold_unpicked(self.score, masked=call.visible is not None)
 
     def shape(self, *last: int) -> tuple[int, ...]:
         """(..., Hq, R, *last) of the call."""
@@ -42,11 +48,12 @@ class Logits:
         visible = None if call.visible is None else evaluate(call.visible, tile)
         k = arrays.cast(xp, arrays.take_range(call.k, start, size, axis=-2), self.dtype)
         score = self._scores(k, clean=visible is not None)
-        if call.score is not None:
-            if visible is not None and self.differentiable:
-                # The derivative of score_mod at a hidden key must be finite to be multiplied by zero.
+        if self.score is not None:
+            if visible is not None:
+                # A hidden NaN must not index a table, and derivatives there must be finite to be times 0.
                 score = xp.where(visible, score, 0.0)
-            score = evaluate(call.score, tile, score)
+                tile = replace(tile, symbols={**tile.symbols, SEEN.name: visible})
+            score = evaluate(self.score, tile, score)
         if visible is not None:
             score = xp.where(visible, score, -xp.inf)
         return xp.broadcast_to(score, self.shape(size)), visible
