@@ -45,6 +45,17 @@ def test_masks_and_scores() -> None:
     np.testing.assert_allclose(names["out"], aa.attention(q, k, v, bias=bias[None]), rtol=0, atol=1e-6)
 
 
+def test_kernel_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("kernel-cache.md", {})
+    q, k, v, f = (names[name] for name in "qkvf")
+    bias = -names["slopes"][:, None, None] * abs(np.arange(50)[:, None] - np.arange(50))
+    for out, factor in ((names["out"], 1), (names["steeper"], 2)):
+        wanted = aa.attention(q, k, v, causal=True, bias=factor * bias[None].repeat(2, axis=0))
+        np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-5)
+    assert f.arrays == {"slopes": "float32 (4,)"}
+    assert f.cache_key.text in capsys.readouterr().out
+
+
 def test_every_argument_is_explained() -> None:
     text = (DOCS / "contract.md").read_text(encoding="utf-8")
     for name in signature(aa.attention).parameters:

@@ -1,0 +1,157 @@
+"""Captured arrays by name, so that a compiled function can be given others.
+
+A capture is called what the traced function calls it ("slopes"), or what the entry of the vocabulary calls
+its argument ("slopes" of `scores.alibi`, "ids" of `masks.documents`). Sizes that an expression may have been
+built from stay as they are: an array that takes a captured one's place has its shape, but along axes that
+follow the call (batch entries, query heads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from anyattn import arrays
+from anyattn.expr.nodes import Aligned, Expr, Load, Table, load, rewrite, walk
+
+__all__ = ["Capture", "find_captures", "rebind"]
+
+# What host numbers become in a call (`Geometry.host_array`); floats take the accumulation dtype.
+_HOST_DTYPES = {"bool": "bool", "int": "int64"}
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """A captured array; where it is read in several places, one part for each."""
+
+    name: str
+    parts: tuple[Table | Aligned, ...]
+
+    @property
+    def value(self) -> Any:
+        return self.parts[0].value
+
+    def dtype(self, accumulate: str) -> str:
+        """The dtype that a kernel was compiled for."""
+        part = self.parts[0]
+        if isinstance(part, Table) and part.host:
+            return _HOST_DTYPES.get(part.kind, accumulate)
+        return arrays.dtype_name(part.value)
+
+
+def find_captures(roots: Iterable[Expr]) -> dict[str, Capture]:
+    """The captures of unbound expressions by name; a name used for two arrays is told apart by a number."""
+    groups: list[tuple[str, list[Table | Aligned]]] = []
+    seen: set[int] = set()
+    for root in roots:
+        for node in walk(root):
+            if not isinstance(node, (Load, Aligned)):
+                continue
+            part = node.table if isinstance(node, Load) else node
+            name = _name(part)
+            if name is None or id(part) in seen:
+                continue
+            seen.add(id(part))
+            for known, parts in groups:
+                if known == name and _same(parts[0], part):
+                    parts.append(part)
+                    break
+            else:
+                groups.append((name, [part]))
+    found: dict[str, Capture] = {}
+    for name, parts in groups:
+        number, own = 1, name
+        while own in found:
+            number += 1
+            own = f"{name}_{number}"
+        found[own] = Capture(own, tuple(parts))
+    return found
+
+
+def rebind(roots: Iterable[Expr | None], values: Mapping[Capture, Any], accumulate: str) -> list[Expr | None]:
+    """The expressions with other arrays in the places of captures.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an array has another dtype, rank or fixed size than the one that it takes the place of.
+    """
+    new: dict[int, Any] = {}
+    for capture, value in values.items():
+        for part in capture.parts:
+            new[id(part)] = (
+                _other_table(part, value, capture, accumulate)
+                if isinstance(part, Table)
+                else _other_aligned(part, value, capture)
+            )
+
+    def change(node: Expr) -> Expr:
+        if isinstance(node, Load):
+            return load(new.get(id(node.table), node.table), node.indices)
+        replaced: Expr = new.get(id(node), node)
+        return replaced
+
+    return [None if root is None else rewrite(root, change) for root in roots]
+
+
+def _name(part: Table | Aligned) -> str | None:
+    """What the user calls an array, or None where it is anyattn's own."""
+    if isinstance(part, Table) and part.host and part.label == "global_tokens: tokens":
+        return None  # a table of flags, made from the tokens
+    name = part.label.rpartition(": ")[2]
+    return None if " " in name else name
+
+
+def _same(one: Table | Aligned, other: Table | Aligned) -> bool:
+    if one.value is other.value:
+        return True
+    if not (isinstance(one, Table) and isinstance(other, Table) and one.host and other.host):
+        return False
+    # A list is converted anew at each place where a function reads it.
+    return bool(one.value.dtype == other.value.dtype and one.value.tobytes() == other.value.tobytes())
+
+
+def _other_aligned(part: Aligned, value: Any, capture: Capture) -> Aligned:
+    _check_dtype(value, arrays.dtype_name(part.value), capture)
+    return replace(part, value=value)
+
+
+def _other_table(part: Table, value: Any, capture: Capture, accumulate: str) -> Table:
+    wanted = capture.dtype(accumulate)
+    host = not arrays.is_array(value)
+    if host:
+        value = _numbers(value, part.kind, wanted, capture)
+    else:
+        _check_dtype(value, wanted, capture)
+    shape, was = tuple(value.shape), tuple(part.value.shape)
+    fits = len(shape) == len(was) and all(
+        axis is not None or a == b for a, b, axis in zip(shape, was, part.axes, strict=True)
+    )
+    if not fits:
+        free = [str(n) if axis is None else "any" for n, axis in zip(was, part.axes, strict=True)]
+        raise ValueError(
+            f"{capture.name}: wanted shape ({', '.join(free)}{',' if len(free) == 1 else ''}) "
+            f"as it was compiled for, got {shape}"
+        )
+    return replace(part, value=value, host=host)
+
+
+def _check_dtype(value: Any, wanted: str, capture: Capture) -> None:
+    if not arrays.is_array(value):
+        raise TypeError(f"{capture.name}: wanted an array of {wanted}, got {type(value).__name__}")
+    if arrays.dtype_name(value) != wanted:
+        raise TypeError(
+            f"{capture.name}: wanted dtype {wanted} as it was compiled for, got {arrays.dtype_name(value)}"
+        )
+
+
+def _numbers(value: Any, kind: str, wanted: str, capture: Capture) -> Any:
+    """A sequence of numbers as host data, where it becomes of the dtype that was compiled for."""
+    import numpy
+
+    found = numpy.asarray(value)
+    fits = found.dtype.kind in {"bool": "b", "int": "iu", "float": "fiu"}[kind]
+    if not fits or wanted not in (*_HOST_DTYPES.values(), "float32", "float64"):
+        raise TypeError(f"{capture.name}: wanted an array of {wanted}, got {value!r}")
+    return found.astype(wanted)
