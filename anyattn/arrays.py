@@ -51,6 +51,8 @@ def _library_of_type(cls: type) -> str | None:
 
 
 def _find_library(cls: type) -> str | None:
+    if cls.__module__ == "numpy" and any(base.__name__ == "generic" for base in cls.__mro__):
+        return None  # a NumPy scalar is taken where a Python number is
     for base in cls.__mro__:
         root = base.__module__.partition(".")[0]
         root = _ROOTS.get(root, root)

@@ -11,7 +11,7 @@ from typing import Any
 
 from anyattn import dispatch
 from anyattn.arrays import Array
-from anyattn.describe import Options, describe
+from anyattn.describe import Options, check_names, describe
 from anyattn.masks import Mask
 from anyattn.scores import Score
 
@@ -160,7 +160,7 @@ def attention_weights(
         In the dtype of q and in this order for either layout. A row that sees no key is 0; with sinks a row
         sums to less than 1.
     """
-    _check_names("attention_weights", options)
+    check_names("attention_weights", "weights", options)
     call = describe("weights", q, k, None, Options(rows=rows, **options))
     return call.restore_rows(dispatch.run(call, backend))
 
@@ -187,28 +187,7 @@ def attention_stats(
     dict of str to array
         In the order of `stats`, float32, or float64 for float64 inputs.
     """
-    _check_names("attention_stats", options)
+    check_names("attention_stats", "stats", options)
     call = describe("stats", q, k, None, Options(stats=stats, **options))
     found = dispatch.run(call, backend)
     return {name: call.restore_rows(found[name]) for name in call.stats}
-
-
-_WEIGHT_OPTIONS = (
-    "causal",
-    "window",
-    "mask",
-    "bias",
-    "score_mod",
-    "softcap",
-    "sinks",
-    "scale",
-    "kv_lengths",
-    "q_offset",
-    "layout",
-)
-
-
-def _check_names(function: str, options: dict[str, Any]) -> None:
-    for name in options:
-        if name not in _WEIGHT_OPTIONS:
-            raise TypeError(f"{function}: unexpected option {name!r}; it takes {', '.join(_WEIGHT_OPTIONS)}")

@@ -7,7 +7,7 @@ read only where the host can read them without a transfer; elsewhere lengths are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,29 @@ from anyattn.arrays import FLOAT_DTYPES, Array
 from anyattn.call import AttentionCall, canonical
 from anyattn.expr.bind import Geometry, batch_indices, bind, captured_arrays, check_same_place
 from anyattn.expr.nodes import SCORE, Aligned, Expr, J, Table, depends_on, load
-from anyattn.numbers import integer, real
+from anyattn.numbers import integer, integers, real
 
-__all__ = ["STATS", "Options", "describe"]
+__all__ = ["OPTIONS", "STATS", "Options", "check_names", "describe"]
 
 STATS = ("key_mass", "entropy", "max")
+_WEIGHTS = (
+    "causal",
+    "window",
+    "mask",
+    "bias",
+    "score_mod",
+    "softcap",
+    "sinks",
+    "scale",
+    "kv_lengths",
+    "q_offset",
+    "layout",
+)
+OPTIONS = {
+    "attention": (*_WEIGHTS, "dropout", "dropout_seed", "return_lse"),
+    "weights": (*_WEIGHTS, "rows"),
+    "stats": (*_WEIGHTS, "stats"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +60,16 @@ class Options:
     layout: Any = "bhld"
     return_lse: bool = False
     rows: Any = None
-    stats: Sequence[str] = ()
+    stats: Any = ()
+
+
+def check_names(function: str, operation: str, options: dict[str, Any]) -> None:
+    """Raise unless every option is one of the operation's."""
+    for name in options:
+        if name not in OPTIONS[operation]:
+            raise TypeError(
+                f"{function}: unexpected option {name!r}; it takes {', '.join(OPTIONS[operation])}"
+            )
 
 
 def describe(operation: str, q: Array, k: Array, v: Array | None, options: Options) -> AttentionCall:
@@ -71,6 +98,7 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
         accumulate="float64" if dtype == "float64" else "float32",
         batch_shape=batch_shape,
         num_heads=int(qc.shape[-3]),
+        has_heads=q.ndim > 2,
         q_len=int(qc.shape[-2]),
         k_len=int(kc.shape[-2]),
         offset_host=None,
@@ -122,7 +150,7 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
         dtype=dtype,
         accumulate=geometry.accumulate,
         layout=options.layout,
-        has_heads=q.ndim > 2,
+        has_heads=geometry.has_heads,
         batch_shape=batch_shape,
         scale=scale,
         score=score,
@@ -258,7 +286,7 @@ def _score(softcap: float | None, score_mod: scores.Score | None, bias: Array | 
     if score_mod is not None:
         expr = scores.substitute_score(score_mod.expr, expr)
     if bias is not None:
-        expr = expr + Aligned(bias, "float", 1, "bias")
+        expr = expr + Aligned(bias, "float", 1, "bias", any_rank=False)
     return None if expr is SCORE else expr
 
 
@@ -282,15 +310,9 @@ def _integers(value: Any, name: str, place: Geometry, limit: int | None = None) 
         if arrays.kind(value) != "int":
             raise TypeError(f"{name}: wanted integers, got dtype {arrays.dtype_name(value)}")
         check_same_place(value, name, place)
-        host = arrays.to_host(value) if arrays.is_concrete_cpu(value) else None
+        host = arrays.to_host(value).copy() if arrays.is_concrete_cpu(value) else None
     else:
-        try:
-            host = numpy.asarray(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: wanted integers in equally long rows, got {value!r}") from error
-        if host.dtype.kind not in "iu" and host.size:
-            raise TypeError(f"{name}: wanted integers, got {value!r}")
-        host = host.astype(numpy.int64)
+        host = integers(value, name)
     shape = tuple(value.shape) if host is None else host.shape
     fits = len(shape) <= len(place.batch_shape) and all(
         a in (1, b) for a, b in zip(reversed(shape), reversed(place.batch_shape), strict=False)
@@ -303,16 +325,17 @@ def _integers(value: Any, name: str, place: Geometry, limit: int | None = None) 
         raise ValueError(
             f"{name}: wanted lengths between 0 and the {limit} keys, got {host.min()} to {host.max()}"
         )
-    if host is not None:
-        host = host.copy() if arrays.is_array(value) else host
-        placed = value if arrays.is_array(value) else place.host_array(host)
-    else:
-        placed = value
     xp = place.xp
-    placed = arrays.cast(xp, placed, arrays.index_dtype(xp, place.device))
+    index = arrays.index_dtype(xp, place.device)
+    # Positions are sums with row and key numbers, in the same dtype.
+    room = int(xp.iinfo(index).max) - place.q_len - place.k_len
+    if host is not None and host.size and max(abs(int(host.min())), abs(int(host.max()))) > room:
+        raise ValueError(f"{name}: wanted integers that fit {index}, got {host.min()} to {host.max()}")
+    placed = value if arrays.is_array(value) else place.host_array(host)
     if host is None and limit is not None:
-        placed = xp.clip(placed, 0, limit)
-    return placed, host
+        # Before the cast: an unsigned length must not wrap.
+        placed = xp.clip(placed, 0, min(limit, int(xp.iinfo(placed.dtype).max)))
+    return arrays.cast(xp, placed, index), host if host is None else host.astype(numpy.int64)
 
 
 def _offset(
@@ -358,8 +381,6 @@ def _sinks(sinks: Any, geometry: Geometry) -> Array | None:
 
 
 def _rows(rows: Any, geometry: Geometry) -> Array | None:
-    import numpy
-
     if rows is None:
         return None
     if arrays.is_array(rows):
@@ -371,10 +392,7 @@ def _rows(rows: Any, geometry: Geometry) -> Array | None:
         host = arrays.to_host(rows) if arrays.is_concrete_cpu(rows) else None
         placed = rows
     else:
-        host = numpy.asarray(rows)
-        if host.ndim > 1 or (host.dtype.kind not in "iu" and host.size):
-            raise TypeError(f"rows: wanted row numbers, an integer or a sequence of integers, got {rows!r}")
-        host = host.reshape(-1).astype(numpy.int64)
+        host = integers(rows, "rows").reshape(-1)
         placed = geometry.host_array(host)
     if host is not None and host.size and (host.min() < 0 or host.max() >= geometry.q_len):
         raise ValueError(
@@ -384,6 +402,9 @@ def _rows(rows: Any, geometry: Geometry) -> Array | None:
 
 
 def _stats(stats: Any) -> tuple[str, ...]:
-    if isinstance(stats, str) or not stats or any(name not in STATS for name in stats):
-        raise ValueError(f"stats: wanted a sequence of names out of {', '.join(STATS)}, got {stats!r}")
-    return tuple(stats)
+    if isinstance(stats, str) or not isinstance(stats, Iterable):
+        raise TypeError(f"stats: wanted a sequence of names out of {', '.join(STATS)}, got {stats!r}")
+    names = tuple(stats)
+    if not names or any(name not in STATS for name in names):
+        raise ValueError(f"stats: wanted one or more names out of {', '.join(STATS)}, got {names!r}")
+    return names

@@ -69,12 +69,12 @@ def order_for(call: AttentionCall) -> tuple[str, ...]:
     return ("reference",)
 
 
-def consider(name: str, call: AttentionCall) -> Verdict:
-    """What the backend called `name` says to a call."""
-    status = registry.find(name)
+def consider(name: str, call: AttentionCall, source: str = "backend") -> Verdict:
+    """What the backend called `name`, which `source` asks for, says to a call."""
+    status = registry.find(name, source)
     if not status.available:
         return Verdict(name, None, (f"unavailable: {status.reason}",))
-    reasons = tuple(status.backend.unsupported(call))
+    reasons = _reasons(status.backend, call)
     if (
         settings.current().strict
         and call.visible is not None
@@ -84,12 +84,24 @@ def consider(name: str, call: AttentionCall) -> Verdict:
     return Verdict(name, status.backend, reasons)
 
 
+def _reasons(backend: Any, call: AttentionCall) -> tuple[str, ...]:
+    """The backend's reasons, or the reason that it cannot tell."""
+    try:
+        reasons = backend.unsupported(call)
+    # A plugin that fails while it is asked must not stop a call that another backend runs.
+    except Exception as error:  # noqa: BLE001
+        return (f"its unsupported() raised {type(error).__name__}: {error}",)
+    if not isinstance(reasons, tuple) or not all(isinstance(reason, str) for reason in reasons):
+        return (f"its unsupported() gave {reasons!r} instead of a tuple of sentences",)
+    return reasons
+
+
 def choose(call: AttentionCall, backend: str | None) -> Any:
     """The backend that runs a call."""
     forced = settings.forced_backend(backend)
     if forced is not None:
         name, source = forced
-        verdict = consider(name, call)
+        verdict = consider(name, call, source.removesuffix("="))
         if not verdict.reasons:
             return verdict.backend
         raise UnsupportedCallError(

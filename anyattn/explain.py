@@ -8,7 +8,7 @@ from typing import Any
 from anyattn import dispatch, registry, settings
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
-from anyattn.describe import Options, describe
+from anyattn.describe import Options, check_names, describe
 
 __all__ = ["Explanation", "explain"]
 
@@ -89,17 +89,15 @@ def explain(
     Parameters
     ----------
     q, k, v, backend, **options
-        As for `attention`; without `v`, as for `attention_weights`. Arguments that the call would refuse are
-        refused.
+        As for `attention`; without `v`, as for `attention_weights`, or with `stats` for `attention_stats`.
+        Arguments that the call would refuse are refused.
 
     Returns
     -------
     Explanation
     """
-    operation = "weights" if v is None else "attention"
-    unknown = [name for name in options if name not in Options.__dataclass_fields__]
-    if unknown:
-        raise TypeError(f"explain: unexpected option {unknown[0]!r}")
+    operation = "attention" if v is not None else "stats" if "stats" in options else "weights"
+    check_names("explain", operation, options)
     call = describe(operation, q, k, v, Options(**options))
     forced = settings.forced_backend(backend)
     asked = (forced[0],) if forced else dispatch.order_for(call)

@@ -22,7 +22,7 @@ from anyattn.expr.bind import Geometry
 from anyattn.expr.functions import where
 from anyattn.expr.nodes import ROW, Aligned, B, Const, Deferred, Expr, I, J, load
 from anyattn.expr.trace import table_of, trace_mask
-from anyattn.numbers import integer
+from anyattn.numbers import boolean, integer, is_integer
 
 __all__ = [
     "Mask",
@@ -164,7 +164,7 @@ def global_tokens(tokens: int | Sequence[int] | Array, *, positions: bool = True
         Compare i; False: compare the row.
     """
     i = _query(positions)
-    if isinstance(tokens, int) or getattr(tokens, "ndim", None) == 0:
+    if is_integer(tokens):
         n = integer(tokens, "global_tokens: tokens", least=0)
         return Mask(((i >= 0) & (i < n)) | (n > J), _words("global_tokens", n, positions=positions))
     label = "global_tokens: tokens"
@@ -229,7 +229,7 @@ def block_sparse(blocks: Array, block_size: int) -> Mask:
     """
     block_size = integer(block_size, "block_sparse: block_size", least=1)
     _boolean_array(blocks, "block_sparse: blocks")
-    expr = Aligned(blocks, "bool", block_size, "block_sparse: blocks")
+    expr = Aligned(blocks, "bool", block_size, "block_sparse: blocks", any_rank=True)
     return Mask(expr, _words("block_sparse", f"<blocks {tuple(blocks.shape)}>", block_size))
 
 
@@ -266,7 +266,7 @@ def random_blocks(count: int, block_size: int, seed: int, *, positions: bool = T
 def dense(array: Array, *, _label: str = "dense: array") -> Mask:
     """A boolean array, True = seen, (Lq, Lk) or broadcastable to (..., Hq, Lq, Lk) at its full rank."""
     _boolean_array(array, _label)
-    return Mask(Aligned(array, "bool", 1, _label), f"dense(<{tuple(array.shape)}>)")
+    return Mask(Aligned(array, "bool", 1, _label, any_rank=False), f"dense(<{tuple(array.shape)}>)")
 
 
 def from_function(function: Callable[..., Any]) -> Mask:
@@ -292,7 +292,7 @@ def window_bounds(window: Any, argument: str) -> tuple[int | None, int | None]:
 
 
 def _query(positions: bool) -> Expr:
-    return I if positions else ROW
+    return I if boolean(positions, "positions") else ROW
 
 
 def _words(name: str, *shown: Any, positions: bool = True) -> str:
@@ -301,7 +301,7 @@ def _words(name: str, *shown: Any, positions: bool = True) -> str:
 
 def _below(n: Any, name: str) -> Mask:
     label = f"{name}: {'n' if name == 'prefix' else 'lengths'}"
-    if isinstance(n, int) or (not arrays.is_array(n) and getattr(n, "ndim", None) == 0):
+    if is_integer(n):
         n = integer(n, label, least=0)
         return Mask(Const(n, "int") > J, _words(name, n))
     table = table_of(n, label)

@@ -38,13 +38,15 @@ def merge(outs: Sequence[Array], lses: Sequence[Array], layout: str = "bhld") ->
     TypeError
         If the parts are not arrays of one library and dtype.
     """
-    outs, lses = list(outs), list(lses)
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, (list, tuple)):
+            raise TypeError(f"{name}: wanted a list or tuple of parts, got {type(parts).__name__}")
     _check(outs, lses, layout)
     with arrays.quiet(outs[0]):
         return _join(outs, lses, layout)
 
 
-def _join(outs: list[Array], lses: list[Array], layout: str) -> tuple[Array, Array]:
+def _join(outs: Sequence[Array], lses: Sequence[Array], layout: str) -> tuple[Array, Array]:
     xp = arrays.namespace(outs[0])
     columns = [_column(xp, lse, out, layout) for out, lse in zip(outs, lses, strict=True)]
     top = columns[0]
@@ -72,7 +74,7 @@ def _column(xp: arrays.Namespace, lse: Array, out: Array, layout: str) -> Array:
     return xp.moveaxis(column, -3, -2) if layout == "blhd" and out.ndim > 2 else column
 
 
-def _check(outs: list[Array], lses: list[Array], layout: str) -> None:
+def _check(outs: Sequence[Array], lses: Sequence[Array], layout: str) -> None:
     if layout not in ("bhld", "blhd"):
         raise ValueError(f"layout: wanted 'bhld' or 'blhd', got {layout!r}")
     if not outs or len(outs) != len(lses):
@@ -81,12 +83,18 @@ def _check(outs: list[Array], lses: list[Array], layout: str) -> None:
         )
     for name, parts in (("outs", outs), ("lses", lses)):
         for part in parts:
-            if not arrays.is_array(part) or arrays.kind(part) != "float":
-                raise TypeError(f"{name}: wanted float arrays, got {type(part).__name__}")
+            if not arrays.is_array(part) or arrays.refused_type(part) or arrays.kind(part) != "float":
+                what = (
+                    f"{type(part).__name__} of {part.dtype}" if arrays.is_array(part) else type(part).__name__
+                )
+                raise TypeError(f"{name}: wanted float arrays, got {what}")
             if arrays.library(part) != arrays.library(outs[0]):
                 raise TypeError(
                     f"{name}: wanted arrays of {arrays.library(outs[0])}, got one of {arrays.library(part)}"
                 )
+            here, there = arrays.device(part), arrays.device(outs[0])
+            if here is not None and there is not None and here != there:
+                raise ValueError(f"{name}: wanted arrays on device {there}, got one on {here}")
             if part.dtype != parts[0].dtype:
                 raise TypeError(f"{name}: wanted one dtype, got {parts[0].dtype} and {part.dtype}")
             if tuple(part.shape) != tuple(parts[0].shape):

@@ -3,31 +3,66 @@
 from __future__ import annotations
 
 import math
-import operator
-from typing import Any
+import numbers
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["integer", "real"]
+if TYPE_CHECKING:
+    import numpy
+
+__all__ = ["boolean", "integer", "integers", "is_integer", "real"]
+
+# Positions and distances are sums of a few of these, in int64.
+LARGEST = 2**62
+
+
+def is_integer(value: Any) -> bool:
+    """Whether `value` is a Python or NumPy integer, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def integer(value: Any, label: str, least: int | None = None) -> int:
     """`value` as a Python int; bools and floats are refused."""
-    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
-        raise TypeError(f"{label}: wanted an integer, got {value!r}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{label}: wanted an integer, got {type(value).__name__} {value!r}") from None
+    if not is_integer(value):
+        raise TypeError(f"{label}: wanted an integer, got {type(value).__name__} {value!r}")
+    number = int(value)
     if least is not None and number < least:
         raise ValueError(f"{label}: wanted {least} or more, got {number}")
+    if abs(number) > LARGEST:
+        raise ValueError(f"{label}: wanted an integer of at most 2**62, got {number}")
     return number
 
 
+def integers(value: Any, label: str) -> numpy.ndarray[Any, Any]:
+    """An integer or nested sequences of integers as an int64 array."""
+    import numpy
+
+    def flat(part: Any) -> list[int]:
+        if isinstance(part, (list, tuple, range)):
+            return [number for inner in part for number in flat(inner)]
+        return [integer(part, label)]
+
+    shape, part = [], value
+    while isinstance(part, (list, tuple, range)):
+        shape.append(len(part))
+        part = part[0] if len(part) else 0
+    found = numpy.asarray(flat(value), dtype=numpy.int64)
+    if found.size != math.prod(shape):
+        raise ValueError(f"{label}: wanted integers in equally long rows, got {value!r}")
+    return found.reshape(shape)
+
+
 def real(value: Any, label: str) -> float:
-    """`value` as a finite Python float; bools and arrays with axes are refused."""
-    scalar = isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
-    if isinstance(value, bool) or not scalar:
+    """`value` as a finite Python float; bools and arrays are refused."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{label}: wanted a real number, got {type(value).__name__} {value!r}")
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"{label}: wanted a finite number, got {number}")
     return number
+
+
+def boolean(value: Any, label: str) -> bool:
+    """`value` as it is, True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{label}: wanted True or False, got {value!r}")
+    return value

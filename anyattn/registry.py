@@ -8,7 +8,7 @@ reason and disturbs nothing else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -86,8 +86,8 @@ def backends() -> Backends:
     return Backends({name: _status(name) for name in _offers()})
 
 
-def find(name: str) -> Status:
-    """The state of the backend called `name`; loads no other.
+def find(name: str, source: str = "backend") -> Status:
+    """The state of the backend called `name`, which `source` asks for; loads no other.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def find(name: str) -> Status:
         near = difflib.get_close_matches(name, _offers(), n=2)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise UnknownBackendError(
-            f"backend: {name!r} is not installed; there are {', '.join(_offers())}{hint}"
+            f"{source}: {name!r} is not installed; there are {', '.join(_offers())}{hint}"
         )
     return _status(name)
 
@@ -150,12 +150,12 @@ def _status(name: str) -> Status:
         return Status(name, None, f"offered twice, by {who}; uninstall one", version)
     try:
         backend = points[0].load()
-    # A plugin's import may raise anything; it is reported and must not stop other backends.
-    except Exception as error:  # noqa: BLE001
+        flaw = _flaw(name, backend)
+    # A plugin's code may raise anything, or exit; it is reported and must not stop other backends.
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         return Status(
             name, None, f"{points[0].value} does not load: {type(error).__name__}: {error}", version
         )
-    flaw = _flaw(name, backend)
     if flaw:
         return Status(name, None, f"{points[0].value} is no backend: {flaw}", version)
     missing = [module for module in backend.requires if not _is_installed(module)]
@@ -171,7 +171,7 @@ def _is_installed(module: str) -> bool:
 
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # a parent of a dotted name is missing
+    except (ImportError, ValueError):  # a parent of a dotted name is missing; a module without a spec
         return False
 
 
@@ -201,7 +201,8 @@ def _flaw(name: str, backend: Any) -> str | None:
         return f"it calls itself {backend.name!r}"
     for attribute in ("arrays", "dtypes", "devices", "capabilities", "requires"):
         value = getattr(backend, attribute)
-        if isinstance(value, str) or not all(isinstance(entry, str) for entry in value):
+        strings = isinstance(value, Collection) and all(isinstance(entry, str) and entry for entry in value)
+        if isinstance(value, str) or not strings:
             return f"{attribute} is {value!r}; wanted a collection of strings"
     unknown = sorted(set(backend.capabilities) - set(CAPABILITIES))
     if unknown:

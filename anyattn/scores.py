@@ -17,7 +17,7 @@ from anyattn.expr.bind import Geometry, batch_indices, check_same_place
 from anyattn.expr.functions import clip, tanh, where
 from anyattn.expr.nodes import ROW, SCORE, Deferred, Expr, H, I, J, Symbol, load, rewrite
 from anyattn.expr.trace import table_of, trace_score
-from anyattn.numbers import integer, real
+from anyattn.numbers import boolean, integer, is_integer, real
 
 __all__ = ["Score", "alibi", "from_function", "relative_bias", "relative_keys", "softcap", "t5_bias"]
 
@@ -76,8 +76,8 @@ def alibi(slopes: int | Sequence[float] | Array, *, positions: bool = True) -> S
         / n), ... for n heads, n a power of two; other counts take those of the next lower power of two, then
         every second one of twice that power, as the paper's code does.
     """
-    words = f"alibi({slopes if isinstance(slopes, int) else '<slopes>'})"
-    if isinstance(slopes, int) and not isinstance(slopes, bool):
+    words = f"alibi({slopes if is_integer(slopes) else '<slopes>'})"
+    if is_integer(slopes):
         slopes = _paper_slopes(integer(slopes, "alibi: slopes", least=1))
     table = table_of(slopes, "alibi: slopes", ("h",))
     if table.kind == "bool":
@@ -100,6 +100,7 @@ def t5_bias(table: Array, bidirectional: bool, max_distance: int, *, positions: 
     weights = table_of(table, "t5_bias: table", (None, "h"))
     if weights.kind != "float":
         raise TypeError(f"t5_bias: table: wanted a float array of shape (buckets, Hq), got {weights.kind}")
+    bidirectional = boolean(bidirectional, "t5_bias: bidirectional")
     buckets = int(weights.value.shape[0])
     if bidirectional and buckets % 2:
         raise ValueError(
@@ -118,7 +119,7 @@ def t5_bias(table: Array, bidirectional: bool, max_distance: int, *, positions: 
     bucket: Expr = load(nearest, (abs(distance) if bidirectional else -distance,))
     if bidirectional:
         bucket = bucket + where(distance > 0, one_side, 0)
-    shown = f"<table {tuple(weights.value.shape)}>, {bool(bidirectional)}, {max_distance}"
+    shown = f"<table {tuple(weights.value.shape)}>, {bidirectional}, {max_distance}"
     return Score(SCORE + load(weights, (bucket, H)), f"t5_bias({shown})")
 
 
@@ -206,7 +207,7 @@ def soft_cap(c: Any, label: str) -> float:
 
 
 def _query(positions: bool) -> Expr:
-    return I if positions else ROW
+    return I if boolean(positions, "positions") else ROW
 
 
 def _reach(entries: int, label: str, shape: str) -> int:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
-from anyattn.numbers import integer
+from anyattn.numbers import boolean, integer
 
 __all__ = ["Settings", "current", "forced_backend", "use"]
 
@@ -84,19 +84,20 @@ def use(
 
     changes: dict[str, object] = {}
     if backend is not None:
-        registry.find(backend)
+        if not isinstance(backend, str):
+            raise TypeError(f"use: backend: wanted a name, got {backend!r}")
+        registry.find(backend, "use: backend")
         changes["backend"] = backend
     if threads is not None:
         changes["threads"] = integer(threads, "use: threads", least=1)
     if strict is not None:
-        if not isinstance(strict, bool):
-            raise TypeError(f"use: strict: wanted True or False, got {strict!r}")
-        changes["strict"] = strict
+        changes["strict"] = boolean(strict, "use: strict")
     if order is not None:
-        if isinstance(order, str) or not order:
+        names = isinstance(order, (list, tuple)) and order and all(isinstance(name, str) for name in order)
+        if not names:
             raise TypeError(f"use: order: wanted a sequence of one or more names, got {order!r}")
         for name in order:
-            registry.find(name)
+            registry.find(name, "use: order")
         changes["order"] = tuple(order)
     token = _current.set(replace(current(), **changes))  # type: ignore[arg-type]
     try:

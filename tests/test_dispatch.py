@@ -80,6 +80,23 @@ def test_a_forced_backend_never_falls_back(install):
     )
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda call: 1 / 0, r"its unsupported\(\) raised ZeroDivisionError"),
+        (lambda call: "no", r"its unsupported\(\) gave 'no' instead of a tuple"),
+        (lambda call: None, r"its unsupported\(\) gave None"),
+    ],
+)
+def test_a_backend_that_cannot_tell_refuses(install, answer, reason):
+    odd = Constant("odd", 7.0)
+    odd.unsupported = answer
+    install(odd)
+    assert aa.explain(X, X, X).backend == "reference"
+    with pytest.raises(UnsupportedCallError, match=reason):
+        aa.attention(X, X, X, backend="odd")
+
+
 def test_argument_over_use_over_environment(install, monkeypatch):
     install(Constant("one", 1.0), Constant("two", 2.0), Constant("three", 3.0))
     monkeypatch.setenv("ANYATTN_BACKEND", "three")

@@ -32,7 +32,7 @@ def point(name, value, distribution="stranger"):
 
 
 @pytest.fixture
-def discover(monkeypatch):
+def discover(monkeypatch, tmp_path):
     """`backends()` as it is with these entry points beside the real ones."""
     module = types.ModuleType("plugin_module")
     module.plain = Plain()
@@ -43,10 +43,14 @@ def discover(monkeypatch):
     needs.requires, needs.extra = ("a_module_that_is_nowhere",), "extra"
     odd.capabilities = frozenset({"flight"})
     misnamed.name = "somebody"
+    module.empty = Plain()
+    module.empty.arrays = None
     module.deep = Plain()
     module.deep.requires = ("no_such.library",)
     module.needs, module.odd, module.misnamed = needs, odd, misnamed
     monkeypatch.setitem(sys.modules, "plugin_module", module)
+    (tmp_path / "exiting_module.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
     real = list(importlib.metadata.entry_points(group=registry.GROUP))
 
     def discover(*points):
@@ -76,6 +80,8 @@ def test_a_plugin_is_found_with_its_version(discover):
         ("plain", "plugin_module:misnamed", "it calls itself 'somebody'"),
         ("plain", "plugin_module:odd", "capabilities that do not exist: flight"),
         ("plain", "plugin_module:needs", r"pip install 'anyattn\[extra\]'"),
+        ("plain", "plugin_module:empty", "arrays is None; wanted a collection of strings"),
+        ("plain", "exiting_module:backend", "does not load: SystemExit"),
         ("plain", "plugin_module:deep", r"pip install no_such\.library"),
         ("Ill Named", "plugin_module:plain", "ill-named"),
     ],

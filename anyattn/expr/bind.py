@@ -34,6 +34,7 @@ class Geometry:
     accumulate: str
     batch_shape: tuple[int, ...]
     num_heads: int
+    has_heads: bool
     q_len: int
     k_len: int
     offset_host: numpy.ndarray[Any, Any] | int | None
@@ -67,6 +68,7 @@ class Geometry:
 def bind(root: Expr, geometry: Geometry) -> Expr:
     """`root` with deferred parts settled and every captured array checked and beside the queries."""
     tables: dict[int, Table] = {}
+    largest = int(geometry.xp.iinfo(arrays.index_dtype(geometry.xp, geometry.device)).max)
 
     def settle(node: Expr) -> Expr:
         return settled(node.settle(geometry)) if isinstance(node, Deferred) else node
@@ -81,6 +83,11 @@ def bind(root: Expr, geometry: Geometry) -> Expr:
             return load(tables[id(node.table)], node.indices)
         if isinstance(node, Aligned):
             return _bind_aligned(node, geometry)
+        if isinstance(node, Const) and node.kind == "int" and abs(node.value) > largest:
+            raise ValueError(
+                f"{node.value} in a mask or score: wanted integers of at most {largest}, which the "
+                f"indices of {geometry.library} hold"
+            )
         return node
 
     return rewrite(settled(root), place)
@@ -109,6 +116,9 @@ def batch_indices(shape: tuple[int, ...], full: tuple[int, ...]) -> tuple[Expr, 
 
 def check_same_place(value: Array, label: str, geometry: Geometry) -> None:
     """Raise unless `value` belongs to the library and the device of the queries."""
+    refused = arrays.refused_type(value)
+    if refused:
+        raise TypeError(f"{label}: {type(value).__name__} is not taken, {refused}; give a plain array")
     library = arrays.library(value)
     if library != geometry.library:
         raise TypeError(f"{label}: wanted an array of {geometry.library} like q, got one of {library}")
@@ -118,7 +128,7 @@ def check_same_place(value: Array, label: str, geometry: Geometry) -> None:
 
 
 def _bind_table(table: Table, geometry: Geometry) -> Table:
-    if 0 in table.value.shape:
+    if 0 in table.value.shape and 0 not in geometry.result_shape():
         raise ValueError(
             f"{table.label}: wanted at least one entry on every axis, got shape {tuple(table.value.shape)}"
         )
@@ -141,10 +151,12 @@ def _bind_aligned(node: Aligned, geometry: Geometry) -> Aligned:
     *lead, rows, keys = geometry.result_shape()
     wanted = (*lead, -(-rows // node.block), -(-keys // node.block))
     shape = tuple(node.value.shape)
-    ranks = (2, len(wanted)) if node.block == 1 else range(2, len(wanted) + 1)
+    full = len(wanted) if geometry.has_heads else 2
+    ranks = range(2, full + 1) if node.any_rank else (2, full)
     if len(shape) not in ranks:
         raise ValueError(
-            f"{node.label}: wanted 2 axes {wanted[-2:]} or all {len(wanted)} axes {wanted}, got shape {shape}"
+            f"{node.label}: wanted 2 axes {wanted[-2:]} or all {full} axes {wanted[-full:]}, "
+            f"got shape {shape}"
         )
     for size, full in zip(reversed(shape), reversed(wanted), strict=False):
         if size not in (1, full):

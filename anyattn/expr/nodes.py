@@ -187,12 +187,16 @@ class Load(Expr):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Aligned(Expr):
-    """An array along (..., h, row, j) that broadcasts there, each entry serving `block` rows and keys."""
+    """An array along (..., h, row, j) that broadcasts there, each entry serving `block` rows and keys.
+
+    `any_rank` takes every number of axes that broadcasts, otherwise two or all of the result's.
+    """
 
     value: Any
     kind: str
     block: int
     label: str
+    any_rank: bool
 
     def __repr__(self) -> str:
         return self.label

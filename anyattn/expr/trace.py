@@ -48,6 +48,8 @@ def table_of(
 
     Rectangular sequences of numbers are such `host` data, and so are NumPy arrays that anyattn made itself.
     """
+    if arrays.is_array(value) and arrays.refused_type(value):
+        raise TypeError(f"{label}: {type(value).__name__} is not taken, {arrays.refused_type(value)}")
     if not arrays.is_array(value):
         import numpy
 

@@ -17,11 +17,11 @@ __all__ = ["stats", "weights"]
 def weights(call: AttentionCall) -> Array:
     """Softmax weights (..., Hq, R, Lk) of the rows asked for, in the dtype of the call."""
     xp, logits = call.xp, Logits(call)
-    score, _ = logits.block(0, call.k_len)
+    score, visible = logits.block(0, call.k_len)
     (_, total), _, p = advance(logits, start_state(logits), score)
     seen = xp.expand_dims(total != 0, axis=-1)
     p = xp.where(seen, p / xp.where(seen, xp.expand_dims(total, axis=-1), 1.0), 0.0)
-    return arrays.cast(xp, p, call.q.dtype)
+    return arrays.cast(xp, _hide(logits, p, visible), call.q.dtype)
 
 
 def stats(call: AttentionCall) -> dict[str, Array]:
@@ -39,9 +39,9 @@ def stats(call: AttentionCall) -> dict[str, Array]:
 
     def summarise(carry: tuple[Array, Array], start: Any, size: int) -> tuple[tuple[Array, Array], Array]:
         entropy, peak = carry
-        score, _ = logits.block(start, size)
+        score, visible = logits.block(start, size)
         log_p = score - base
-        p = xp.exp(log_p)
+        p = _hide(logits, xp.exp(log_p), visible)
         surprise = -p * xp.where(p == 0, 0.0, log_p)
         carry = entropy + xp.sum(surprise, axis=-1), xp.maximum(peak, largest(logits, p))
         return carry, xp.sum(p, axis=-2)
@@ -50,3 +50,8 @@ def stats(call: AttentionCall) -> dict[str, Array]:
     (entropy, peak), key_mass = over_keys(call, summarise, (zero, zero))
     found = {"key_mass": key_mass, "entropy": entropy, "max": peak}
     return {name: found[name] for name in call.stats}
+
+
+def _hide(logits: Logits, p: Array, visible: Array | None) -> Array:
+    """`p` with the 0 of hidden keys also in rows that are NaN at a seen one."""
+    return p if visible is None else logits.xp.where(visible, p, 0.0)

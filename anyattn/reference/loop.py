@@ -27,7 +27,7 @@ def over_keys(call: AttentionCall, step: Step, carry: Any) -> tuple[Any, Array |
     whole = call.k_len // BLOCK
     pieces = []
     first = 0
-    if call.library == "jax" and whole > 1 and arrays.is_tracer(call.q):
+    if call.library == "jax" and whole > 1 and call.traced:
         carry, piece = _scan(call, step, carry, whole)
         pieces.append(piece)
         first = whole * BLOCK
