@@ -1,0 +1,15 @@
+"""Schedules: which tiles of (query, key) a mask leaves empty, fills, or opens in part.
+
+`parts` says what decides it and reads arrays, `axes` finds along which direction each part changes,
+`formula` joins `atoms` (and `mixed` ones, by `intervals`), `search` goes from coarse to fine tiles, `decide`
+settles the rest by points, `columns` lists isolated keys, `result` is the product, `make` makes and keeps it.
+"""
+
+from __future__ import annotations
+
+from anyattn.schedule.make import schedule
+from anyattn.schedule.parts import Parts
+from anyattn.schedule.result import QueryBlock, Runs, Schedule, Statistics
+from anyattn.schedule.verdicts import EMPTY, FULL, PARTIAL
+
+__all__ = ["EMPTY", "FULL", "PARTIAL", "Parts", "QueryBlock", "Runs", "Schedule", "Statistics", "schedule"]

@@ -1,0 +1,128 @@
+"""Leaf tiles that the analysis leaves open: points that prove them PARTIAL, else all their points.
+
+A tile is PARTIAL when one of its points is seen and another is not. Points are tried where atoms change;
+tiles in which they all agree are evaluated in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from anyattn.schedule.atoms import Line
+from anyattn.schedule.axes import DIFFERENCE, KEY, ROW, SUM, Space
+from anyattn.schedule.formula import Formula
+from anyattn.schedule.grid import Tiles
+from anyattn.schedule.verdicts import EMPTY, FULL, PARTIAL
+
+__all__ = ["Decision", "decide"]
+
+NDArray = np.ndarray[Any, Any]
+
+# Points evaluated at once.
+_CHUNK = 1 << 20
+# So few points are evaluated sooner than witnesses are found.
+_FEW = 1 << 18
+# How many places of an atom's own are tried as rows and keys of witnesses.
+_TRIED = 4
+
+
+class Decision:
+    """Verdicts of leaf tiles, one bit each, and how many were found by points and by evaluation."""
+
+    def __init__(self, verdicts: NDArray):
+        self.verdicts = verdicts
+        self.by_witness = 0
+        self.by_evaluation = 0
+
+
+def decide(formula: Formula, space: Space, tiles: Tiles, possible: NDArray) -> Decision:
+    """The verdicts of leaf tiles of which `possible` sets of verdicts are known."""
+    decision = Decision(possible.copy())
+    open_ = np.flatnonzero(possible & (possible - 1))
+    seen = possible[open_] & EMPTY == 0
+    hidden = possible[open_] & FULL == 0
+    area = tiles.grid.rows * tiles.grid.keys
+    # What is not EMPTY has a point that is seen, what is not FULL one that is not.
+    for group, row, key in _witnesses(formula, space, tiles, open_):
+        where = np.flatnonzero(~(seen & hidden))
+        if len(where) * area <= _FEW:
+            break
+        upper, lower = formula.values(group[where], row[where], key[where])
+        seen[where] |= upper
+        hidden[where] |= ~lower
+    proved = seen & hidden
+    decision.verdicts[open_[proved]] = PARTIAL
+    decision.by_witness = int(proved.sum())
+    rest = open_[~proved]
+    decision.by_evaluation = len(rest)
+    step = max(1, _CHUNK // area)
+    for start in range(0, len(rest), step):
+        part = rest[start : start + step]
+        decision.verdicts[part] = _evaluated(formula, tiles.chosen(part))
+    return decision
+
+
+def _evaluated(formula: Formula, tiles: Tiles) -> NDArray:
+    grid = tiles.grid
+    row = tiles.row_range[0][:, None, None] + np.arange(grid.rows)[:, None]
+    key = tiles.key_range[0][:, None, None] + np.arange(grid.keys)
+    upper, lower = formula.values(tiles.group[:, None, None], row, key)
+    shape = (len(tiles), grid.rows, grid.keys)
+    some = np.broadcast_to(upper, shape).reshape(len(tiles), -1).any(axis=1)
+    every = np.broadcast_to(lower, shape).reshape(len(tiles), -1).all(axis=1)
+    return np.where(every, FULL, np.where(some, PARTIAL, EMPTY)).astype(np.uint8)
+
+
+def _witnesses(
+    formula: Formula, space: Space, tiles: Tiles, which: NDArray
+) -> Iterator[tuple[NDArray, NDArray, NDArray]]:
+    """Points of the tiles, first at their edges, then where atoms of one direction have either value."""
+    group = tiles.group[which]
+    row0, row1 = (x[which] for x in tiles.row_range)
+    key0, key1 = (x[which] for x in tiles.key_range)
+    for row, key in _spread(row0, row1, key0, key1):
+        yield group, row, key
+    lines = [leaf.atom for leaf in formula.leaves() if isinstance(leaf.atom, Line)]
+    rows = list(_candidates([x for x in lines if x.direction == ROW], group, row0, row1))
+    keys = list(_candidates([x for x in lines if x.direction == KEY], group, key0, key1))
+    for row in rows:
+        for key in keys:
+            yield group, row, key
+    for line in lines:
+        if line.direction not in (DIFFERENCE, SUM):
+            continue
+        for value in (True, False):
+            for key in keys:
+                ends = (space.place(line.direction, r, key) for r in (row0, row1))
+                at = line.following(value, group, np.minimum(*ends))
+                shift = at - (space.k_len - 1) + key if line.direction == DIFFERENCE else at - key
+                yield group, np.clip(shift, row0, row1), key
+            for row in rows:
+                ends = (space.place(line.direction, row, k) for k in (key0, key1))
+                at = line.following(value, group, np.minimum(*ends))
+                shift = row - (at - (space.k_len - 1)) if line.direction == DIFFERENCE else at - row
+                yield group, row, np.clip(shift, key0, key1)
+
+
+def _spread(row0: NDArray, row1: NDArray, key0: NDArray, key1: NDArray) -> Iterator[tuple[NDArray, NDArray]]:
+    """Corners, the centre, and some points that share no row, key or diagonal."""
+    rows, keys = row1 - row0, key1 - key0
+    for a, c in ((0, 0), (7, 7), (0, 7), (7, 0), (3, 4), (1, 5), (5, 2), (2, 6), (6, 1)):
+        yield row0 + rows * a // 7, key0 + keys * c // 7
+
+
+def _candidates(lines: list[Line], group: NDArray, first: NDArray, last: NDArray) -> Iterator[NDArray]:
+    """Ends and middle of a range, and the first places in it where an atom has either value."""
+    yield first
+    yield last
+    yield (first + last) // 2
+    for line in lines:
+        for value in (True, False):
+            at = first
+            for _ in range(_TRIED):
+                at = line.following(value, group, at)
+                yield np.clip(at, first, last)
+                at = at + 1
