@@ -71,8 +71,8 @@ def _load(node: Load, indices: list[Array], tile: Tile) -> Array:
     for kind, index, size in zip((i.kind for i in node.indices), indices, table.shape, strict=True):
         if kind == "float":
             # NaN reads entry 0, and beyond 2**24 entries float32 rounds the last one up.
-            index = tile.cast(xp.clip(xp.where(index > 0, index, 0.0), 0, size - 1), "int")
-        inside = tile.cast(xp.clip(index, 0, size - 1), "int")
+            index = tile.cast(xp.clip(xp.where(index > 0, index, 0.0), 0, max(size - 1, 0)), "int")
+        inside = tile.cast(xp.clip(index, 0, max(size - 1, 0)), "int")
         flat = inside if flat is None else flat * size + inside
     if flat is None:
         return tile.cast(table, node.kind)
