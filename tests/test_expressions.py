@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import linecache
 import math
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ import anyattn as aa
 from anyattn.errors import TraceError
 from anyattn.expr import nodes
 from anyattn.expr.evaluate import Tile, evaluate
+from anyattn.expr.program import lower
 from anyattn.expr.trace import trace_mask, trace_score
 
 SLOPES = np.array([0.5, 0.25])
@@ -166,6 +172,110 @@ class TestCapture:
         trace_score(score)
         assert score(1.0, 0, 1, 0, 0) == 0.75
 
+    def test_objects_modules_and_containers(self):
+        class Holder:
+            def __init__(self):
+                self.slopes = SLOPES
+                self.inner = {"both": [SLOPES * 0, SLOPES]}
+
+            def slope(self, h):
+                return self.slopes[h]
+
+            def score(self, s, b, h, i, j):
+                return s - self.slopes[h] * abs(i - j)
+
+            def __getitem__(self, h):
+                return self.slopes[h]
+
+            def __call__(self, s, b, h, i, j):
+                return s - self.slope(h) * abs(i - j)
+
+        class Heir(Holder):
+            def score(self, s, b, h, i, j):
+                assert isinstance(self, Heir)
+                return super().score(s, b, h, i, j)
+
+        held, pair, named = Holder(), (SLOPES * 0, SLOPES), {"slopes": SLOPES}
+        module = types.ModuleType("tables")
+        module.slopes = SLOPES
+        self.check(held.score)
+        self.check(held)
+        self.check(Heir().score)
+        self.check(lambda s, b, h, i, j: s - held.slopes[h] * abs(i - j))
+        self.check(lambda s, b, h, i, j: s - held[h] * abs(i - j))
+        self.check(lambda s, b, h, i, j: s - held.slope(h) * abs(i - j))
+        self.check(lambda s, b, h, i, j: s - held.inner["both"][1][h] * abs(i - j))
+        self.check(lambda s, b, h, i, j: s - pair[1][h] * abs(i - j))
+        self.check(lambda s, b, h, i, j: s - sum(x[h] for x in pair) * abs(i - j))
+        self.check(lambda s, b, h, i, j: s - named["slopes"][h] * abs(i - j))
+        self.check(lambda s, b, h, i, j: s - module.slopes[h] * abs(i - j))
+
+    def test_function_of_a_module(self, tmp_path):
+        path = tmp_path / "penalties.py"
+        path.write_text(
+            "SLOPES = [0.5, 0.25]\n\n\ndef penalty(h, i, j):\n    return SLOPES[h] * abs(i - j)\n"
+        )
+        spec = importlib.util.spec_from_file_location("penalties", path)
+        penalties = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(penalties)
+        self.check(lambda s, b, h, i, j: s - penalties.penalty(h, i, j))
+
+    def test_module_of_torch(self):
+        torch = pytest.importorskip("torch", reason="torch is not installed")
+
+        class Penalty(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.slopes = torch.nn.Parameter(torch.tensor(SLOPES))
+
+            def forward(self, s, b, h, i, j):
+                return s - self.slopes[h] * abs(i - j)
+
+        assert repr(trace_score(Penalty())) == "(score - (self.slopes[h] * abs((i - j))))"
+
+    @pytest.mark.parametrize("library", ["torch", "jax.numpy", "array_api_strict", "dask.array"])
+    def test_arrays_of_other_libraries(self, library):
+        xp = pytest.importorskip(library, reason=f"{library} is not installed")
+        slopes = xp.asarray([0.5, 0.25])
+        named = types.SimpleNamespace(slopes=slopes)
+        for function in (
+            lambda s, b, h, i, j: s - slopes[h] * abs(i - j),
+            lambda s, b, h, i, j: s - named.slopes[h] * abs(i - j),
+        ):
+            expr = trace_score(function)
+            (read,) = (node for node in nodes.walk(expr) if isinstance(node, nodes.Load))
+            assert read.table.value is slopes
+
+    def test_objects_without_arrays_stay_themselves(self):
+        marker, mode = object(), types.SimpleNamespace(kind=None)
+        mode.kind = marker
+
+        def score(s, b, h, i, j):
+            assert mode.kind is marker
+            assert type(mode) is types.SimpleNamespace
+            return s if mode.kind is marker else -s
+
+        assert trace_score(score) is nodes.SCORE
+
+    def test_threads_get_one_expression(self):
+        def score(s, b, h, i, j):
+            return aa.where(i > j, aa.tanh(s * SLOPES[h] + i * j), s - abs(i - j) % 7)
+
+        def key(_):
+            barrier.wait()
+            return [lower(None, trace_score(score)).key for _ in range(20)]
+
+        barrier = threading.Barrier(4)
+        with ThreadPoolExecutor(4) as pool:
+            keys = {k for found in pool.map(key, range(4)) for k in found}
+        assert len(keys) == 1
+
+
+def helper_with_if(i, j):
+    if i > j:
+        return i
+    return j
+
 
 class TestRefusals:
     """What cannot be traced is said with the line and what to write."""
@@ -173,23 +283,111 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("function", "hint"),
         [
-            (lambda s, b, h, i, j: s if i > j else -s, "aa.where"),
-            (lambda s, b, h, i, j: s + max(i, j), "aa.maximum"),
-            (lambda s, b, h, i, j: s * (i > j and i > 3), "`and`"),
-            (lambda s, b, h, i, j: aa.where(0 < j < i, s, 0.0), "chained comparison"),
-            (lambda s, b, h, i, j: s + math.exp(i), "aa.exp"),
-            (lambda s, b, h, i, j: s + np.exp(i), "ufunc"),
+            (lambda s, b, h, i, j: s if i > j else -s, "write aa.where(i > j, s, -s)"),
+            (lambda s, b, h, i, j: s + max(i, j), "write aa.maximum(i, j)"),
+            (lambda s, b, h, i, j: s + min(i, j, 3), "write aa.minimum(aa.minimum(i, j), 3)"),
+            (lambda s, b, h, i, j: s * (i > j and i > 3), "write (i > j) & (i > 3)"),
+            (lambda s, b, h, i, j: s * (i > j or i > 3), "write (i > j) | (i > 3)"),
+            (lambda s, b, h, i, j: s * (not i > j), "write ~(i > j)"),
+            (lambda s, b, h, i, j: aa.where(0 < j < i, s, 0.0), "write (0 < j) & (j < i)"),
+            (lambda s, b, h, i, j: s * (i in (1, 2)), "write (i == 1) | (i == 2)"),
+            (lambda s, b, h, i, j: s * (i not in [1, 2]), "write ~((i == 1) | (i == 2))"),
+            (lambda s, b, h, i, j: s * (i in SLOPES), "flags[i]"),
+            (lambda s, b, h, i, j: s + math.exp(i), "write aa.exp(i)"),
+            (lambda s, b, h, i, j: s + math.floor(i / 2), "write aa.floor(i / 2)"),
+            (lambda s, b, h, i, j: s + math.fabs(i - j), "write abs(i - j)"),
+            (lambda s, b, h, i, j: s + np.exp(i), "np.exp cannot be traced; write aa.exp(i)"),
+            (lambda s, b, h, i, j: s + np.where(i > j, 1, 0), "write aa.where(i > j, 1, 0)"),
+            (lambda s, b, h, i, j: s * np.logical_and(i > j, i > 3), "write (i > j) & (i > 3)"),
+            (lambda s, b, h, i, j: s + np.clip(i - j, 0, 3), "write aa.clip(i - j, 0, 3)"),
+            (lambda s, b, h, i, j: s + math.hypot(i, j), "math.hypot cannot be traced: it is not made for"),
+            (lambda s, b, h, i, j: s + i.clip(0, 3), "i is a number, not an array; write aa.clip(...)"),
+            (lambda s, b, h, i, j: s + i.shape[0], "i is a number and has no attributes"),
+            (lambda s, b, h, i, j: s + int(i / 2), "write aa.floor(i / 2)"),
+            (lambda s, b, h, i, j: s + float(i), "leave it out"),
+            (lambda s, b, h, i, j: s + bool(i), "write (i) != 0"),
+            (lambda s, b, h, i, j: s + round(i / 2), "write aa.floor(i / 2 + 0.5)"),
+            (lambda s, b, h, i, j: s + sum(n for n in range(i)), "range() asks for a number"),
+            (lambda s, b, h, i, j: s + sum(n for n in i), "i cannot be looped over"),
+            (lambda s, b, h, i, j: s + [n for n in i][0], "i cannot be looped over"),  # noqa: C416, RUF015
+            (lambda s, b, h, i, j: s * any([i > j, i > 3]), "join conditions with |"),
+            (lambda s, b, h, i, j: s + len(f"{i}"), "an f-string needs values"),
+            (lambda s, b, h, i, j: s + np.arange(4)[i], "make it outside the function"),
+            (lambda s, b, h, i, j: s + [SLOPES, SLOPES][h][0], "stack a list of arrays"),
+            (lambda s, b, h, i, j: s + helper_with_if(i, j), "write aa.where(i > j, x, y)"),
             (lambda s, b, h, i, j: s + SLOPES, "index every axis"),
             (lambda s, b, h, i, j: s + SLOPES[s], "aa.floor"),
             (lambda s, b, h, i, j: s + SLOPES[h, i], "2 indices for an array of 1 axes"),
             (lambda s, b, h, i, j: s + "x", "builtins.str"),
+            (lambda s, b, h, i, j: s + 1 / 0, "ZeroDivisionError: division by zero"),
+            (lambda s, b, h, i, j: s + {}["missing"], "KeyError: 'missing'"),
+            (lambda s, b, h, i, j: s + [1][3], "IndexError: list index out of range"),
         ],
     )
     def test_score(self, function, hint):
         with pytest.raises(TraceError, match="score_mod function") as error:
             trace_score(function)
-        assert hint in str(error.value)
-        assert "test_expressions.py" in str(error.value)
+        message = str(error.value)
+        assert hint in message
+        in_helper = "helper_with_if" in function.__code__.co_names
+        line = helper_with_if.__code__.co_firstlineno + 1 if in_helper else function.__code__.co_firstlineno
+        assert f"test_expressions.py:{line}: " in message
+        assert linecache.getline(__file__, line).strip() in message
+        assert isinstance(error.value.__cause__, Exception)
+
+    def test_statements(self):
+        def writes(s, b, h, i, j):
+            SLOPES[h] = 1
+            return s
+
+        def writes_an_attribute(s, b, h, i, j):
+            held.slopes = SLOPES
+            return s
+
+        def loops(s, b, h, i, j):
+            while i > j:
+                s = s + 1
+            return s
+
+        def asserts(s, b, h, i, j):
+            assert i > j
+            return s
+
+        def branches(s, b, h, i, j):
+            if s > 0 and i > j:
+                return s
+            return -s
+
+        def makes(s, b, h, i, j):
+            out = np.zeros(3)
+            out[i] = s
+            return out
+
+        held = types.SimpleNamespace(slopes=SLOPES)
+        for function, offset, hint in (
+            (writes, 1, "SLOPES is written to"),
+            (
+                writes_an_attribute,
+                1,
+                "held.slopes is written to: a traced function must not change what it captures",
+            ),
+            (loops, 1, "`while` needs one truth value, and i > j has one at each index"),
+            (asserts, 1, "`assert` needs one truth value"),
+            (branches, 1, "write (s > 0) & (i > j)"),
+            (makes, 2, "out is written to"),
+        ):
+            with pytest.raises(TraceError) as error:
+                trace_score(function)
+            assert hint in str(error.value)
+            assert f"test_expressions.py:{function.__code__.co_firstlineno + offset}: " in str(error.value)
+        assert SLOPES.tolist() == [0.5, 0.25]
+
+    def test_without_source(self):
+        """As typed into `python -c`: no line to show, all hints."""
+        scope = {}
+        exec(compile("score = lambda s, b, h, i, j: s if i > j else -s", "<nowhere>", "exec"), scope)
+        with pytest.raises(TraceError, match=r"Write aa\.where"):
+            trace_score(scope["score"])
 
     def test_logic_on_numbers(self):
         with pytest.raises(TraceError, match="join conditions"):

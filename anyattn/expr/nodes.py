@@ -13,6 +13,7 @@ structure.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -36,6 +37,10 @@ __all__ = [
     "as_expr",
     "walk",
 ]
+
+
+class NoValueError(TraceError):
+    """Python asked an expression for a value, which it has at each index only."""
 
 
 class Expr:
@@ -88,20 +93,23 @@ class Expr:
     # fmt: on
 
     def __bool__(self) -> NoReturn:
-        raise TraceError(
+        raise NoValueError(
             "a traced condition has no truth value: it is traced once for all indices. Write "
             "aa.where(condition, x, y) instead of `if`, `&` `|` `~` instead of `and` `or` `not`, "
             "aa.minimum and aa.maximum instead of `min` and `max`, "
             "and (a <= b) & (b < c) instead of a chained comparison"
         )
 
-    def _no_number(self) -> NoReturn:
-        raise TraceError(
+    def _no_number(self, *args: Any) -> NoReturn:
+        raise NoValueError(
             "a traced value is not a number yet: use aa.exp, aa.log, aa.tanh, aa.sqrt, aa.sigmoid, aa.floor, "
             "aa.minimum, aa.maximum, aa.clip and aa.where instead of other libraries' functions"
         )
 
-    __float__ = __int__ = __index__ = __complex__ = __iter__ = __len__ = _no_number
+    def __format__(self, spec: str) -> NoReturn:
+        self._no_number()
+
+    __float__ = __int__ = __index__ = __complex__ = __iter__ = __len__ = __contains__ = _no_number
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -319,12 +327,14 @@ def load(table: Table, indices: tuple[Expr, ...]) -> Expr:
 
 
 _nodes: WeakValueDictionary[tuple[Any, ...], Expr] = WeakValueDictionary()
+_lock = threading.Lock()
 
 
 def _only(node: Apply | Load) -> Expr:
     """`node`, or the equal one that exists already."""
     own: Any = (node.op, node.kind) if isinstance(node, Apply) else id(node.table)
-    return _nodes.setdefault((type(node), own, *map(id, node.children)), node)
+    with _lock:  # two threads would make two nodes of one
+        return _nodes.setdefault((type(node), own, *map(id, node.children)), node)
 
 
 def walk(root: Expr) -> Iterator[Expr]:

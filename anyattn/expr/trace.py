@@ -1,20 +1,23 @@
 """Tracing: a user's Python function, called once with symbols, gives the expression that it computes.
 
 Arrays and number sequences that the function captures (closure, globals, defaults, also through helper
-functions) are swapped for stand-ins whose indexing builds `Load` nodes; the function itself is not changed, a
-copy of it with other captures is called. Nothing is parsed and nothing is evaluated from text.
+functions, objects, modules and containers that hold them) are swapped for stand-ins whose indexing builds
+`Load` nodes; the function itself is not changed, a copy of it with other captures is called. Nothing is
+evaluated from text; source is parsed only to word an error (`untraceable`).
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 from anyattn import arrays
 from anyattn.errors import TraceError
-from anyattn.expr.nodes import SCORE, Apply, B, Expr, H, I, J, Table, apply, as_expr, load
+from anyattn.expr.nodes import SCORE, Apply, B, Expr, H, I, J, NoValueError, Table, apply, as_expr, load
+from anyattn.expr.untraceable import advice, place_of
 
 __all__ = ["table_of", "trace_mask", "trace_score"]
 
@@ -79,7 +82,9 @@ class _Captured:
     def __getitem__(self, key: Any) -> Any:
         keys = key if isinstance(key, tuple) else (key,)
         if not self._indices and not any(isinstance(k, (Expr, _Captured)) for k in keys):
-            return _capture(self._value[key], f"{self._label}[{key!r}]")
+            part = self._value[key]
+            known = arrays.is_array(part) or _is_numbers(part)
+            return _Captured(part, f"{self._label}[{key!r}]") if known else part
         indices = list(self._indices)
         for k in keys:
             index = as_expr(k)
@@ -104,6 +109,9 @@ class _Captured:
                 f"{len(self._indices)} indices; index every axis"
             )
         return load(table, self._indices)
+
+    def __setitem__(self, key: Any, value: Any) -> NoReturn:
+        raise NoValueError(f"{self._label}: a traced function may read captured arrays, not change them")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._value, name)
@@ -133,81 +141,199 @@ for _op, _names in {
     setattr(_Captured, _names[1], lambda self, other, op=_op: apply(op, other, self))
 
 
+class _Holder:
+    """Stands for a captured object, module or container that holds arrays: what is read of it is captured.
+
+    It passes for the object itself (`isinstance`, `super()`), whose methods see it as `self`.
+    """
+
+    def __init__(self, value: Any, label: str, captures: _Captures):
+        self.__dict__.update({"_value": value, "_label": label, "_captures": captures})
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._value)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._part(getattr(self._value, name), f"{self._label}.{name}")
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise NoValueError(f"{self._label}.{name}: a traced function may not change what it captures")
+
+    def __getitem__(self, key: Any) -> Any:
+        method = getattr(type(self._value), "__getitem__", None)
+        if isinstance(method, types.FunctionType):
+            return self._captures.function(method)(self, key)
+        return self._part(self._value[key], f"{self._label}[{key!r}]")
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        method = type(self._value).__call__
+        own = isinstance(method, types.FunctionType)
+        return (
+            self._captures.function(method)(self, *args, **keywords)
+            if own
+            else self._value(*args, **keywords)
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._part(value, f"{self._label}[{n}]") for n, value in enumerate(self._value))
+
+    def __len__(self) -> int:
+        return len(self._value)
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._value
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._value == (other._value if type(other) is _Holder else other))
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __anyattn_expr__(self) -> Expr:
+        return as_expr(self._value)
+
+    def _part(self, value: Any, label: str) -> Any:
+        if isinstance(value, types.MethodType) and value.__self__ is self._value:
+            return types.MethodType(self._captures.function(value.__func__), self)
+        return self._captures.swap(value, label)
+
+
+# How deep arrays are looked for in captured objects: a dict in an object in a dict.
+_DEPTH = 3
+
+
+class _Captures:
+    """What one traced function sees in the place of what it captures."""
+
+    def __init__(self) -> None:
+        self._functions: dict[int, tuple[types.FunctionType, Any]] = {}
+        self._holders: dict[int, _Holder] = {}
+        self.files: set[str] = set()
+
+    def prepare(self, function: Any) -> Callable[..., Any]:
+        """A callable as it is to be traced."""
+        if isinstance(function, functools.partial):
+            keywords = {name: self.swap(value, name) for name, value in function.keywords.items()}
+            args = tuple(self.swap(value, f"argument {n}") for n, value in enumerate(function.args))
+            return functools.partial(self.prepare(function.func), *args, **keywords)
+        if isinstance(function, types.MethodType):
+            return types.MethodType(self.prepare(function.__func__), self.swap(function.__self__, "self"))
+        if isinstance(function, types.FunctionType):
+            copy: Callable[..., Any] = self.function(function)
+            return copy
+        method = None if isinstance(function, type) else getattr(type(function), "__call__", None)  # noqa: B004
+        if isinstance(method, types.FunctionType):
+            return types.MethodType(self.function(method), self.swap(function, "self"))
+        traced: Callable[..., Any] = function
+        return traced
+
+    def swap(self, value: Any, label: str) -> Any:
+        """`value` as the traced function is to see it."""
+        if isinstance(value, types.FunctionType):
+            return self.function(value)
+        if arrays.is_array(value) or _is_numbers(value):
+            return _Captured(value, label)
+        if id(value) in self._holders:
+            return self._holders[id(value)]
+        if _holds_arrays(value, _DEPTH):
+            self._holders[id(value)] = _Holder(value, label, self)
+            return self._holders[id(value)]
+        return value
+
+    def function(self, function: Any) -> Any:
+        """A copy of `function` that sees what `swap` gives; `function` itself where that is the same."""
+        if not isinstance(function, types.FunctionType) or _is_own(function.__module__):
+            return function
+        if id(function) not in self._functions:
+            self.files.add(function.__code__.co_filename)
+            # Recursive functions meet themselves unchanged.
+            self._functions[id(function)] = (function, function)
+            self._functions[id(function)] = (function, self._copy(function))
+        return self._functions[id(function)][1]
+
+    def _copy(self, function: types.FunctionType) -> types.FunctionType:
+        code = function.__code__
+        names = _used_names(code)
+        known = function.__globals__
+        scope = {n: self._global(known[n], n, names) for n in sorted(names) if n in known}
+        changed = any(value is not known[n] for n, value in scope.items())
+        cells = []
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                content = cell.cell_contents
+            except ValueError:  # assigned after the function was made
+                cells.append(cell)
+                continue
+            new = self._global(content, name, names)
+            changed = changed or new is not content
+            cells.append(cell if new is content else types.CellType(new))
+        given = function.__defaults__ or ()
+        first = code.co_argcount - len(given)
+        defaults = tuple(self.swap(value, code.co_varnames[first + n]) for n, value in enumerate(given))
+        changed = changed or any(a is not b for a, b in zip(defaults, given, strict=True))
+        given_keywords = function.__kwdefaults__ or {}
+        keywords = {name: self.swap(value, name) for name, value in given_keywords.items()}
+        changed = changed or any(value is not given_keywords[name] for name, value in keywords.items())
+        if not changed:
+            return function
+        copy = types.FunctionType(code, {**known, **scope}, function.__name__, defaults, tuple(cells))
+        copy.__kwdefaults__ = keywords
+        copy.__module__ = function.__module__
+        return copy
+
+    def _global(self, value: Any, label: str, names: set[str]) -> Any:
+        if not isinstance(value, types.ModuleType) or _is_own(value.__name__):
+            return self.swap(value, label)
+        parts = [getattr(value, n) for n in names if n in vars(value)]
+        if any(arrays.is_array(part) or self._is_traced(part, value) for part in parts):
+            return self._holders.setdefault(id(value), _Holder(value, label, self))
+        return value
+
+    def _is_traced(self, part: Any, module: types.ModuleType) -> bool:
+        """Whether a function of a module reads captured arrays itself."""
+        own = isinstance(part, types.FunctionType) and part.__module__ == module.__name__
+        return own and self.function(part) is not part
+
+
+def _is_own(module: str | None) -> bool:
+    return module is not None and (module == "anyattn" or module.startswith("anyattn."))
+
+
 def _is_numbers(value: Any) -> bool:
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, range)) or not value:
         return False
     return all(isinstance(v, (bool, int, float)) or _is_numbers(v) for v in value)
 
 
-def _capture(value: Any, label: str) -> Any:
-    """`value` as the traced function is to see it."""
-    if arrays.is_array(value) or _is_numbers(value):
-        return _Captured(value, label)
-    return value
-
-
-def _with_captures(function: types.FunctionType, seen: dict[int, types.FunctionType]) -> types.FunctionType:
-    """A copy of `function` that sees stand-ins for captured arrays; `function` itself if it has none."""
-    if id(function) in seen:
-        return seen[id(function)]
-    seen[id(function)] = function
-    changed = False
-
-    def swap(value: Any, label: str) -> Any:
-        nonlocal changed
-        if isinstance(value, types.FunctionType) and not value.__module__.startswith("anyattn."):
-            new: Any = _with_captures(value, seen)
-        else:
-            new = _capture(value, label)
-        changed = changed or new is not value
-        return new
-
-    names = _global_names(function.__code__)
-    scope = {n: swap(function.__globals__[n], n) for n in sorted(names) if n in function.__globals__}
-    cells = []
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            content = cell.cell_contents
-        except ValueError:  # assigned after the function was made
-            cells.append(cell)
-            continue
-        cells.append(types.CellType(swap(content, name)))
-    arguments = function.__code__.co_varnames
-    first_default = function.__code__.co_argcount - len(function.__defaults__ or ())
-    defaults = tuple(
-        swap(value, arguments[first_default + n]) for n, value in enumerate(function.__defaults__ or ())
+def _holds_arrays(value: Any, depth: int) -> bool:
+    if isinstance(value, (Expr, _Captured, type, types.ModuleType, types.FunctionType)):
+        return False
+    if isinstance(value, Mapping):
+        parts: Iterable[Any] = value.values()
+    elif isinstance(value, (list, tuple)):
+        parts = value
+    else:
+        parts = getattr(value, "__dict__", {}).values()
+        slots = getattr(type(value), "__slots__", ())
+        names = (slots,) if isinstance(slots, str) else slots
+        parts = [*parts, *(getattr(value, name, None) for name in names)]
+    return any(
+        arrays.is_array(part) or _is_numbers(part) or (depth > 1 and _holds_arrays(part, depth - 1))
+        for part in parts
     )
-    keyword_defaults = {name: swap(value, name) for name, value in (function.__kwdefaults__ or {}).items()}
-    if not changed:
-        return function
-    copy = types.FunctionType(
-        function.__code__, {**function.__globals__, **scope}, function.__name__, defaults, tuple(cells)
-    )
-    copy.__kwdefaults__ = keyword_defaults
-    copy.__module__ = function.__module__
-    seen[id(function)] = copy
-    return copy
 
 
-def _global_names(code: types.CodeType) -> set[str]:
+def _used_names(code: types.CodeType) -> set[str]:
+    """Names of globals and attributes that a function and those inside it use."""
     names = set(code.co_names)
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
-            names |= _global_names(const)
+            names |= _used_names(const)
     return names
-
-
-def _prepare(function: Any) -> Callable[..., Any]:
-    if isinstance(function, functools.partial):
-        keywords = {name: _capture(value, name) for name, value in function.keywords.items()}
-        args = tuple(_capture(value, f"argument {n}") for n, value in enumerate(function.args))
-        return functools.partial(_prepare(function.func), *args, **keywords)
-    if isinstance(function, types.MethodType):
-        return types.MethodType(_prepare(function.__func__), function.__self__)
-    if isinstance(function, types.FunctionType):
-        return _with_captures(function, {})
-    traced: Callable[..., Any] = function
-    return traced
 
 
 def _name(function: Any) -> str:
@@ -216,25 +342,28 @@ def _name(function: Any) -> str:
 
 def _call(function: Any, argument: str, symbols: tuple[Expr, ...]) -> Expr:
     names = ", ".join(s.name for s in symbols)  # type: ignore[attr-defined]
+    captures = _Captures()
     try:
-        return as_expr(_prepare(function)(*symbols))
+        return as_expr(captures.prepare(function)(*symbols))
     except Exception as error:
-        where = _user_line(function, error)
+        place = place_of(error, captures.files)
+        words = advice(place) if _asks_for_a_value(error) else None
+        if words is None:
+            words = str(error) if isinstance(error, TraceError) else f"{type(error).__name__}: {error}"
+        where = "" if place is None else f"\n  {place.file}:{place.line}: {place.text}\n "
         raise TraceError(
-            f"{argument} function {_name(function)} could not be traced with ({names}){where}: {error}"
+            f"{argument} function {_name(function)} could not be traced with ({names}){where}: {words}"
         ) from error
 
 
-def _user_line(function: Any, error: Exception) -> str:
-    """The last line of the user's file that the error passed through."""
-    import linecache
-    import traceback
+# What other libraries say of an index or operand that is no number of theirs, and Python of an attribute.
+_REFUSALS = re.compile(r"\b(Symbol|Apply|Load|Const|Aligned|_Captured)\b|only integers|must be integers")
 
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    if code is None:
-        return ""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.filename == code.co_filename and frame.lineno:
-            line = linecache.getline(frame.filename, frame.lineno).strip()
-            return f"\n  {frame.filename}:{frame.lineno}: {line}\n "
-    return ""
+
+def _asks_for_a_value(error: Exception) -> bool:
+    """Whether an error came from using an expression as if it were a number."""
+    if isinstance(error, TraceError):
+        return isinstance(error, NoValueError)
+    return isinstance(error, (TypeError, ValueError, AttributeError, IndexError)) and bool(
+        _REFUSALS.search(str(error))
+    )

@@ -1,0 +1,283 @@
+"""What to write instead of a line that cannot be traced.
+
+A traced function runs once with symbols, so an error tells which instruction refused them, not which
+construct the user wrote. The instruction's place in the source (PEP 657) is looked up in the syntax tree of
+the file, and the construct around it is shown as it could be written. The tree is only read.
+"""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Place", "advice", "place_of"]
+
+_FUNCTIONS = ("exp", "log", "tanh", "sqrt", "floor")
+_SAME = {
+    **{name: f"aa.{name}" for name in _FUNCTIONS},
+    "min": "aa.minimum",
+    "max": "aa.maximum",
+    "minimum": "aa.minimum",
+    "maximum": "aa.maximum",
+    "fmin": "aa.minimum",
+    "fmax": "aa.maximum",
+    "where": "aa.where",
+    "clip": "aa.clip",
+    "clamp": "aa.clip",
+    "sigmoid": "aa.sigmoid",
+    "expit": "aa.sigmoid",
+    "abs": "abs",
+    "fabs": "abs",
+    "absolute": "abs",
+}
+_LOGIC = {"logical_and": "&", "logical_or": "|", "logical_xor": "^"}
+_KNOWN = (
+    "operators, abs, aa.where, aa.clip, aa.minimum, aa.maximum, aa.exp, aa.log, aa.tanh, aa.sqrt, "
+    "aa.sigmoid, aa.floor and captured arrays indexed by index expressions"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the user's source an error arose: a range of lines and of bytes in them."""
+
+    file: str
+    line: int
+    end_line: int
+    start: int
+    end: int
+
+    @property
+    def text(self) -> str:
+        """The offending line."""
+        return linecache.getline(self.file, self.line).strip()
+
+    def within(self, node: ast.AST) -> bool:
+        """Whether the place lies in the source of `node`."""
+        first = (getattr(node, "lineno", 0), getattr(node, "col_offset", 0))
+        last = (getattr(node, "end_lineno", 0), getattr(node, "end_col_offset", 0))
+        return first <= (self.line, self.start) and (self.end_line, self.end) <= last
+
+    def is_all_of(self, node: ast.expr | ast.stmt) -> bool:
+        """Whether the place is the source of `node`."""
+        own = (node.lineno, node.col_offset, node.end_lineno, node.end_col_offset)
+        return own == (self.line, self.start, self.end_line, self.end)
+
+
+def place_of(error: BaseException, files: set[str]) -> Place | None:
+    """The last place in one of `files` that the error passed through."""
+    found = None
+    entry = error.__traceback__
+    while entry is not None:
+        code = entry.tb_frame.f_code
+        if code.co_filename in files:
+            found = _place(code, entry.tb_lasti, entry.tb_lineno)
+        entry = entry.tb_next
+    return found
+
+
+def _place(code: types.CodeType, instruction: int, line: int | None) -> Place | None:
+    positions = list(code.co_positions())[instruction // 2] if instruction >= 0 else (line, line, None, None)
+    first, last, start, end = positions
+    if first is None:
+        return None if line is None else Place(code.co_filename, line, line, 0, 0)
+    return Place(code.co_filename, first, last or first, start or 0, end or 0)
+
+
+def advice(place: Place | None) -> str | None:
+    """How the construct at a place can be written, or None where it is not one that is known."""
+    tree = None if place is None else _tree(place.file)
+    if tree is None or place is None:
+        return None
+    around: list[ast.AST] = [
+        node for node in ast.walk(tree) if hasattr(node, "lineno") and place.within(node)
+    ]
+    # `walk` goes by depth: what contains comes before what is contained.
+    for node in reversed(around):
+        rule = _RULES.get(type(node))
+        words = None if rule is None else rule(node, place)
+        if words is not None:
+            return words
+    return None
+
+
+def _tree(file: str) -> ast.Module | None:
+    source = "".join(linecache.getlines(file))
+    try:
+        return ast.parse(source) if source else None
+    except SyntaxError:  # a file that changed, or a notebook cell with magics
+        return None
+
+
+def _write(node: ast.AST) -> str:
+    return ast.unparse(node)
+
+
+def _joined(parts: list[ast.expr], sign: str) -> str:
+    return f" {sign} ".join(f"({_write(part)})" for part in parts)
+
+
+def _if_expression(node: ast.IfExp, place: Place) -> str | None:
+    if not place.within(node.test):
+        return None
+    parts = ", ".join(map(_write, (node.test, node.body, node.orelse)))
+    return f"`if` decides once for all indices; write aa.where({parts})"
+
+
+def _statement(node: ast.If | ast.While | ast.Assert, place: Place) -> str | None:
+    # pytest puts all of an `assert` in the place of its condition.
+    if not (place.within(node.test) or place.is_all_of(node)):
+        return None
+    word = type(node).__name__.lower()
+    if isinstance(node, ast.If):
+        return f"`if` decides once for all indices; write aa.where({_write(node.test)}, x, y)"
+    return f"`{word}` needs one truth value, and {_write(node.test)} has one at each index"
+
+
+def _logic(node: ast.BoolOp, place: Place) -> str:
+    word, sign = ("and", "&") if isinstance(node.op, ast.And) else ("or", "|")
+    return f"`{word}` asks for one truth value; write {_joined(node.values, sign)}"
+
+
+def _not(node: ast.UnaryOp, place: Place) -> str | None:
+    if not isinstance(node.op, ast.Not):
+        return None
+    return f"`not` asks for one truth value; write ~({_write(node.operand)})"
+
+
+def _comparison(node: ast.Compare, place: Place) -> str | None:
+    if isinstance(node.ops[0], (ast.In, ast.NotIn)):
+        return _membership(node)
+    if len(node.ops) == 1:
+        return None
+    terms = [node.left, *node.comparators]
+    pairs: list[ast.expr] = [
+        ast.Compare(left, [op], [right])
+        for left, op, right in zip(terms[:-1], node.ops, terms[1:], strict=True)
+    ]
+    return f"a chained comparison asks for one truth value; write {_joined(pairs, '&')}"
+
+
+def _membership(node: ast.Compare) -> str:
+    word = "in" if isinstance(node.ops[0], ast.In) else "not in"
+    container = node.comparators[0]
+    if isinstance(container, (ast.Tuple, ast.List, ast.Set)) and container.elts:
+        equal: list[ast.expr] = [ast.Compare(node.left, [ast.Eq()], [item]) for item in container.elts]
+        written = _joined(equal, "|")
+        return f"`{word}` asks for one truth value; write {written if word == 'in' else f'~({written})'}"
+    return (
+        f"`{word}` asks for one truth value; read a captured boolean array, "
+        f"flags[{_write(node.left)}], or compare with each value and join with |"
+    )
+
+
+def _call(node: ast.Call, place: Place) -> str | None:
+    if not place.is_all_of(node):
+        return None
+    name = _write(node.func)
+    own = name.rpartition(".")[2]
+    arguments = ", ".join(map(_write, node.args))
+    if name.startswith(("aa.", "anyattn.")):
+        return None
+    if own in ("min", "max", "minimum", "maximum", "fmin", "fmax") and len(node.args) > 1:
+        written = _write(node.args[0])
+        for other in node.args[1:]:
+            written = f"{_SAME[own]}({written}, {_write(other)})"
+        return f"{name} cannot be traced; write {written}"
+    if own in _SAME:
+        return f"{name} cannot be traced; write {_SAME[own]}({arguments})"
+    if own in _LOGIC:
+        return f"{name} cannot be traced; write {_joined(node.args, _LOGIC[own])}"
+    if own == "logical_not":
+        return f"{name} cannot be traced; write ~({arguments})"
+    if own == "pow":
+        return f"{name} cannot be traced; write {' ** '.join(f'({_write(a)})' for a in node.args[:2])}"
+    if name in _BUILTINS:
+        return _BUILTINS[name].format(arguments)
+    return f"{name} cannot be traced: it is not made for symbols; a traced function may use {_KNOWN}"
+
+
+_BUILTINS = {
+    "int": "int() asks for a number and {0} has none yet; write aa.floor({0}), or // instead of /",
+    "float": "float() asks for a number and {0} has none yet; leave it out, or divide by 1",
+    "bool": "bool() asks for one truth value; write ({0}) != 0",
+    "round": "round() asks for a number and {0} has none yet; write aa.floor({0} + 0.5)",
+    "range": "range() asks for a number and {0} has none yet; loop over known bounds",
+    "any": "any() asks for one truth value; join conditions with |",
+    "all": "all() asks for one truth value; join conditions with &",
+    "len": "{0} has no length: it stands for one number at each index",
+    "sum": "sum() needs numbers that are known while tracing; add them with +",
+    "str": "{0} is not a number yet, so there is nothing to write out",
+}
+
+
+def _loop(node: ast.For | ast.comprehension, place: Place) -> str | None:
+    if not place.within(node.iter):
+        return None
+    return (
+        f"{_write(node.iter)} cannot be looped over: it stands for one number at each index, "
+        f"and the function is called once for all of them"
+    )
+
+
+def _comprehension(
+    node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp, place: Place
+) -> str | None:
+    for part in node.generators:
+        if any(place.within(condition) for condition in part.ifs):
+            return f"`if` decides once for all indices; write aa.where({_write(part.ifs[0])}, x, y)"
+        words = _loop(part, place)
+        if words is not None:
+            return words
+    return None
+
+
+def _format(node: ast.JoinedStr, place: Place) -> str:
+    return "an f-string needs values, and a traced value has none yet ({x!r} shows the expression)"
+
+
+def _attribute(node: ast.Attribute, place: Place) -> str | None:
+    if not place.is_all_of(node):
+        return None
+    value = _write(node.value)
+    if isinstance(node.ctx, (ast.Store, ast.Del)):
+        return f"{value}.{node.attr} is written to: a traced function must not change what it captures"
+    if node.attr in _SAME:
+        return f"{value} is a number, not an array; write {_SAME[node.attr]}(...)"
+    return f"{value} is a number and has no attributes; a traced function may use {_KNOWN}"
+
+
+def _subscript(node: ast.Subscript, place: Place) -> str | None:
+    if not place.is_all_of(node):
+        return None
+    array, index = _write(node.value), _write(node.slice)
+    if isinstance(node.ctx, (ast.Store, ast.Del)):
+        return f"{array} is written to: a traced function may read arrays and must not change them"
+    return (
+        f"{array} cannot be read at [{index}]: only arrays that the function captures can be (a variable or "
+        f"default, an attribute or item of one); make it outside the function, and stack a list of arrays "
+        f"to one array"
+    )
+
+
+_RULES: dict[type[ast.AST], Callable[..., str | None]] = {
+    ast.IfExp: _if_expression,
+    ast.If: _statement,
+    ast.While: _statement,
+    ast.Assert: _statement,
+    ast.BoolOp: _logic,
+    ast.UnaryOp: _not,
+    ast.Compare: _comparison,
+    ast.Call: _call,
+    ast.For: _loop,
+    ast.ListComp: _comprehension,
+    ast.SetComp: _comprehension,
+    ast.DictComp: _comprehension,
+    ast.GeneratorExp: _comprehension,
+    ast.JoinedStr: _format,
+    ast.Subscript: _subscript,
+    ast.Attribute: _attribute,
+}
