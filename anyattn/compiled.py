@@ -47,7 +47,10 @@ _OPTIONS = (
     "layout",
     "return_lse",
 )
-_SAMPLE_LENGTH = 1024
+# Sizes of the call that is described when compiling, where no captured array says others. What is settled by
+# sizes (`random_blocks` has at most as many blocks as there are) is settled for a call of usual length.
+_SAMPLE_LENGTH = 128
+_USUAL_LENGTH = 1024
 _SAMPLE_BATCH = 2
 _MODULES = {"jax": "jax.numpy", "dask": "dask.array"}
 
@@ -316,7 +319,7 @@ class CompiledAttention:
         """q, k, v and options of a call that the captured arrays fit."""
         # Lengths without offsets are for one query a call, where anything depends on positions.
         one_query = "kv_lengths" in self._per_call and "q_offset" not in self._per_call
-        batch, heads, q_len, k_len = _sample_sizes(roots, 1 if one_query else _SAMPLE_LENGTH)
+        batch, heads, q_len, k_len = _sample_sizes(roots, one_query)
         xp, device = _library(roots, backend)
         dtype = _dtype_in(xp, self.dtype)
 
@@ -378,9 +381,12 @@ def _refuse_queries(roots: list[Expr]) -> None:
                 )
 
 
-def _sample_sizes(roots: list[Expr], q_len: int) -> tuple[tuple[int, ...], int, int, int]:
+def _sample_sizes(roots: list[Expr], one_query: bool) -> tuple[tuple[int, ...], int, int, int]:
     """(batch shape, heads, Lq, Lk) that the captured arrays fit."""
-    heads, k_len = 1, _SAMPLE_LENGTH
+    heads = 1
+    deferred = any(isinstance(node, Deferred) for root in roots for node in walk(root))
+    k_len = _USUAL_LENGTH if deferred else _SAMPLE_LENGTH
+    q_len = 1 if one_query else k_len
     entries: int | None = None
     lead: tuple[int, ...] | None = None
     for part in _parts(roots):
