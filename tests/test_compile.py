@@ -467,5 +467,7 @@ def test_partial_functions_and_random_blocks():
     np.testing.assert_array_equal(f(Q, K, V, weights=SLOPES * 2), wanted)
 
 
-def test_flags_that_anyattn_makes_of_tokens_are_not_offered():
+def test_tables_that_anyattn_makes_itself_are_not_offered():
     assert build(mask=masks.global_tokens(list(range(20)))).arrays == {}
+    t5 = scores.t5_bias(np.zeros((8, 4), "f4"), True, 20)
+    assert build(score_mod=t5).arrays == {"table": "float32 (8, 4)"}
