@@ -25,8 +25,12 @@ __all__ = ["SHARE", "ColumnLists"]
 NDArray = np.ndarray[Any, Any]
 
 SHARE = 4
-# Signatures beyond this are not worth their lists: an atom with many verdicts on many tiles is no pattern.
+# A mask that needs more lists than this opens no pattern of columns.
 _MOST_LISTS = 64
+# Conditions on keys that are followed; what two or three say is joined into one by `formula`.
+_MOST_LINES = 6
+# Other conditions: their verdicts, three bits each, and the group are one int64.
+_MOST_OTHERS = 12
 
 
 class ColumnLists:
@@ -41,6 +45,10 @@ class ColumnLists:
         self.starts: list[NDArray] = []
         self.keys: list[NDArray] = []
         self.masked: list[bool] = []
+        # What is known of the conditions of one formula.
+        self._formula: Formula | None = None
+        self._known: dict[tuple[Any, ...], tuple[int, NDArray]] = {}
+        self._combined: dict[tuple[Any, ...], NDArray] = {}
 
     def kinds(self, formula: Formula, tiles: Tiles, verdicts: NDArray) -> tuple[NDArray, NDArray]:
         """Tiles as rows of (place in `tiles`, first and end tile of keys), and the kind of each.
@@ -51,60 +59,85 @@ class ColumnLists:
         pieces = np.stack([np.arange(len(tiles)), k0, k1], axis=1)
         partial = np.flatnonzero(verdicts == PARTIAL)
         leaves = list(formula.leaves())
-        by_key = [x for x in leaves if x.direction == KEY and isinstance(x.atom, Line)]
-        if not by_key or not partial.size:
+        lines = [x.atom for x in leaves if x.direction == KEY and isinstance(x.atom, Line)]
+        if not 0 < len(lines) <= _MOST_LINES or not partial.size:
             return pieces, verdicts
-        others = [x for x in leaves if not any(x is y for y in by_key)]
-        varied = any(isinstance(x.atom, Line) and len(x.atom.seen) > 1 for x in by_key)
-        signature = np.stack(
-            [tiles.group[partial] * varied, *(x.verdicts(tiles)[partial] for x in others)], axis=1
-        )
-        rows, which = np.unique(signature, axis=0, return_inverse=True)
-        if len(self.keys) + len(rows) > _MOST_LISTS:
+        if formula is not self._formula:
+            self._formula, self._known, self._combined = formula, {}, {}
+        by_key = [x for x in leaves if any(x.atom is line for line in lines)]
+        others = [x for x in leaves if not any(x.atom is line for line in lines)]
+        if len(others) > _MOST_OTHERS:
             return pieces, verdicts
+        code = tiles.group[partial] * any(len(line.seen) > 1 for line in lines)
+        for leaf in others:
+            code = code * 8 + leaf.verdicts(tiles)[partial]
+        signatures, which = np.unique(code, return_inverse=True)
+        possible = _outcomes(formula, tiles.grid, by_key, others, signatures)
         kept = verdicts != PARTIAL
         all_pieces, all_kinds = [pieces[kept]], [verdicts[kept].astype(np.int64)]
-        for n, row in enumerate(rows):
-            at = partial[which.reshape(-1) == n]
-            number, listed = self._list(formula, tiles.grid, by_key, others, row)
-            split = _split(pieces[at], listed)
-            all_pieces.append(split)
-            all_kinds.append(np.where(listed[split[:, 1]], self.FIRST + number, PARTIAL))
+        for n, outcomes in enumerate(possible):
+            at = pieces[partial[which == n]]
+            found = self._list(tiles.grid, int(signatures[n]) >> 3 * len(others), lines, outcomes)
+            if found is not None:
+                number, listed = found
+                at = _split(at, listed)
+                all_kinds.append(np.where(listed[at[:, 1]], self.FIRST + number, PARTIAL))
+            else:
+                all_kinds.append(np.full(len(at), PARTIAL))
+            all_pieces.append(at)
         return np.concatenate(all_pieces), np.concatenate(all_kinds)
 
     def _list(
-        self, formula: Formula, grid: Grid, by_key: list[Leaf], others: list[Leaf], signature: NDArray
-    ) -> tuple[int, NDArray]:
-        """Number of the list of a signature, and for which tiles of keys it is to be used."""
-        size = grid.keys * grid.k_tiles
-        group = int(signature[0])
-        columns = Tiles(grid, 0, np.full(size, group), np.zeros(size, np.int64), np.arange(size))
-        for leaf in by_key:
-            assert isinstance(leaf.atom, Line)
-            seen = leaf.atom.seen[group if len(leaf.atom.seen) > 1 else 0, grid.key : grid.key + size]
-            columns.known[id(leaf)] = np.where(seen, FULL, EMPTY).astype(np.uint8)
-        for leaf, verdict in zip(others, signature[1:], strict=True):
-            columns.known[id(leaf)] = np.full(size, verdict, np.uint8)
-        possible = formula.verdicts(columns)
-        open_ = (possible != EMPTY).reshape(grid.k_tiles, grid.keys)
-        number = open_.sum(axis=1)
-        listed = (number > 0) & (number * SHARE <= grid.keys)
-        starts = np.concatenate([[0], np.cumsum(np.where(listed, number, 0))])
-        keys = grid.key + np.flatnonzero(open_ & listed[:, None])
-        chosen = possible.reshape(open_.shape)[listed]
-        masked = bool(((chosen != EMPTY) & (chosen != FULL)).any())
-        return self._number(grid.k_block, starts, keys, masked), listed
+        self, grid: Grid, group: int, lines: list[Line], outcomes: NDArray
+    ) -> tuple[int, NDArray] | None:
+        """Number of the list of open columns, and for which tiles of keys it is to be used.
 
-    def _number(self, k_block: int, starts: NDArray, keys: NDArray, masked: bool) -> int:
-        for n, known in enumerate(self.keys):
-            same = self.k_block[n] == k_block and self.masked[n] == masked
-            if same and np.array_equal(known, keys) and np.array_equal(self.starts[n], starts):
-                return n
-        self.k_block.append(k_block)
-        self.starts.append(starts)
-        self.keys.append(keys)
-        self.masked.append(masked)
-        return len(self.keys) - 1
+        `outcomes` are the possible verdicts of a column by what `lines` say of it, in bits.
+        """
+        where = (grid, group)
+        if where not in self._combined:
+            keys = slice(grid.key, grid.key + grid.keys * grid.k_tiles)
+            combined = np.zeros(grid.keys * grid.k_tiles, np.uint8)
+            for n, line in enumerate(lines):
+                combined |= line.seen[group if len(line.seen) > 1 else 0, keys].astype(np.uint8) << n
+            self._combined[where] = combined
+        combined = self._combined[where]
+        known = (*where, outcomes.tobytes())
+        if known not in self._known:
+            if len(self.keys) >= _MOST_LISTS:
+                return None
+            open_ = (outcomes != EMPTY)[combined].reshape(grid.k_tiles, grid.keys)
+            number = open_.sum(axis=1)
+            listed = (number > 0) & (number * SHARE <= grid.keys)
+            open_ &= listed[:, None]
+            starts = np.concatenate([[0], np.cumsum(np.where(listed, number, 0))])
+            columns = np.flatnonzero(open_)
+            masked = bool((outcomes[combined[columns]] != FULL).any())
+            self._known[known] = len(self.keys), listed
+            self.k_block.append(grid.k_block)
+            self.starts.append(starts)
+            self.keys.append(grid.key + columns)
+            self.masked.append(masked)
+        return self._known[known]
+
+
+def _outcomes(
+    formula: Formula, grid: Grid, by_key: list[Leaf], others: list[Leaf], signatures: NDArray
+) -> NDArray:
+    """Possible verdicts of a column (signatures, 2 ** lines), by all that `by_key` may say of it.
+
+    A signature has three bits for each of `others`: its possible verdicts on the tile.
+    """
+    combinations = 1 << len(by_key)
+    said, of = np.meshgrid(np.arange(combinations), np.arange(len(signatures)))
+    zero = np.zeros(said.size, np.int64)
+    columns = Tiles(grid, 0, zero, zero, zero)
+    for n, leaf in enumerate(by_key):
+        columns.known[id(leaf)] = np.where(said.reshape(-1) >> n & 1, FULL, EMPTY).astype(np.uint8)
+    for n, leaf in enumerate(others):
+        verdict = signatures[of.reshape(-1)] >> 3 * (len(others) - 1 - n) & 7
+        columns.known[id(leaf)] = verdict.astype(np.uint8)
+    return formula.verdicts(columns).reshape(said.shape)
 
 
 def _split(pieces: NDArray, listed: NDArray) -> NDArray:
