@@ -68,8 +68,12 @@ def is_array(x: object) -> bool:
     return _library_of_type(type(x)) is not None
 
 
-def refused_type(x: object) -> str | None:
+def refused_type(x: Any) -> str | None:
     """Why an array type is not taken although its library is, or None."""
+    if _library_of_type(type(x)) == "torch":
+        torch = sys.modules["torch"]
+        if x.layout is not torch.strided:
+            return f"its layout is {x.layout}"
     for base in type(x).__mro__:
         if base.__name__ in _REFUSED and base.__module__.partition(".")[0] == "numpy":
             return _REFUSED[base.__name__]
@@ -122,8 +126,10 @@ def kind(x: Array) -> str:
 
 
 def device(x: Array) -> Any:
-    """The device of `x`, or None where it is not known (under a tracer)."""
-    return array_api_compat.device(x)
+    """The device of `x`, or None where there is not one (under a tracer, sharded over several)."""
+    where = array_api_compat.device(x)
+    # JAX gives the sharding of an array that lies on several devices.
+    return None if library(x) == "jax" and not hasattr(where, "platform") else where
 
 
 def device_kind(x: Array) -> str:
@@ -134,6 +140,8 @@ def device_kind(x: Array) -> str:
     if lib == "cupy":
         return "cuda"
     where = device(x)
+    if where is None and lib == "jax" and not is_tracer(x):
+        where = next(iter(x.devices()))
     if where is None:
         return "unknown"
     if lib == "torch":
@@ -233,10 +241,20 @@ def take(xp: Namespace, x: Array, indices: Array, axis: int) -> Array:
     return xp.take(x, indices, axis=axis)
 
 
-def quiet(x: Array) -> AbstractContextManager[Any]:
-    """A context without NumPy's warnings of NaN and infinity, which come for entries thrown away too."""
-    if library(x) not in ("numpy", "array_api_strict"):
-        return nullcontext()
-    import numpy
+def exactly(x: Array) -> AbstractContextManager[Any]:
+    """A context in which the library computes as it is told.
 
-    return numpy.errstate(all="ignore")
+    NumPy does not warn of NaN and infinity, which come for entries thrown away too; torch's autocast does not
+    turn float32 products into 16 bits.
+    """
+    lib = library(x)
+    if lib in ("numpy", "array_api_strict"):
+        import numpy
+
+        return numpy.errstate(all="ignore")
+    if lib == "torch":
+        torch = sys.modules["torch"]
+        if torch.is_autocast_enabled(x.device.type):
+            no_cast: AbstractContextManager[Any] = torch.autocast(x.device.type, enabled=False)
+            return no_cast
+    return nullcontext()

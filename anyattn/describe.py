@@ -368,7 +368,10 @@ def _sinks(sinks: Any, geometry: Geometry) -> Array | None:
         check_same_place(sinks, "sinks", geometry)
         placed = arrays.cast(geometry.xp, sinks, getattr(geometry.xp, geometry.accumulate))
     else:
-        host = numpy.asarray(sinks)
+        try:
+            host = numpy.asarray(sinks)
+        except ValueError as error:
+            raise ValueError(f"sinks: wanted one real number a query head, got {sinks!r}") from error
         if host.dtype.kind not in "iuf" and host.size:
             raise TypeError(f"sinks: wanted real numbers, one a query head, got {sinks!r}")
         host = host.astype(geometry.accumulate)
@@ -392,12 +395,17 @@ def _rows(rows: Any, geometry: Geometry) -> Array | None:
         host = arrays.to_host(rows) if arrays.is_concrete_cpu(rows) else None
         placed = rows
     else:
-        host = integers(rows, "rows").reshape(-1)
+        host = integers(rows, "rows")
+        if host.ndim > 1:
+            raise ValueError(f"rows: wanted row numbers of shape (R,), got shape {host.shape}")
+        host = host.reshape(-1)
         placed = geometry.host_array(host)
     if host is not None and host.size and (host.min() < 0 or host.max() >= geometry.q_len):
         raise ValueError(
-            f"rows: wanted numbers between 0 and {geometry.q_len - 1}, got {host.min()} to {host.max()}"
+            f"rows: wanted numbers of the {geometry.q_len} rows, from 0, got {host.min()} to {host.max()}"
         )
+    if host is None:
+        placed = geometry.xp.clip(placed, 0, max(geometry.q_len - 1, 0))
     return arrays.cast(geometry.xp, placed, arrays.index_dtype(geometry.xp, geometry.device))
 
 

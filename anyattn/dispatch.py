@@ -96,6 +96,15 @@ def _reasons(backend: Any, call: AttentionCall) -> tuple[str, ...]:
     return reasons
 
 
+def notes(backend: Any, call: AttentionCall) -> tuple[str, ...]:
+    """What the backend says of how it would run a call, or that it cannot tell."""
+    try:
+        return tuple(map(str, backend.notes(call)))
+    # As above: what a plugin fails at is told, not raised.
+    except Exception as error:  # noqa: BLE001
+        return (f"its notes() raised {type(error).__name__}: {error}",)
+
+
 def choose(call: AttentionCall, backend: str | None) -> Any:
     """The backend that runs a call."""
     forced = settings.forced_backend(backend)
@@ -124,4 +133,8 @@ def run(call: AttentionCall, backend: str | None) -> Any:
     record = Record(chosen.name, call.operation, call.features)
     for records in _recorders.get():
         records.append(record)
-    return chosen.run(call)
+    result = chosen.run(call)
+    pair = isinstance(result, tuple) and len(result) == 2
+    if call.operation == "attention" and not pair:
+        raise TypeError(f"backend {chosen.name!r} gave {type(result).__name__}; wanted a pair (out, lse)")
+    return result

@@ -110,5 +110,5 @@ def explain(
         forced_by=forced[1] if forced else None,
         verdicts=verdicts,
         asked=asked,
-        notes=tuple(chosen.backend.notes(call)) if chosen else (),
+        notes=dispatch.notes(chosen.backend, call) if chosen else (),
     )

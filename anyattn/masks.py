@@ -14,15 +14,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 from anyattn import arrays
 from anyattn.arrays import Array
-from anyattn.expr.bind import Geometry
+from anyattn.expr.bind import Geometry, check_same_place
 from anyattn.expr.functions import where
 from anyattn.expr.nodes import ROW, Aligned, B, Const, Deferred, Expr, I, J, load
 from anyattn.expr.trace import table_of, trace_mask
 from anyattn.numbers import boolean, integer, is_integer
+
+if TYPE_CHECKING:
+    from anyattn.picture import Picture
 
 __all__ = [
     "Mask",
@@ -43,6 +47,8 @@ __all__ = [
 
 # A membership test is spelled out up to this many tokens, looked up in a table beyond.
 _FEW_TOKENS = 8
+# Blocks of queries in the table of random blocks: 2**24 blocks of 64 are a billion positions.
+_MOST_BLOCKS = 2**24
 _PRECEDENCE = {"|": 1, "&": 2, "~": 3, "": 4}
 
 
@@ -88,6 +94,52 @@ class Mask:
 
     def __invert__(self) -> Mask:
         return Mask(~self.expr, f"~{self._within('~')}", "~")
+
+    def picture(
+        self,
+        q_len: int | None = None,
+        k_len: int | None = None,
+        *,
+        q_offset: int | None = None,
+        b: int = 0,
+        h: int = 0,
+        tile: tuple[int, int] = (128, 128),
+    ) -> Picture:
+        """What the mask lets through, for people: a drawing, numbers, and warnings.
+
+        Parameters
+        ----------
+        q_len, k_len : int, optional
+            Rows and keys; one stands for both. Default: the lengths of the mask's arrays, or some that show
+            its pattern.
+        q_offset : int, optional
+            Position of row 0, by default ``k_len - q_len``.
+        b, h : int, default 0
+            Batch entry and query head that are shown.
+        tile : (int, int), default (128, 128)
+            Rows and keys of the tiles of which `tiles_kept` says the share that a kernel visits.
+
+        Returns
+        -------
+        Picture
+            Draws itself in a notebook; `save` writes an SVG file. `density`, `tiles_kept` and `warnings`
+            (rows that see no key; a mask called causal whose rows see later keys) are attributes, and
+            printing it says them.
+
+        Raises
+        ------
+        ValueError
+            If the mask hangs on arrays that the host cannot read (on a device, lazy or under a tracer).
+        """
+        from anyattn.picture import picture
+
+        return picture(self, q_len, k_len, q_offset=q_offset, b=b, h=h, tile=tile)
+
+    def _repr_html_(self) -> str:
+        try:
+            return self.picture().svg()
+        except (TypeError, ValueError):  # arrays that cannot be read, or that do not fit one another
+            return f"<code>{escape(repr(self))}</code>"
 
     def __bool__(self) -> bool:
         raise TypeError("a mask has no truth value: combine masks with & | ~ instead of and, or, not")
@@ -149,6 +201,8 @@ def fixed(stride: int, width: int = 1) -> Mask:
     """Key j is seen when j % stride >= stride - width (the "fixed" pattern of Sparse Transformers, 2019)."""
     stride = integer(stride, "fixed: stride", least=1)
     width = integer(width, "fixed: width", least=0)
+    if width > stride:
+        raise ValueError(f"fixed: width: wanted at most the stride, {stride}, got {width}")
     return Mask(J % stride >= stride - width, _words("fixed", stride, *([width] if width != 1 else [])))
 
 
@@ -164,21 +218,36 @@ def global_tokens(tokens: int | Sequence[int] | Array, *, positions: bool = True
         Compare i; False: compare the row.
     """
     i = _query(positions)
-    if is_integer(tokens):
-        n = integer(tokens, "global_tokens: tokens", least=0)
-        return Mask(((i >= 0) & (i < n)) | (n > J), _words("global_tokens", n, positions=positions))
     label = "global_tokens: tokens"
-    if arrays.is_array(tokens) and not arrays.is_concrete_cpu(tokens):
-        table = table_of(tokens, label, (None,))
-        if table.kind != "int":
-            raise TypeError(f"{label}: wanted integers of shape (n,), got {arrays.dtype_name(tokens)}")
-        entries = [load(table, (Const(n, "int"),)) for n in range(table.value.shape[0])]
-        expr = reduce(operator.or_, ((t == i) | (t == J) for t in entries), Const(False, "bool"))
-        return Mask(expr, _words("global_tokens", f"<{len(entries)} tokens>", positions=positions))
-    chosen = _host_integers(tokens, label)
-    member = _membership(chosen)
-    shown = list(chosen) if len(chosen) <= _FEW_TOKENS else f"<{len(chosen)} tokens>"
-    return Mask(member(i) | member(J), _words("global_tokens", shown, positions=positions))
+    if is_integer(tokens):
+        n = integer(tokens, label, least=0)
+        return Mask(((i >= 0) & (i < n)) | (n > J), _words("global_tokens", n, positions=positions))
+    table = table_of(tokens, label)
+    if table.kind != "int" or table.ndim > 1:
+        raise TypeError(
+            f"{label}: wanted an integer or integers of shape (n,), got {table.kind}, {table.ndim} axes"
+        )
+    if table.ndim == 0:
+        number = load(table, ())
+        seen = ((i >= 0) & (i < number)) | (number > J)
+        return Mask(seen, _words("global_tokens", "<n>", positions=positions))
+    if table.host:
+        _host_tokens(table.value, label)
+
+    def settle(geometry: Geometry) -> Expr:
+        if not table.host:
+            check_same_place(table.value, label, geometry)
+        if not table.host and not arrays.is_concrete_cpu(table.value):
+            entries = (load(table, (Const(n, "int"),)) for n in range(table.value.shape[0]))
+            return reduce(operator.or_, ((t == i) | (t == J) for t in entries), Const(False, "bool"))
+        last = max(geometry.k_len - 1, _query_range(geometry, positions)[1])
+        # Tokens beyond the last key and query of the call are nowhere in it.
+        chosen = [t for t in _host_tokens(table.value, label) if t <= last]
+        return _is_one_of(chosen, i) | _is_one_of(chosen, J)
+
+    count = int(table.value.shape[0])
+    shown = table.value.tolist() if table.host and count <= _FEW_TOKENS else f"<{count} tokens>"
+    return Mask(Deferred(settle, "bool", (i, J), label), _words("global_tokens", shown, positions=positions))
 
 
 def prefix(n: int | Sequence[int] | Array) -> Mask:
@@ -240,12 +309,13 @@ def random_blocks(count: int, block_size: int, seed: int, *, positions: bool = T
     ceil(Lk / block_size) blocks of the call: key = `seed`, counter = (query block, key block, 0, 0), order =
     the first two words as one 64-bit number, ties to the lower block. The same on every backend.
 
-    Where the position of row 0 is not known to the host, positions are taken to lie in [0, Lk), as those of a
-    cache do.
+    Where the position of row 0 is not known to the host, a query outside [-Lq, Lk + Lq) sees nothing.
     """
     count = integer(count, "random_blocks: count", least=0)
     block_size = integer(block_size, "random_blocks: block_size", least=1)
     seed = integer(seed, "random_blocks: seed", least=0)
+    if seed >= 2**64:
+        raise ValueError(f"random_blocks: seed: wanted 64 bits, got {seed}")
     i = _query(positions)
 
     def settle(geometry: Geometry) -> Expr:
@@ -253,11 +323,20 @@ def random_blocks(count: int, block_size: int, seed: int, *, positions: bool = T
             return Const(False, "bool")
         first, last = _query_range(geometry, positions)
         first, last = first // block_size, last // block_size
+        if last - first > _MOST_BLOCKS:
+            raise ValueError(
+                f"random_blocks: the queries of the call span {last - first + 1} blocks; wanted fewer"
+            )
         chosen = _least_key_blocks(seed, first, last, -(-geometry.k_len // block_size), count)
         table = table_of(chosen, "random_blocks", host=True)
         slots = range(chosen.shape[1])
         block = i // block_size - first
-        return reduce(operator.or_, (load(table, (block, Const(n, "int"))) == J // block_size for n in slots))
+        found = reduce(
+            operator.or_,
+            (load(table, (block, Const(n, "int"))) == J // block_size for n in slots),
+            Const(False, "bool"),
+        )
+        return found & (block >= 0) & (block <= last - first)
 
     expr = Deferred(settle, "bool", (i, J), f"random_blocks({count}, {block_size}, {seed})")
     return Mask(expr, _words("random_blocks", count, block_size, seed, positions=positions))
@@ -309,6 +388,8 @@ def _below(n: Any, name: str) -> Mask:
         raise TypeError(
             f"{label}: wanted an integer or integers of shape (B,), got {table.kind} of {table.ndim} axes"
         )
+    if (table.host or arrays.is_concrete_cpu(n)) and (arrays.to_host(table.value) < 0).any():
+        raise ValueError(f"{label}: wanted 0 or more, got {arrays.to_host(table.value).min()}")
     if table.ndim == 1:
         table = table_of(n, label, ("b",))
     return Mask(load(table, (B,) * table.ndim) > J, _words(name, f"<{tuple(table.value.shape)}>"))
@@ -324,31 +405,23 @@ def _boolean_array(array: Any, label: str) -> None:
         raise ValueError(f"{label}: wanted 2 axes or more, got shape {tuple(array.shape)}")
 
 
-def _host_integers(values: Any, label: str) -> tuple[int, ...]:
-    if arrays.is_array(values):
-        if arrays.kind(values) != "int" or values.ndim != 1:
-            raise TypeError(
-                f"{label}: wanted integers of shape (n,), "
-                f"got {arrays.dtype_name(values)} {tuple(values.shape)}"
-            )
-        values = arrays.to_host(values).tolist()
-    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-        raise TypeError(f"{label}: wanted an integer or a sequence of integers, got {type(values).__name__}")
-    return tuple(sorted({integer(v, label, least=0) for v in values}))
+def _host_tokens(values: Any, label: str) -> list[int]:
+    """The different tokens of an array that the host can read, in order."""
+    tokens = sorted(set(arrays.to_host(values).tolist()))
+    if tokens and tokens[0] < 0:
+        raise ValueError(f"{label}: wanted 0 or more, got {tokens[0]}")
+    return tokens
 
 
-def _membership(tokens: tuple[int, ...]) -> Callable[[Expr], Expr]:
-    """A function that says of an index whether it is one of `tokens`."""
-    if not tokens:
-        return lambda index: Const(False, "bool")
+def _is_one_of(tokens: list[int], index: Expr) -> Expr:
+    """Whether an index is one of some tokens."""
     if len(tokens) <= _FEW_TOKENS:
-        return lambda index: reduce(operator.or_, (index == t for t in tokens))
+        return reduce(operator.or_, (index == t for t in tokens), Const(False, "bool"))
     import numpy
 
     flags = numpy.zeros(tokens[-1] + 2, dtype=bool)  # the last entry, False, is what larger indices read
-    flags[list(tokens)] = True
-    table = table_of(flags, "global_tokens: tokens", host=True)
-    return lambda index: where(index >= 0, load(table, (index,)), False)
+    flags[tokens] = True
+    return where(index >= 0, load(table_of(flags, "global_tokens: tokens", host=True), (index,)), False)
 
 
 def _query_range(geometry: Geometry, positions: bool) -> tuple[int, int]:
@@ -357,7 +430,7 @@ def _query_range(geometry: Geometry, positions: bool) -> tuple[int, int]:
         return 0, geometry.q_len - 1
     offset = geometry.offset_host
     if offset is None:
-        return 0, max(geometry.k_len, geometry.q_len) - 1
+        return -geometry.q_len, geometry.k_len + geometry.q_len - 1
     if isinstance(offset, int):
         return offset, offset + geometry.q_len - 1
     if offset.size == 0:

@@ -42,7 +42,7 @@ def merge(outs: Sequence[Array], lses: Sequence[Array], layout: str = "bhld") ->
         if not isinstance(parts, (list, tuple)):
             raise TypeError(f"{name}: wanted a list or tuple of parts, got {type(parts).__name__}")
     _check(outs, lses, layout)
-    with arrays.quiet(outs[0]):
+    with arrays.exactly(outs[0]):
         return _join(outs, lses, layout)
 
 

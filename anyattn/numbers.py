@@ -11,9 +11,6 @@ if TYPE_CHECKING:
 
 __all__ = ["boolean", "integer", "integers", "is_integer", "real"]
 
-# Positions and distances are sums of a few of these, in int64.
-LARGEST = 2**62
-
 
 def is_integer(value: Any) -> bool:
     """Whether `value` is a Python or NumPy integer, and no bool."""
@@ -27,8 +24,6 @@ def integer(value: Any, label: str, least: int | None = None) -> int:
     number = int(value)
     if least is not None and number < least:
         raise ValueError(f"{label}: wanted {least} or more, got {number}")
-    if abs(number) > LARGEST:
-        raise ValueError(f"{label}: wanted an integer of at most 2**62, got {number}")
     return number
 
 
@@ -36,19 +31,20 @@ def integers(value: Any, label: str) -> numpy.ndarray[Any, Any]:
     """An integer or nested sequences of integers as an int64 array."""
     import numpy
 
-    def flat(part: Any) -> list[int]:
-        if isinstance(part, (list, tuple, range)):
-            return [number for inner in part for number in flat(inner)]
-        return [integer(part, label)]
+    def check(part: Any) -> tuple[int, ...]:
+        """The shape of `part`."""
+        if not isinstance(part, (list, tuple, range)):
+            number = integer(part, label)
+            if not -(2**63) <= number < 2**63:
+                raise ValueError(f"{label}: wanted integers of 64 bits, got {number}")
+            return ()
+        shapes = {check(inner) for inner in part}
+        if len(shapes) > 1:
+            raise ValueError(f"{label}: wanted integers in equally long rows, got {value!r}")
+        return (len(part), *shapes.pop()) if shapes else (0,)
 
-    shape, part = [], value
-    while isinstance(part, (list, tuple, range)):
-        shape.append(len(part))
-        part = part[0] if len(part) else 0
-    found = numpy.asarray(flat(value), dtype=numpy.int64)
-    if found.size != math.prod(shape):
-        raise ValueError(f"{label}: wanted integers in equally long rows, got {value!r}")
-    return found.reshape(shape)
+    check(value)
+    return numpy.asarray(value, dtype=numpy.int64)
 
 
 def real(value: Any, label: str) -> float:

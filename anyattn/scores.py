@@ -126,6 +126,8 @@ def t5_bias(table: Array, bidirectional: bool, max_distance: int, *, positions: 
 def relative_bias(table: Array, *, positions: bool = True) -> Score:
     """s + table[h, clip(i - j, -R, R) + R], with table of shape (Hq, 2R + 1)."""
     weights = table_of(table, "relative_bias: table", ("h", None))
+    if weights.kind != "float":
+        raise TypeError(f"relative_bias: table: wanted a float array, got {weights.kind}")
     reach = _reach(weights.value.shape[1], "relative_bias: table", "(Hq, 2R + 1)")
     distance = clip(_query(positions) - J, -reach, reach) + reach
     return Score(SCORE + load(weights, (H, distance)), f"relative_bias(<table {tuple(weights.value.shape)}>)")

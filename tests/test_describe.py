@@ -113,14 +113,26 @@ def test_stats_may_come_from_a_generator():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"q_offset": 10**19}, ValueError, r"q_offset: wanted an integer of at most 2\*\*62"),
+        ({"q_offset": 10**19}, ValueError, "q_offset: wanted integers of 64 bits"),
+        ({"q_offset": 2**63 - 3}, ValueError, "q_offset: wanted integers that fit int64"),
         ({"q_offset": 2**62}, None, ""),
         (
             {"q_offset": np.array([2**63 + 5] * 2, "u8")},
             ValueError,
             "q_offset: wanted integers that fit int64",
         ),
-        ({"window": (10**30, 0)}, ValueError, "window: left: wanted an integer of at most"),
+        ({"window": (10**30, 0)}, None, ""),
+        (
+            {"mask": lambda b, h, i, j: i + 10**30 > j},
+            ValueError,
+            "wanted integers of at most 9223372036854775807",
+        ),
+        ({"sinks": [[1, 2], [3]]}, ValueError, "sinks: wanted one real number a query head"),
+        (
+            {"kv_lengths": [[1, 2], [3], [4, 5, 6]]},
+            ValueError,
+            "kv_lengths: wanted integers in equally long rows",
+        ),
         ({"kv_lengths": [True, 2]}, TypeError, "kv_lengths: wanted an integer, got bool"),
         ({"kv_lengths": [[1], [2, 3]]}, ValueError, "kv_lengths: wanted integers in equally long rows"),
         ({"kv_lengths": np.ma.array([3, 4], mask=[1, 0])}, TypeError, "kv_lengths: MaskedArray is not taken"),
@@ -182,6 +194,36 @@ def test_the_environment_variable_is_named(monkeypatch):
         call()
 
 
+@pytest.mark.parametrize("rows", [[[1], [2]], [0, 5], [-1], 5, 1.5, "0"])
+def test_rows_that_are_not_there(rows):
+    with pytest.raises((TypeError, ValueError), match="rows: wanted"):
+        aa.attention_weights(Q, K, rows=rows)
+
+
+class TestTorch:
+    @pytest.fixture(autouse=True)
+    def torch(self):
+        return pytest.importorskip("torch", reason="torch is not installed")
+
+    def test_autocast_does_not_lower_the_precision(self, torch):
+        tensors = [torch.from_numpy(x) for x in (Q, K, V)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = aa.attention(*tensors, causal=True)
+        torch.testing.assert_close(found, torch.from_numpy(call(causal=True)), rtol=1e-5, atol=1e-6)
+
+    def test_sparse_tensors_are_refused(self, torch):
+        tensors = [torch.from_numpy(x) for x in (Q, K, V)]
+        with pytest.raises(TypeError, match=r"q: Tensor is not taken, its layout is torch\.sparse_coo"):
+            aa.attention(tensors[0].to_sparse(), *tensors[1:])
+
+    def test_tensors_are_no_numbers(self, torch):
+        tensors = [torch.from_numpy(x) for x in (Q, K, V)]
+        with pytest.raises(TypeError, match="softcap: wanted a real number, got Tensor"):
+            aa.attention(*tensors, softcap=torch.tensor(2.0))
+        with pytest.raises(TypeError, match="window: left: wanted an integer, got Tensor"):
+            aa.attention(*tensors, window=(torch.tensor(2), 0))
+
+
 class TestJax:
     @pytest.fixture(autouse=True)
     def jax(self):
@@ -191,8 +233,8 @@ class TestJax:
         tensors = [jax.numpy.asarray(x) for x in (Q, K, V)]
         with pytest.raises(ValueError, match="q_offset: wanted integers that fit int32"):
             aa.attention(*tensors, causal=True, q_offset=[2**32 - 9] * 2)
-        with pytest.raises(ValueError, match="1099511627776 in a mask or score: wanted integers of at most"):
-            aa.attention(*tensors, window=(2**40, 0))
+        far = aa.attention(*tensors, window=(2**40, 0))
+        np.testing.assert_allclose(far, call(window=(None, 0)), rtol=1e-5, atol=1e-6)
 
     def test_unread_unsigned_lengths_do_not_wrap(self, jax):
         tensors = [jax.numpy.asarray(x) for x in (Q, K, V)]
@@ -204,3 +246,8 @@ class TestJax:
         q, long = jax.numpy.ones((1, 1, 16, 8)), jax.numpy.ones((1, 1, 4096, 8))
         program = jax.make_jaxpr(lambda k: aa.attention(q, k, k))(long)
         assert sum(e.primitive.name == "scan" for e in program.eqns) == 1
+
+    def test_unread_rows_stay_inside(self, jax):
+        tensors = [jax.numpy.asarray(x) for x in (Q, K)]
+        found = jax.jit(lambda rows: aa.attention_weights(*tensors, rows=rows))(jax.numpy.asarray([-3, 99]))
+        np.testing.assert_allclose(found, aa.attention_weights(Q, K, rows=[0, 4]), rtol=1e-5)

@@ -121,8 +121,12 @@ def test_arrays_and_functions_join_masks():
         (lambda: masks.dilated(2, 0), ValueError, "dilation: wanted 1 or more"),
         (lambda: masks.strided(0), ValueError, "stride: wanted 1 or more"),
         (lambda: masks.fixed(True), TypeError, "stride: wanted an integer"),
-        (lambda: masks.global_tokens([-1]), ValueError, "tokens: wanted 0 or more"),
-        (lambda: masks.global_tokens("ab"), TypeError, "tokens: wanted an integer or a sequence"),
+        (lambda: picture(masks.global_tokens([-1])), ValueError, "tokens: wanted 0 or more"),
+        (lambda: masks.global_tokens("ab"), TypeError, "tokens: wanted a bool, integer or real float array"),
+        (lambda: masks.global_tokens([1.5]), TypeError, "tokens: wanted an integer or integers"),
+        (lambda: masks.prefix([-1, 2]), ValueError, "n: wanted 0 or more, got -1"),
+        (lambda: masks.fixed(2, 5), ValueError, "width: wanted at most the stride, 2, got 5"),
+        (lambda: masks.random_blocks(1, 2, 2**64), ValueError, "seed: wanted 64 bits"),
         (lambda: masks.padding([1.0]), TypeError, "lengths: wanted an integer or integers"),
         (lambda: masks.documents([0.5, 1.0]), TypeError, "ids: wanted integers"),
         (lambda: masks.documents([[0], [1, 2]]), ValueError, "equally long rows"),
@@ -154,3 +158,39 @@ def test_what_only_the_call_can_refuse(mask, message):
     x = np.zeros((2, 1, 3, 4))
     with pytest.raises(ValueError, match=message):
         aa.attention(x, x, x, mask=mask)
+
+
+def test_tokens_beyond_the_call_cost_nothing():
+    assert picture(masks.global_tokens([*range(0, 20, 2), 10**15]), 3, 5) == picture(
+        masks.global_tokens([0, 2, 4]), 3, 5
+    )
+
+
+def test_no_tokens_see_nothing():
+    assert picture(masks.global_tokens([]), 1, 3) == "..."
+
+
+def test_tokens_changed_in_place_are_noticed():
+    tokens = np.array([0])
+    mask = masks.global_tokens(tokens)
+    assert picture(mask, 1, 3) == "#.."
+    tokens[0] = 1
+    assert picture(mask, 1, 3) == ".#."
+
+
+def test_tokens_of_another_library_are_refused():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x = np.zeros((1, 3, 4))
+    with pytest.raises(TypeError, match="tokens: wanted an array of numpy like q, got one of torch"):
+        aa.attention(x, x, x, mask=masks.global_tokens(torch.tensor([1])))
+
+
+@pytest.mark.parametrize("offset", [-5, 0, 3, 40])
+def test_random_blocks_of_an_unread_offset(offset):
+    """A traced offset gives the blocks of the concrete one; far outside the keys nothing is seen."""
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    q, k = jax.numpy.zeros((1, 6, 2)), jax.numpy.zeros((1, 12, 2))
+    mask = masks.random_blocks(2, 2, seed=3)
+    traced = jax.jit(lambda offset: aa.attention_weights(q, k, mask=mask, q_offset=offset))(offset)
+    wanted = aa.attention_weights(q, k, mask=mask, q_offset=offset)
+    np.testing.assert_array_equal(traced, wanted if offset < 18 else np.zeros_like(wanted))

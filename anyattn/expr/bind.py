@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from anyattn import arrays
 from anyattn.arrays import Array, Namespace
-from anyattn.expr.nodes import Aligned, B, Const, Deferred, Expr, Load, Table, load, rewrite, walk
+from anyattn.expr.nodes import (
+    COMPARISONS,
+    Aligned,
+    Apply,
+    B,
+    Const,
+    Deferred,
+    Expr,
+    Load,
+    Table,
+    load,
+    rewrite,
+    walk,
+)
 
 if TYPE_CHECKING:
     import numpy
@@ -83,10 +96,13 @@ def bind(root: Expr, geometry: Geometry) -> Expr:
             return load(tables[id(node.table)], node.indices)
         if isinstance(node, Aligned):
             return _bind_aligned(node, geometry)
-        if isinstance(node, Const) and node.kind == "int" and abs(node.value) > largest:
+        if isinstance(node, Apply) and node.op in COMPARISONS:
+            # A bound beyond all indices bounds nothing, in every integer dtype.
+            return node.rebuild(tuple(_within(a, largest) for a in node.args))
+        if isinstance(node, Apply) and any(_within(a, largest) is not a for a in node.args):
             raise ValueError(
-                f"{node.value} in a mask or score: wanted integers of at most {largest}, which the "
-                f"indices of {geometry.library} hold"
+                f"{node!r} in a mask or score: wanted integers of at most {largest}, which the indices of "
+                f"{geometry.library} hold"
             )
         return node
 
@@ -112,6 +128,13 @@ def batch_indices(shape: tuple[int, ...], full: tuple[int, ...]) -> tuple[Expr, 
         indices.append(Const(0, "int") if size == 1 else (B // stride) % whole)
         stride *= whole
     return tuple(reversed(indices))
+
+
+def _within(node: Expr, largest: int) -> Expr:
+    """`node`, an integer constant moved into the range of the indices."""
+    if isinstance(node, Const) and node.kind == "int" and abs(node.value) > largest:
+        return Const(largest if node.value > 0 else -largest, "int")
+    return node
 
 
 def check_same_place(value: Array, label: str, geometry: Geometry) -> None:
@@ -152,12 +175,10 @@ def _bind_aligned(node: Aligned, geometry: Geometry) -> Aligned:
     wanted = (*lead, -(-rows // node.block), -(-keys // node.block))
     shape = tuple(node.value.shape)
     full = len(wanted) if geometry.has_heads else 2
-    ranks = range(2, full + 1) if node.any_rank else (2, full)
+    ranks = tuple(range(2, full + 1)) if node.any_rank else (2, full)
+    described = f"2 axes {wanted[-2:]}" + (f" or all {full} axes {wanted}" if full > 2 else "")
     if len(shape) not in ranks:
-        raise ValueError(
-            f"{node.label}: wanted 2 axes {wanted[-2:]} or all {full} axes {wanted[-full:]}, "
-            f"got shape {shape}"
-        )
+        raise ValueError(f"{node.label}: wanted {described}, got shape {shape}")
     for size, full in zip(reversed(shape), reversed(wanted), strict=False):
         if size not in (1, full):
             raise ValueError(f"{node.label}: wanted a shape that broadcasts to {wanted}, got {shape}")

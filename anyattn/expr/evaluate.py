@@ -101,17 +101,17 @@ def _apply(node: Apply, args: list[Array], tile: Tile) -> Array:
     if node.op == "where":
         condition, x, y = args
         return tile.xp.where(condition, tile.cast(x, node.kind), tile.cast(y, node.kind))
-    kinds = [child.kind for child in node.args]
-    common = (
-        node.kind
-        if node.kind != "bool"
-        else "float"
-        if "float" in kinds
-        else "int"
-        if "int" in kinds
-        else "bool"
-    )
-    return _OPERATIONS[node.op](tile.xp, *(tile.cast(x, common) for x in args))
+    return _OPERATIONS[node.op](tile.xp, *(tile.cast(x, _operand_kind(node)) for x in args))
+
+
+def _operand_kind(node: Apply) -> str:
+    """The kind that the operands of an operation have in common."""
+    if node.kind != "bool":
+        return node.kind
+    kinds = {child.kind for child in node.args}
+    if kinds == {"bool"} and node.op in ("lt", "le", "gt", "ge"):
+        return "int"  # the standard does not order bools
+    return "float" if "float" in kinds else "int" if "int" in kinds else "bool"
 
 
 def _sigmoid(xp: Namespace, x: Array) -> Array:

@@ -269,6 +269,8 @@ OPERATIONS: dict[str, Operation] = {
     "floor": Operation(1, "number", "float"),
 }
 
+COMPARISONS = frozenset(("lt", "le", "gt", "ge", "eq", "ne"))
+
 _RANK = {"bool": 0, "int": 1, "float": 2}
 
 

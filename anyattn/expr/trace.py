@@ -61,6 +61,8 @@ def table_of(
             value = numpy.asarray(value)
         except ValueError as error:
             raise ValueError(f"{label}: wanted numbers in equally long rows, got {value!r}") from error
+        if value.size == 0:
+            value = value.astype(int)
     kind = arrays.kind(value)
     if kind not in ("bool", "int", "float"):
         raise TypeError(f"{label}: wanted a bool, integer or real float array, got dtype {kind}")

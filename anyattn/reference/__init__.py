@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from anyattn.arrays import quiet
+from anyattn.arrays import exactly
 from anyattn.backend import CAPABILITIES, Backend
 from anyattn.call import AttentionCall
 from anyattn.reference.forward import forward
@@ -38,7 +38,7 @@ class ReferenceBackend(Backend):
 
     def run(self, call: AttentionCall) -> Any:
         run = {"attention": forward, "weights": weights, "stats": stats}[call.operation]
-        with quiet(call.q):
+        with exactly(call.q):
             return run(call)
 
 
