@@ -11,6 +11,7 @@ operations. With NUMBA_DISABLE_JIT=1 the module is plain Python over NumPy scala
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any, NamedTuple
 
 from anyattn.arrays import Array
@@ -20,6 +21,7 @@ from anyattn.expr.statements import Body, aligned_slots, body, computed_in, tabl
 
 __all__ = ["numba_arguments", "numba_source"]
 
+_WIDTH = 100
 _BITS = {"float16": "uint16", "bfloat16": "uint16"}
 
 
@@ -347,8 +349,10 @@ def _divided(name: str, block: int) -> str:
 
 
 def _function(name: str, arguments: list[str], lines: list[str]) -> str:
-    text = "".join(f"    {line}\n" for line in lines)
-    return f"@inline\ndef {name}({', '.join(arguments)}):\n{text}".rstrip()
+    listed = ", ".join(arguments)
+    if len(listed) > _WIDTH:
+        listed = "\n" + textwrap.indent(textwrap.fill(f"{listed},", _WIDTH), "    ") + "\n"
+    return "\n".join(["@inline", f"def {name}({listed}):", *(f"    {line}" for line in lines)])
 
 
 def _captured_names(program: Program) -> list[str]:

@@ -24,7 +24,8 @@ __all__ = [
     "whole_power",
 ]
 
-_LONGEST = 8
+# What a line holds, in units of `_own_size`.
+_LONGEST = 10
 _KEY_SYMBOLS = ("j", "score")
 
 
@@ -55,9 +56,9 @@ def body(root: Expr) -> Body:
             if uses[id(child)] > 1 or hoisted or whole_power(node) in (2, 3, 4):
                 named.add(id(child))
         inline = sorted((c for c in parts if c not in named), key=size.__getitem__)
-        while inline and sum(size[c] for c in inline) > _LONGEST:
+        own = _own_size(node)
+        while inline and own + sum(size[c] for c in inline) > _LONGEST:
             named.add(inline.pop())
-        own = 1 + len(node.children) if isinstance(node, LoadSlot) else 1
         size[id(node)] = own + sum(size[c] for c in inline)
 
     row: list[tuple[str, Expr]] = []
@@ -119,6 +120,13 @@ def aligned_view(
     for n in batch_shape:
         size *= n
     return wide if len(batch_shape) == 1 else xp.reshape(wide, (size, *last))
+
+
+def _own_size(node: Expr) -> int:
+    """How much room a node takes on a line, an operator being one."""
+    if isinstance(node, AlignedSlot):
+        return 6
+    return 2 + 2 * len(node.children) if isinstance(node, LoadSlot) else 1
 
 
 def _is_leaf(node: Expr) -> bool:
