@@ -10,6 +10,7 @@ import pytest
 import anyattn as aa
 from anyattn import dispatch, registry
 from anyattn.backend import CAPABILITIES, Backend
+from anyattn.describe import Options, describe
 from anyattn.errors import UnknownBackendError, UnsupportedCallError
 
 X = np.random.default_rng(0).standard_normal((2, 3, 4)).astype("f4")
@@ -60,6 +61,44 @@ def test_the_first_in_the_order_that_accepts_runs(install):
     assert ran(causal=True) == "numba"
     assert np.all(aa.attention(X, X, X) == 7)
     assert ran(softcap=1.0) == "reference"
+
+
+class TestOrder:
+    """Section 4 of the contract, by library, device, gradients and tracing."""
+
+    def order(self, *tensors, **options):
+        return dispatch.order_for(describe("attention", *tensors, Options(**options)))
+
+    def test_numpy(self):
+        assert self.order(X, X, X) == ("numba", "reference")
+
+    def test_torch(self):
+        torch = pytest.importorskip("torch", reason="torch is not installed")
+        x = torch.from_numpy(X)
+        assert self.order(x, x, x) == ("numba", "torch", "reference")
+        assert self.order(x, x.clone().requires_grad_(), x) == ("torch", "reference")
+        slopes = torch.ones(2, requires_grad=True)
+        assert self.order(x, x, x, score_mod=lambda s, b, h, i, j: s * slopes[h]) == ("torch", "reference")
+        with torch.no_grad():
+            assert self.order(x, x.clone().requires_grad_(), x) == ("numba", "torch", "reference")
+        meta = torch.empty(2, 3, 4, device="meta")
+        assert self.order(meta, meta, meta) == ("torch", "reference")
+        seen = []
+        torch.func.vmap(lambda y: seen.append(self.order(y, y, y)) or y)(x[None])
+        assert seen == [("torch", "reference")]
+
+    def test_jax(self):
+        jax = pytest.importorskip("jax", reason="JAX is not installed")
+        x = jax.numpy.asarray(X)
+        assert self.order(x, x, x) == ("numba", "reference")
+        seen = []
+        jax.make_jaxpr(lambda y: seen.append(self.order(x, y, x)) or y)(x)
+        assert seen == [("reference",)]
+
+    def test_dask(self):
+        dask = pytest.importorskip("dask.array", reason="dask is not installed")
+        x = dask.from_array(X)
+        assert self.order(x, x, x) == ("reference",)
 
 
 def test_a_stranger_is_never_chosen_by_itself(install):
@@ -181,6 +220,14 @@ def test_no_backend_lists_everybodys_reasons(install):
     assert "one: has no causal" in str(error.value)
 
 
+def test_a_result_of_another_form_names_the_backend(install):
+    odd = Constant("odd", 7.0)
+    odd.run = lambda call: np.zeros(3)
+    install(odd)
+    with pytest.raises(TypeError, match=r"backend 'odd' gave ndarray; wanted a pair \(out, lse\)"):
+        aa.attention(X, X, X, backend="odd")
+
+
 def test_recordings_nest_and_say_what_ran():
     with dispatch.recording() as outer:
         aa.attention(X, X, X, causal=True)
@@ -232,6 +279,14 @@ class TestExplain:
         page = aa.explain(X, X, X, causal=True)._repr_html_()
         assert "&lt;attention q (2, 3, 4)" in page
         assert "<td style='text-align:left'>reference</td>" in page
+
+    def test_notes_that_fail_are_told(self, install):
+        odd = Constant("odd", 7.0)
+        odd.notes = lambda call: 1 / 0
+        install(odd)
+        assert aa.explain(X, X, X, backend="odd").notes == (
+            "its notes() raised ZeroDivisionError: division by zero",
+        )
 
     def test_bad_input_is_an_error_as_in_the_call(self):
         with pytest.raises(TypeError, match="v: wanted dtype float32 like q"):

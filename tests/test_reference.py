@@ -5,6 +5,9 @@ What it computes is held to the float64 oracle by the conformance kit.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -108,6 +111,20 @@ class TestJax:
         traced = jax.jit(jax.grad(lambda q: call(q, k, v).sum()))(q)
         np.testing.assert_allclose(traced, eager, rtol=2e-4, atol=1e-5)
         assert np.abs(eager).max() > 1e-3
+
+    def test_arrays_on_several_devices(self, jax):
+        code = """
+import jax, numpy as np, anyattn as aa
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+halves = NamedSharding(Mesh(np.array(jax.devices()), ("b",)), PartitionSpec("b"))
+q, k, v = (np.random.default_rng(n).standard_normal((2, 2, n, 8), dtype="f4") for n in (5, 9, 9))
+call = dict(causal=True, kv_lengths=[7, 9], q_offset=0, score_mod=aa.scores.alibi(2))
+out = aa.attention(*(jax.device_put(x, halves) for x in (q, k, v)), **call)
+assert len(out.sharding.device_set) == 2
+np.testing.assert_allclose(out, aa.attention(q, k, v, **call), rtol=1e-5, atol=1e-6)
+"""
+        environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
     def test_lengths_under_a_tracer_are_clamped(self, jax):
         q, k, v = arrays(dtype="f4", k_len=11)
