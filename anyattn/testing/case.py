@@ -397,4 +397,5 @@ def _plant_beyond(values: Array, lengths: Array, batch_shape: tuple[int, ...], v
     shared = tuple(axis for axis, n in enumerate(own) if n == 1)
     reach = reach.max(axis=shared, keepdims=True, initial=0) if shared else reach
     hidden = np.arange(values.shape[-2]) >= np.asarray(reach)[..., None]
-    values[np.broadcast_to(hidden[..., None, :, None], values.shape)] = value
+    rows = hidden[..., None, :, None] if values.ndim > 2 else hidden[:, None]
+    values[np.broadcast_to(rows, values.shape)] = value

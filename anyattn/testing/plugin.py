@@ -90,11 +90,7 @@ class _Bookkeeper:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if hasattr(session.config, "workerinput") or not self.account.outcomes:
             return
-        if (
-            self.account.partial
-            or any("::" in argument for argument in session.config.args)
-            or session.shouldfail
-        ):
+        if self.account.partial or session.shouldfail or self._selects():
             return
         backend = _backend(self.config)
         unproven = sorted((backend.capabilities & self.account.possible) - self.account.passed)
@@ -103,6 +99,12 @@ class _Bookkeeper:
                 f"{backend.name} declares {', '.join(unproven)}, and no case that needs it passed"
             )
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _selects(self) -> bool:
+        """Whether options choose among the tests; under xdist only workers hear what was deselected."""
+        options = self.config.option
+        chosen = [getattr(options, name, None) for name in ("keyword", "markexpr", "deselect", "lf")]
+        return any(chosen) or any("::" in argument for argument in self.config.args)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self.account.outcomes:

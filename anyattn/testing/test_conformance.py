@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from anyattn.testing.bad_input import bad_calls
 from anyattn.testing.case import Case, call
@@ -61,6 +61,8 @@ def test_drawn_calls(anyattn_run: Run) -> None:
         derandomize=True,
         database=None,
         deadline=None,
+        # To explain a failure takes longer than to find and shrink it.
+        phases=[phase for phase in Phase if phase is not Phase.explain],
         suppress_health_check=list(HealthCheck),
     )
     @given(drawn)

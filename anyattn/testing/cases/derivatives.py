@@ -66,6 +66,13 @@ def _special() -> Iterator[Case]:
         return_lse=True,
     )  # fmt: skip
     yield call(
+        "gradient: nan in hidden keys under a captured factor", FAMILY,
+        "the factor's derivative is the score, which is NaN where hidden",
+        also=STRICT, causal=True, q_offset=0,
+        score_mod=Function(makers.affine, (Drawn("factor", (2,)), Drawn("shift", (9,)))), softcap=2.0,
+        plants=(Plant("k", (0, 7), NAN), Plant("k", (1, 8), INF)), return_lse=True,
+    )  # fmt: skip
+    yield call(
         "gradient: nan beyond kv_lengths", FAMILY, "what is hidden does not matter", batch=(2,),
         also=GRADIENTS, kv_lengths=Given("kv_lengths", (9, 4)), return_lse=True,
         plants=(Plant("k", "beyond kv_lengths", NAN), Plant("v", "beyond kv_lengths", NAN)),

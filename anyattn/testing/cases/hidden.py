@@ -51,6 +51,10 @@ def _beyond_lengths() -> Iterator[Case]:
                 kv_lengths=lengths, plants=planted[:1],
             )  # fmt: skip
     yield call(
+        "nan beyond kv_lengths, two axes", FAMILY, why, two_axes=True, kv_lengths=6, return_lse=True,
+        plants=(Plant("k", "beyond kv_lengths", NAN), Plant("v", "beyond kv_lengths", NAN)),
+    )  # fmt: skip
+    yield call(
         "nan beyond kv_lengths, blocks", FAMILY, why, batch=(2,), heads=1, q_len=2, k_len=300, dim=4,
         kv_lengths=[129, 3],
         plants=(Plant("k", "beyond kv_lengths", NAN), Plant("v", "beyond kv_lengths", NAN)), return_lse=True,
