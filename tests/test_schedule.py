@@ -3,49 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import tracemalloc
 
-import array_api_compat.numpy as xp
 import numpy as np
 import pytest
+from brute_force import dense, parts, tiled
 
 from anyattn import masks
 from anyattn.describe import Options, describe
-from anyattn.expr.evaluate import Tile, evaluate
-from anyattn.schedule import EMPTY, FULL, PARTIAL, make
+from anyattn.schedule import EMPTY, FULL, PARTIAL, Parts, make, schedule
 from anyattn.schedule.make import build
-
-
-def parts(mask, q_len, k_len, batch=(), heads=1, **options):
-    q = np.zeros((*batch, heads, q_len, 1), "f4")
-    k = np.zeros((*batch, heads, k_len, 1), "f4")
-    call = describe("attention", q, k, k, Options(mask=mask, **options))
-    return make.parts_of(call)
-
-
-def dense(p):
-    """What every row sees, (batch, heads, rows, keys), by evaluating all of it."""
-    b = np.arange(p.batch_size).reshape(*p.batch_shape, 1, 1, 1)
-    row = np.arange(p.q_len)[:, None]
-    symbols = {
-        "b": b,
-        "h": np.arange(p.num_heads)[:, None, None],
-        "row": row,
-        "i": row + np.asarray(p.offset).reshape(*np.shape(p.offset), *(1,) * 3),
-        "j": np.arange(p.k_len),
-    }
-    tile = Tile(xp, "cpu", np.dtype("int64"), np.dtype(p.accumulate), symbols, 0, p.k_len, None)
-    with np.errstate(all="ignore"):
-        seen = evaluate(p.visible, tile)
-    seen = np.broadcast_to(seen, (*p.batch_shape, p.num_heads, p.q_len, p.k_len))
-    return seen.reshape(p.batch_size, p.num_heads, p.q_len, p.k_len)
-
-
-def tiled(seen, rows, keys):
-    """Verdicts of the tiles of (rows, keys) of one head."""
-    q, k = np.arange(0, seen.shape[0], rows), np.arange(0, seen.shape[1], keys)
-    some = np.logical_or.reduceat(np.logical_or.reduceat(seen, q, axis=0), k, axis=1)
-    every = np.logical_and.reduceat(np.logical_and.reduceat(seen, q, axis=0), k, axis=1)
-    return np.where(every, FULL, np.where(some, PARTIAL, EMPTY)).astype(np.uint8)
 
 
 def check(p, rows, keys):
@@ -136,3 +104,263 @@ def test_every_pair_equals_brute_force(name):
             p = parts(mask, Q_LEN, K_LEN)
             found = build(p, rows, keys).verdicts()
             assert np.array_equal(found, tiled(dense(p)[0, 0], rows, keys)), (mask, rows, keys)
+
+
+def test_groups_hold_what_they_depend_on_and_no_more():
+    rng = np.random.default_rng(3)
+    ids = rng.integers(0, 4, (6, 90))
+    cases = [
+        (masks.causal(), {}, (1, 1)),
+        (masks.padding(rng.integers(0, 91, 6)), {}, (6, 1)),
+        (masks.documents(ids), {}, (6, 1)),
+        (masks.from_function(lambda b, h, i, j: i - j < 8 * (h + 1)), {}, (1, 3)),
+        (masks.from_function(lambda b, h, i, j: (i - j) * (b + 1) < 8 * (h + 1)), {}, (6, 3)),
+        (masks.causal(), {"q_offset": rng.integers(-20, 40, (2, 3))}, (6, 1)),
+        (masks.causal(), {"q_offset": np.array([[0], [17]])}, (6, 1)),
+        (masks.causal(), {"q_offset": np.array([[7], [7]])}, (1, 1)),
+        (masks.causal(positions=False), {"q_offset": np.array([[0], [17]])}, (1, 1)),
+        (masks.causal(), {"kv_lengths": rng.integers(0, 91, (2, 1)), "q_offset": 0}, (6, 1)),
+        (masks.dense(rng.random((2, 1, 3, 80, 90)) < 0.03), {}, (6, 3)),
+        (masks.dense(rng.random((1, 3, 1, 80, 90)) < 0.03), {}, (6, 1)),
+        (masks.dense(rng.random((2, 3, 3, 1, 90)) < 0.03) & masks.causal(), {}, (6, 3)),
+        (masks.block_sparse(rng.random((3, 4, 5)) < 0.5, 20), {}, (1, 3)),
+        (masks.block_sparse(rng.random((3, 1, 4, 5)) < 0.5, 20) & masks.fixed(32), {}, (6, 1)),
+    ]
+    for mask, options, groups in cases:
+        p = parts(mask, 80, 90, (2, 3), 3, **options)
+        for rows, keys in ((16, 16), (32, 64)):
+            assert check(p, rows, keys).groups == groups, mask
+
+
+def test_groups_are_taken_in_rounds(monkeypatch):
+    """Lines of many groups are not all held at once."""
+    p = parts(masks.padding(np.arange(40) * 2) & masks.causal() & masks.fixed(32), 80, 90, (40,), 2)
+    whole = build(p, 32, 32)
+    monkeypatch.setattr(make, "_LINE_VALUES", 500)
+    rounds = build(p, 32, 32)
+    for b in range(40):
+        assert np.array_equal(rounds.verdicts(b), whole.verdicts(b))
+    check(p, 32, 32)
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (1, 500), (500, 1), (3, 70), (16, 16), (17, 15)])
+def test_odd_lengths(q_len, k_len):
+    for mask in (
+        masks.causal() & masks.sliding_window(9),
+        masks.strided(7),
+        masks.fixed(5) | masks.prefix(2),
+    ):
+        for rows, keys in ((16, 16), (1, 1), (1, 7), (256, 3), (1024, 1024)):
+            p = parts(mask, q_len, k_len)
+            check(p, rows, keys)
+
+
+def test_no_mask_is_full_and_nothing_has_no_tiles():
+    made = schedule(Parts(None, 300, 200), 128, 64)
+    assert made.shape == (3, 4)
+    assert (made.num_full, made.num_partial, made.num_empty) == (12, 0, 0)
+    assert made.kept == made.density == 1.0
+    assert made.block(2).rows == (256, 300)
+    assert made.block(2).full.tolist() == [[0, 4]]
+    for q_len, k_len, batch in ((0, 5, ()), (5, 0, ()), (5, 5, (0,))):
+        for visible in (None, masks.causal().expr):
+            empty = schedule(Parts(visible, q_len, k_len, batch))
+            assert empty.num_full == 0 or visible is None
+            assert empty.num_partial == 0
+            assert empty.density in (0.0, 1.0)
+    with pytest.raises(ValueError, match="0 x 128"):
+        schedule(Parts(None, 3, 3), 0)
+
+
+def test_isolated_columns_are_listed():
+    p = parts(masks.causal() & masks.fixed(64) | masks.sliding_window(40), 1000, 1000)
+    made = check(p, 128, 128)
+    block = made.block(5)
+    assert block.rows == (640, 768)
+    assert block.columns.tolist() == list(range(63, 512, 64))
+    # Tile 4, keys 512 to 639, has the end of the window in it; the key at 575 is outside.
+    assert block.partial.tolist() == [[4, 6]]
+    tokens = check(
+        parts(masks.causal() & masks.sliding_window(64) | masks.global_tokens([3, 700]), 1000, 1000), 128, 128
+    )
+    assert tokens.block(3).columns.tolist() == [3, 700]
+    assert tokens.block(5).partial.tolist() == [[0, 8]]  # row 700 sees all
+
+
+def test_columns_under_a_condition_on_rows_are_masked():
+    mask = masks.fixed(64) & masks.from_function(lambda b, h, i, j: i % 3 == 0)
+    block = check(parts(mask, 256, 256), 128, 128).block(1)
+    assert block.columns.size == 0
+    assert block.masked_columns.tolist() == [63, 127, 191, 255]
+
+
+def test_share_of_the_pairs_that_are_visited():
+    made = build(parts(masks.fixed(64), 256, 256), 128, 128)
+    assert made.kept == 1.0
+    assert made.density == 1 / 64
+    assert build(parts(masks.prefix(130), 200, 200), 64, 64).density == (128 + 2) / 200
+    assert build(parts(masks.prefix(160), 200, 200), 64, 64).density == 192 / 200
+    assert build(parts(masks.padding(200), 200, 200), 64, 64).density == 1.0
+
+
+def test_blocks_that_see_nothing():
+    p = parts(masks.causal(), 300, 100, q_offset=-130)
+    made = build(p, 64, 64)
+    assert made.blocks_without_keys.tolist() == [[0, 0], [0, 1]]
+    p = parts(masks.padding([0, 70]), 128, 100, (2,))
+    assert build(p, 64, 64).blocks_without_keys.tolist() == [[0, 0], [0, 1]]
+
+
+def test_words():
+    made = build(parts(masks.padding([0, 70]), 128, 100, (2,)), 64, 64)
+    assert repr(made).startswith(
+        "<Schedule 128 x 100 in tiles of 64 x 64 x 2 batch entries x 1 heads: 2 full, 2 partial, 4 empty; "
+    )
+    assert made.stats.seconds > 0
+    assert made.stats.by_analysis + made.stats.by_witness + made.stats.by_evaluation == made.num_tiles
+    with pytest.raises(ValueError, match="read-only"):
+        made.full.tiles[0] = 0
+
+
+def test_kept_by_contents_not_by_identity():
+    ids = np.repeat([0, 1], 64)
+    mask = masks.documents(ids)
+    made = schedule(parts(mask, 128, 128), 64, 64)
+    assert made.num_full == 2
+    assert schedule(parts(mask, 128, 128), 64, 64) is made
+    assert schedule(parts(masks.documents(ids.copy()), 128, 128), 64, 64) is made
+    ids[:] = 0
+    changed = schedule(parts(mask, 128, 128), 64, 64)
+    assert changed.num_full == 4
+    ids[64:] = 1
+    assert schedule(parts(mask, 128, 128), 64, 64) is made
+    blocks = np.ones((2, 2), bool)
+    sparse = masks.block_sparse(blocks, 64)
+    assert schedule(parts(sparse, 128, 128), 64, 64).num_full == 4
+    blocks[0, 1] = False
+    assert schedule(parts(sparse, 128, 128), 64, 64).num_full == 3
+
+
+def test_all_that_decides_is_in_the_key():
+    made = [
+        schedule(p, rows, keys)
+        for p, rows, keys in (
+            (parts(masks.sliding_window(5), 128, 128), 64, 64),
+            (parts(masks.sliding_window(6), 128, 128), 64, 64),
+            (parts(masks.sliding_window(5), 128, 128), 64, 32),
+            (parts(masks.sliding_window(5), 128, 128), 32, 64),
+            (parts(masks.sliding_window(5), 127, 128), 64, 64),
+            (parts(masks.sliding_window(5), 128, 127), 64, 64),
+            (parts(masks.sliding_window(5), 128, 128, q_offset=1), 64, 64),
+            (parts(masks.sliding_window(5), 128, 128, (2,), q_offset=np.array([0, 1])), 64, 64),
+            (parts(masks.sliding_window(5), 128, 128, (2,), q_offset=np.array([0, 2])), 64, 64),
+            (parts(masks.sliding_window(5), 128, 128, (), 2), 64, 64),
+            (parts(masks.strided(5), 128, 128), 64, 64),
+            (parts(masks.strided(6), 128, 128), 64, 64),
+        )
+    ]
+    assert len({id(s) for s in made}) == len(made)
+
+
+def test_few_schedules_are_kept_and_threads_may_ask():
+    for n in range(make._KEPT + 5):
+        schedule(parts(masks.prefix(n), 200, 200))
+    assert len(make._known) <= make._KEPT
+    p = parts(masks.causal(), 500, 500)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(schedule(p, 16, 16))) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(found) == 8
+    assert all(np.array_equal(s.verdicts(), found[0].verdicts()) for s in found)
+
+
+def test_values_of_a_tracer_or_lazy_array_are_not_read():
+    """Tiles that hang on them are partial, the others are what they are."""
+    da = pytest.importorskip("dask.array")
+    q = da.zeros((1, 1, 256, 1), chunks=-1)
+
+    def never(block):
+        raise AssertionError("a lazy array was computed")
+
+    lengths = da.zeros(1, dtype=int, chunks=-1).map_blocks(never, dtype=int, meta=np.zeros(1, int))
+    call = describe("attention", q, q, q, Options(causal=True, kv_lengths=lengths, q_offset=0))
+    lower = np.tril(np.full((4, 4), PARTIAL, np.uint8))
+    assert np.array_equal(build(make.parts_of(call), 64, 64).verdicts(), np.maximum(lower, EMPTY))
+    offset = da.zeros(1, dtype=int, chunks=-1).map_blocks(never, dtype=int, meta=np.zeros(1, int))
+    call = describe("attention", q, q, q, Options(mask=masks.causal() | masks.prefix(128), q_offset=offset))
+    found = build(make.parts_of(call), 64, 64).verdicts()
+    assert np.array_equal(found, np.tile(np.array([FULL, FULL, PARTIAL, PARTIAL], np.uint8), (4, 1)))
+    ids = da.zeros(256, dtype=int, chunks=-1).map_blocks(never, dtype=int, meta=np.zeros(1, int))
+    mask = masks.fixed(64) & masks.documents(ids)
+    block = build(make.parts_of(describe("attention", q, q, q, Options(mask=mask))), 128, 128).block(1)
+    assert block.masked_columns.tolist() == [63, 127, 191, 255]
+
+
+def test_values_on_a_device_are_not_read():
+    strict = pytest.importorskip("array_api_strict")
+    device = strict.Device("device1")
+    q = strict.zeros((1, 1, 256, 1), device=device)
+    ids = strict.zeros((256,), dtype=strict.int64, device=device)
+    call = describe("attention", q, q, q, Options(mask=masks.documents(ids), causal=True))
+    lower = np.tril(np.full((4, 4), PARTIAL, np.uint8))
+    assert np.array_equal(build(make.parts_of(call), 64, 64).verdicts(), np.maximum(lower, EMPTY))
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_concrete_arrays_of_other_libraries_are_read(library):
+    ids = np.repeat([0, 1, 2, 3], 64)
+    module = pytest.importorskip(library)
+    if library == "jax":
+        module = module.numpy
+        q, there = module.zeros((1, 1, 256, 1)), module.asarray(ids)
+    else:
+        q, there = module.zeros((1, 1, 256, 1)), module.from_numpy(ids)
+    call = describe("attention", q, q, q, Options(mask=masks.documents(there)))
+    found = build(make.parts_of(call), 64, 64).verdicts()
+    assert np.array_equal(found, np.where(np.eye(4), FULL, EMPTY))
+
+
+MILLION = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("mask", "seconds"),
+    [
+        (masks.causal() & masks.sliding_window(1024), 2.5),
+        (masks.causal(), 2.5),
+        (masks.causal() & masks.sliding_window(512) | masks.global_tokens(64), 5),
+        (masks.fixed(64) & masks.causal(), 5),
+        (masks.strided(128) & masks.causal(), 5),
+    ],
+    ids=repr,
+)
+def test_a_million_tokens_cost_little(mask, seconds):
+    p = parts(mask, MILLION, MILLION)
+    assert min(build(p, 128, 128).stats.seconds for _ in range(2)) < seconds
+    tracemalloc.start()
+    made = build(p, 128, 128)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64e6
+    assert made.nbytes < 2e6
+    assert made.num_tiles == 8192**2
+
+
+def test_a_band_of_a_million_tokens_is_counted_right():
+    made = schedule(Parts((masks.causal() & masks.sliding_window(1024)).expr, MILLION, MILLION))
+    # Below the diagonal: 7 full tiles in the band of 1024 = 8 tiles, partial ones at both its edges.
+    assert made.num_full == 7 * 8192 - (7 * 8) // 2
+    assert made.num_partial == 8192 + 8192 - 8
+    assert made.block(5000).full.tolist() == [[4993, 5000]]
+    assert made.block(5000).partial.tolist() == [[4992, 4993], [5000, 5001]]
+
+
+@pytest.mark.parametrize(
+    "mask", [masks.random_blocks(3, 64, 1), masks.strided(48) & masks.fixed(64)], ids=repr
+)
+def test_patterns_without_order_cost_their_tiles(mask):
+    p = parts(mask, 30_000, 30_000)
+    assert min(build(p, 128, 128).stats.seconds for _ in range(2)) < 4
