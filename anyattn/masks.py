@@ -14,7 +14,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import reduce
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from anyattn import arrays
@@ -22,7 +21,7 @@ from anyattn.arrays import Array
 from anyattn.expr.bind import Geometry, check_same_place
 from anyattn.expr.functions import where
 from anyattn.expr.nodes import ROW, Aligned, B, Const, Deferred, Expr, I, J, load
-from anyattn.expr.trace import table_of, trace_mask
+from anyattn.expr.trace import table_of, trace_mask, words
 from anyattn.numbers import boolean, integer, is_integer
 
 if TYPE_CHECKING:
@@ -136,6 +135,8 @@ class Mask:
         return picture(self, q_len, k_len, q_offset=q_offset, b=b, h=h, tile=tile)
 
     def _repr_html_(self) -> str:
+        from html import escape
+
         try:
             return self.picture().svg()
         except (TypeError, ValueError):  # arrays that cannot be read, or that do not fit one another
@@ -350,8 +351,8 @@ def dense(array: Array, *, _label: str = "dense: array") -> Mask:
 
 def from_function(function: Callable[..., Any]) -> Mask:
     """A mask from a Python function (b, h, i, j) -> bool, which is called once, with symbols."""
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return Mask(trace_mask(function), f"from_function({name})")
+    expr = trace_mask(function)
+    return Mask(expr, f"from_function({words(function, expr)})")
 
 
 def window_bounds(window: Any, argument: str) -> tuple[int | None, int | None]:

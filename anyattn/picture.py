@@ -138,8 +138,7 @@ def picture(
         raise ValueError(
             f"picture: {mask!r} hangs on arrays that the host cannot read; wanted concrete arrays on the CPU"
         )
-    batch, heads = call.batch_shape[0] if call.batch_shape else 1, call.num_heads
-    for name, number, size in (("b", b, batch), ("h", h, heads)):
+    for name, number, size in (("b", b, parts.batch_size), ("h", h, parts.num_heads)):
         if not 0 <= number < size:
             raise ValueError(f"picture: {name}: wanted 0 to {size - 1}, got {number}")
     cell = max(1, -(-max(q_len, k_len) // _CELLS))
@@ -193,7 +192,7 @@ class _Shape:
                 like = node.value
                 *lead, rows, keys = node.value.shape
                 heads = lead[-1] if lead and lead[-1] > 1 else heads
-                batch = tuple(lead[:-1]) or batch
+                batch = tuple(lead[:-1]) if math.prod(lead[:-1]) > 1 or not batch else batch
                 q_len = rows * node.block if rows > 1 else q_len
                 k_len = keys * node.block if keys > 1 else k_len
             elif isinstance(node, Const) and node.kind == "int":

@@ -16,7 +16,7 @@ from anyattn.arrays import Array
 from anyattn.expr.bind import Geometry, batch_indices, check_same_place
 from anyattn.expr.functions import clip, tanh, where
 from anyattn.expr.nodes import ROW, SCORE, Deferred, Expr, H, I, J, Symbol, load, rewrite
-from anyattn.expr.trace import table_of, trace_score
+from anyattn.expr.trace import table_of, trace_score, words
 from anyattn.numbers import boolean, integer, is_integer, real
 
 __all__ = ["Score", "alibi", "from_function", "relative_bias", "relative_keys", "softcap", "t5_bias"]
@@ -196,8 +196,8 @@ def softcap(c: float) -> Score:
 
 def from_function(function: Callable[..., Any]) -> Score:
     """A score from a Python function (score, b, h, i, j) -> score, which is called once, with symbols."""
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return Score(trace_score(function), f"from_function({name})")
+    expr = trace_score(function)
+    return Score(expr, f"from_function({words(function, expr)})")
 
 
 def soft_cap(c: Any, label: str) -> float:

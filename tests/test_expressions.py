@@ -417,6 +417,27 @@ def test_repr_reads_like_code():
     )
 
 
+def test_functions_are_shown_by_name_or_by_what_they_compute():
+    def every_other(b, h, i, j):
+        return (i - j) % 2 == 0
+
+    mask = aa.masks.from_function
+    assert repr(mask(every_other)) == "from_function(every_other)"
+    assert repr(mask(lambda b, h, q, k: k <= q)) == "from_function(lambda b, h, i, j: j <= i)"
+    assert repr(aa.masks.causal() & (lambda b, h, i, j: i < 5)) == (
+        "causal() & from_function(lambda b, h, i, j: i < 5)"
+    )
+    score = aa.scores.from_function(lambda s, b, h, i, j: aa.tanh(s) * SLOPES[h])
+    assert repr(score) == "from_function(lambda score, b, h, i, j: tanh(score) * SLOPES[h])"
+
+    def power(s):
+        for _ in range(40):
+            s = s * s
+        return s
+
+    assert repr(aa.scores.from_function(lambda s, b, h, i, j: power(s))) == "from_function(<lambda>)"
+
+
 def test_walk_visits_shared_nodes_once():
     shared = nodes.I + nodes.J
     root = shared * shared

@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 
 from anyattn import arrays
 from anyattn.errors import TraceError
-from anyattn.expr.nodes import SCORE, Apply, B, Expr, H, I, J, NoValueError, Table, apply, as_expr, load
+from anyattn.expr.nodes import SCORE, Apply, B, Expr, H, I, J, NoValueError, Table, apply, as_expr, load, walk
 from anyattn.expr.untraceable import advice, place_of
 
-__all__ = ["table_of", "trace_mask", "trace_score"]
+__all__ = ["table_of", "trace_mask", "trace_score", "words"]
 
 
 def trace_mask(function: Callable[..., Any]) -> Expr:
@@ -336,6 +336,27 @@ def _used_names(code: types.CodeType) -> set[str]:
         if isinstance(const, types.CodeType):
             names |= _used_names(const)
     return names
+
+
+# Longer expressions are not shown in the place of a lambda's name.
+_SHOWN = 40
+
+
+def words(function: Any, expr: Expr) -> str:
+    """How a traced function is shown: its name, or what it computes where it is a small lambda."""
+    name = getattr(function, "__name__", type(function).__name__)
+    if name != "<lambda>":
+        return str(name)
+    sizes: dict[int, int] = {}
+    for node in walk(expr):  # of the text: common parts are written each time
+        sizes[id(node)] = 1 + sum(sizes[id(child)] for child in node.children)
+    if sizes[id(expr)] > _SHOWN:
+        return str(name)
+    text = repr(expr)
+    if isinstance(expr, Apply) and text.startswith("("):
+        text = text[1:-1]
+    names = "score, b, h, i, j" if expr.kind == "float" else "b, h, i, j"
+    return f"lambda {names}: {text}"
 
 
 def _name(function: Any) -> str:
