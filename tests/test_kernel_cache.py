@@ -801,3 +801,48 @@ def test_code_with_addresses_is_not_kept(store, said):
     assert kernel(-3) == 3
     assert "it holds addresses of this process" in said()[0]
     assert list(store.folder.glob("*.kernel")) == []
+
+
+def test_what_the_printer_prints_is_kept_and_runs_again(store):
+    """A printed program with a loop around it, compiled by one module and loaded by the next."""
+    pytest.importorskip("numba", reason="Numba is not installed")
+    import numpy as np
+
+    import anyattn as aa
+    from anyattn.describe import Options, describe
+    from anyattn.expr.print_numba import numba_arguments, numba_source
+    from anyattn.expr.program import lower
+    from anyattn.kernels import numba_store
+
+    x = np.zeros((1, 4, 40, 8), "f4")
+    options = Options(
+        mask=aa.masks.causal() & aa.masks.sliding_window(5) | aa.masks.global_tokens(3),
+        score_mod=aa.scores.alibi(4),
+    )
+    call = describe("attention", x, x, x, options)
+    program = lower(call.visible, call.score)
+    source = numba_source(program, "float32") + (
+        '\n\n@numba.njit(error_model="numpy")\n'
+        "def kernel(out, captured):\n"
+        "    for i in range(out.shape[0]):\n"
+        "        for j in range(out.shape[1]):\n"
+        "            if visible(0, 1, i, i, j, *captured):\n"
+        "                out[i, j] = score(np.float32(1), 0, 1, i, i, j, *captured)\n"
+    )
+    key = replace(
+        KEY,
+        structure=program.text,
+        target=numba_store.numba_target(),
+        code=code_digest(source),
+        kernel="printed",
+    )
+    i, j = np.arange(40)[:, None], np.arange(40)
+    wanted = np.where((j <= i) & (i - j <= 5) | (i < 3) | (j < 3), 1 - abs(i - j) / 16, 0)
+    for hits in (0, 1):
+        kernel = load_source(key, source, store).kernel
+        assert numba_store.attach(kernel, key, store)
+        out = np.zeros((40, 40), "f4")
+        kernel(out, numba_arguments(program, "float32", ()))
+        np.testing.assert_allclose(out, wanted, rtol=1e-6)
+        assert sum(kernel.stats.cache_hits.values()) == hits
+        del sys.modules[key.name.replace("-", "_")]
