@@ -382,6 +382,28 @@ class TestRefusals:
             assert f"test_expressions.py:{function.__code__.co_firstlineno + offset}: " in str(error.value)
         assert SLOPES.tolist() == [0.5, 0.25]
 
+    @pytest.mark.parametrize("library", ["torch", "jax.numpy", "statistics"])
+    def test_functions_of_libraries(self, library):
+        """The line shown is the user's, not the library's, whose functions are not looked into."""
+        xp = pytest.importorskip(library, reason=f"{library} is not installed")
+        functions = {
+            "torch": [
+                (lambda s, b, h, i, j: xp.where(i > j, s, -s), "write aa.where(i > j, s, -s)"),
+                (lambda s, b, h, i, j: s + xp.exp(i), "write aa.exp(i)"),
+                (lambda s, b, h, i, j: xp.nn.functional.relu(s), "functional.relu cannot be traced"),
+            ],
+            "jax.numpy": [
+                (lambda s, b, h, i, j: xp.where(i > j, s, -s), "write aa.where(i > j, s, -s)"),
+                (lambda s, b, h, i, j: s + xp.exp(i), "write aa.exp(i)"),
+            ],
+            "statistics": [(lambda s, b, h, i, j: s + xp.mean([i, j]), "xp.mean cannot be traced")],
+        }
+        for function, hint in functions[library]:
+            with pytest.raises(TraceError) as error:
+                trace_score(function)
+            assert hint in str(error.value)
+            assert f"test_expressions.py:{function.__code__.co_firstlineno}: " in str(error.value)
+
     def test_without_source(self):
         """As typed into `python -c`: no line to show, all hints."""
         scope = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -236,7 +237,7 @@ class _Captures:
     def swap(self, value: Any, label: str) -> Any:
         """`value` as the traced function is to see it."""
         if isinstance(value, types.FunctionType):
-            return self.function(value)
+            return value if _is_library(value.__module__) else self.function(value)
         if arrays.is_array(value) or _is_numbers(value):
             return _Captured(value, label)
         if id(value) in self._holders:
@@ -248,10 +249,11 @@ class _Captures:
 
     def function(self, function: Any) -> Any:
         """A copy of `function` that sees what `swap` gives; `function` itself where that is the same."""
-        if not isinstance(function, types.FunctionType) or _is_own(function.__module__):
+        if not isinstance(function, types.FunctionType):
             return function
         if id(function) not in self._functions:
-            self.files.add(function.__code__.co_filename)
+            if not (self._functions and _is_library(function.__module__)):
+                self.files.add(function.__code__.co_filename)
             # Recursive functions meet themselves unchanged.
             self._functions[id(function)] = (function, function)
             self._functions[id(function)] = (function, self._copy(function))
@@ -288,7 +290,7 @@ class _Captures:
         return copy
 
     def _global(self, value: Any, label: str, names: set[str]) -> Any:
-        if not isinstance(value, types.ModuleType) or _is_own(value.__name__):
+        if not isinstance(value, types.ModuleType) or _is_library(value.__name__):
             return self.swap(value, label)
         parts = [getattr(value, n) for n in names if n in vars(value)]
         if any(arrays.is_array(part) or self._is_traced(part, value) for part in parts):
@@ -301,8 +303,15 @@ class _Captures:
         return own and self.function(part) is not part
 
 
-def _is_own(module: str | None) -> bool:
-    return module is not None and (module == "anyattn" or module.startswith("anyattn."))
+# Their functions read no arrays of the user's, and are many: they are called as they are.
+_LIBRARIES = sys.stdlib_module_names | {
+    *("anyattn", "array_api_compat", "array_api_extra", "array_api_strict", "cupy", "cupyx", "dask", "jax"),
+    *("jaxlib", "numpy", "scipy", "torch"),
+}
+
+
+def _is_library(module: str | None) -> bool:
+    return module is not None and module.partition(".")[0] in _LIBRARIES
 
 
 def _is_numbers(value: Any) -> bool:
