@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from anyattn.testing import running
+from anyattn.testing.bad_input import bad_calls
 from anyattn.testing.case import Given, Plant, Value, call
 from anyattn.testing.cases import all_cases, gradient_cases, pairwise, regenerate_pairs
 from anyattn.testing.expected import Expected, expected, expected_gradients, mismatch
@@ -203,6 +204,13 @@ class TestSkips:
         if jax.missing() is None:
             assert jax.lacks(plain(dtype="float64")) == "jax has no float64"
             assert jax.lacks(plain(memory="reversed")) == "jax has no reversed arrays"
+
+    def test_what_a_library_adds_to_the_needs(self):
+        jit, eager = LIBRARIES["jax-jit"], LIBRARIES["jax"]
+        assert jit.needs(plain(causal=True)) == {"causal", "traced"}
+        assert eager.needs(plain(causal=True)) == {"causal"}
+        assert eager.needs(plain(also={"gradients"})) == {"gradients", "traced"}
+        assert not any(library.needs(bad) for library in (jit, eager) for bad in bad_calls())
 
     def test_lazy_and_traced_libraries_need_the_capability(self):
         if LIBRARIES["dask"].missing() is not None:

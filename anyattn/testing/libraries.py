@@ -95,9 +95,10 @@ class Library:
             return f"{self.name} has one device here"
         return None
 
-    def needs(self, case: Case) -> frozenset[str]:
-        """The capabilities that a backend needs for a case in this library."""
-        return case.needs | ({"traced"} if self.traced else set())
+    def needs(self, case: Case | BadCall) -> frozenset[str]:
+        """The capabilities that a backend needs for a case in this library; none for a bad call."""
+        traced = self.traced and not isinstance(case, BadCall)
+        return case.needs | ({"traced"} if traced else set())
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -307,9 +308,9 @@ class Jax(Library):
         with jax.enable_x64(self._x64):
             yield
 
-    def needs(self, case: Case) -> frozenset[str]:
+    def needs(self, case: Case | BadCall) -> frozenset[str]:
         # JAX differentiates by tracing.
-        return super().needs(case) | ({"traced"} if "gradients" in case.also else set())
+        return super().needs(case) | ({"traced"} if "gradients" in case.needs else set())
 
     def array(self, value: Value, memory: str = "plain") -> Array:
         import jax.numpy as jnp
