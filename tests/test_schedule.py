@@ -12,7 +12,7 @@ from brute_force import dense, parts, tiled
 
 from anyattn import masks
 from anyattn.describe import Options, describe
-from anyattn.schedule import EMPTY, FULL, PARTIAL, Parts, make, schedule
+from anyattn.schedule import EMPTY, FULL, PARTIAL, Parts, make, matches, schedule
 from anyattn.schedule.make import build
 
 
@@ -130,6 +130,17 @@ def test_groups_hold_what_they_depend_on_and_no_more():
         p = parts(mask, 80, 90, (2, 3), 3, **options)
         for rows, keys in ((16, 16), (32, 64)):
             assert check(p, rows, keys).groups == groups, mask
+
+
+def test_equal_values_are_looked_up_where_pairs_are_many(monkeypatch):
+    monkeypatch.setattr(matches, "_MOST_PAIRS", -1)
+    rng = np.random.default_rng(0)
+    for ids in (rng.integers(0, 9, 333), rng.integers(0, 90, 333), rng.permutation(333)):
+        for shape in ((), (3,)):
+            wide = np.stack([np.roll(ids, n) for n in range(3)]) if shape else ids
+            p = parts(masks.documents(wide), 301, 333, shape)
+            for size in (16, 64):
+                check(p, size, size)
 
 
 def test_groups_are_taken_in_rounds(monkeypatch):

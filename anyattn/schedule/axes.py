@@ -141,17 +141,11 @@ class Space:
         return row - key + (self.k_len - 1) if direction == DIFFERENCE else row + key
 
     def pairs(self, direction: str, at: NDArray) -> tuple[NDArray, NDArray]:
-        """One pair (row, key) for each place along a direction."""
+        """One pair (row, key) for each place along a direction, whatever the other index may be."""
         zero = np.zeros_like(at)
-        if direction == ROW:
-            return at, zero
         if direction == KEY:
             return zero, at
-        if direction == DIFFERENCE:
-            distance = at - (self.k_len - 1)
-            return np.maximum(distance, 0), np.maximum(-distance, 0)
-        row = np.minimum(at, self.q_len - 1)
-        return row, at - row
+        return (at - (self.k_len - 1) if direction == DIFFERENCE else at), zero
 
     def varies(self, expr: Expr) -> bool:
         """Whether `expr` may have another value in another group."""

@@ -15,7 +15,8 @@ from anyattn.schedule.atoms import Line
 from anyattn.schedule.axes import DIFFERENCE, KEY, ROW, SUM, Space
 from anyattn.schedule.formula import Formula
 from anyattn.schedule.grid import Tiles
-from anyattn.schedule.verdicts import EMPTY, FULL, PARTIAL
+from anyattn.schedule.keyed import KeyConditions
+from anyattn.schedule.verdicts import ANY, EMPTY, FULL, PARTIAL
 
 __all__ = ["Decision", "decide"]
 
@@ -38,7 +39,9 @@ class Decision:
         self.by_evaluation = 0
 
 
-def decide(formula: Formula, space: Space, tiles: Tiles, possible: NDArray) -> Decision:
+def decide(
+    formula: Formula, conditions: KeyConditions, space: Space, tiles: Tiles, possible: NDArray
+) -> Decision:
     """The verdicts of leaf tiles of which `possible` sets of verdicts are known."""
     decision = Decision(possible.copy())
     open_ = np.flatnonzero(possible & (possible - 1))
@@ -61,19 +64,35 @@ def decide(formula: Formula, space: Space, tiles: Tiles, possible: NDArray) -> D
     step = max(1, _CHUNK // area)
     for start in range(0, len(rest), step):
         part = rest[start : start + step]
-        decision.verdicts[part] = _evaluated(formula, tiles.chosen(part))
+        decision.verdicts[part] = _evaluated(formula, conditions, tiles.chosen(part))
     return decision
 
 
-def _evaluated(formula: Formula, tiles: Tiles) -> NDArray:
+def _evaluated(formula: Formula, conditions: KeyConditions, tiles: Tiles) -> NDArray:
+    """The verdicts of tiles, of which those columns are evaluated that conditions on keys leave open."""
     grid = tiles.grid
-    row = tiles.row_range[0][:, None, None] + np.arange(grid.rows)[:, None]
-    key = tiles.key_range[0][:, None, None] + np.arange(grid.keys)
-    upper, lower = formula.values(tiles.group[:, None, None], row, key)
-    shape = (len(tiles), grid.rows, grid.keys)
-    some = np.broadcast_to(upper, shape).reshape(len(tiles), -1).any(axis=1)
-    every = np.broadcast_to(lower, shape).reshape(len(tiles), -1).all(axis=1)
-    return np.where(every, FULL, np.where(some, PARTIAL, EMPTY)).astype(np.uint8)
+    if conditions.useful:
+        signatures, which = conditions.signatures(tiles, np.arange(len(tiles)))
+        outcomes = conditions.outcomes(grid, signatures)
+        possible = np.empty((len(tiles), grid.keys), np.uint8)
+        for n, signature in enumerate(signatures):
+            at = which == n
+            said = conditions.said(grid, conditions.group(signature))
+            possible[at] = outcomes[n][said[tiles.k[at]]]
+    else:
+        possible = np.full((len(tiles), grid.keys), ANY, np.uint8)
+    seen, hidden = (possible == FULL).any(axis=1), (possible == EMPTY).any(axis=1)
+    open_ = (possible != EMPTY) & (possible != FULL)
+    tile, column = np.nonzero(open_ & ~(seen & hidden)[:, None])
+    step = max(1, _CHUNK // grid.rows)
+    for start in range(0, len(tile), step):
+        at, key = tile[start : start + step], column[start : start + step]
+        row = tiles.row_range[0][at][:, None] + np.arange(grid.rows)
+        upper, lower = formula.values(tiles.group[at][:, None], row, (tiles.key_range[0][at] + key)[:, None])
+        shape = (len(at), grid.rows)
+        seen[at[np.broadcast_to(upper, shape).any(axis=1)]] = True
+        hidden[at[~np.broadcast_to(lower, shape).all(axis=1)]] = True
+    return np.where(seen & hidden, PARTIAL, np.where(seen, FULL, EMPTY)).astype(np.uint8)
 
 
 def _witnesses(

@@ -11,6 +11,7 @@ from anyattn.schedule.columns import ColumnLists
 from anyattn.schedule.decide import decide
 from anyattn.schedule.formula import Formula
 from anyattn.schedule.grid import Grid, Tiles
+from anyattn.schedule.keyed import KeyConditions
 from anyattn.schedule.verdicts import EMPTY
 
 __all__ = ["Found", "search"]
@@ -55,6 +56,7 @@ def search(
     formula: Formula, space: Space, grid: Grid, found: Found, lists: ColumnLists, first_group: int
 ) -> None:
     """Add the tiles of a grid that are not EMPTY to `found`, and lists of their columns to `lists`."""
+    conditions = KeyConditions(formula)
     stack = [Tiles.all(grid, grid.top, space.groups)]
     while stack:
         tiles = stack.pop()
@@ -63,7 +65,7 @@ def search(
             continue
         verdicts = formula.verdicts(tiles)
         if tiles.level == 0:
-            decision = decide(formula, space, tiles, verdicts)
+            decision = decide(formula, conditions, space, tiles, verdicts)
             verdicts = decision.verdicts
             found.by_witness += decision.by_witness
             found.by_evaluation += decision.by_evaluation
@@ -76,4 +78,4 @@ def search(
             verdicts = np.where(settled, verdicts, EMPTY)
             (q0, q1), (k0, k1) = tiles.q_range, tiles.k_range
             found.by_analysis += int(((q1 - q0) * (k1 - k0))[settled].sum())
-        found.add(tiles, *lists.kinds(formula, tiles, verdicts), first_group)
+        found.add(tiles, *lists.kinds(conditions, tiles, verdicts), first_group)
