@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import anyattn as aa
-from anyattn.reference import loop
+from anyattn.describe import Options, describe
+from anyattn.reference import loop, spans
 
 KEYS = 2 * loop.BLOCK + 37
 
@@ -49,6 +50,50 @@ def test_inputs_are_not_written_to():
     assert not bias.any()
     for x, copy in zip(tensors, copies, strict=True):
         np.testing.assert_array_equal(x, copy)
+
+
+RNG = np.random.default_rng(7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(causal=True),
+        dict(causal=True, window=(20, 0), sinks=[0.1, -1.0, 0.3, 2.0]),
+        dict(mask=aa.masks.sliding_window(9, 9) | aa.masks.global_tokens(5)),
+        dict(mask=aa.masks.causal() & (aa.masks.sliding_window(12) | aa.masks.fixed(17))),
+        dict(mask=aa.masks.documents([*[0] * 50, *[1] * 7, *[2] * 90, *[3] * 83]), causal=True),
+        dict(mask=lambda b, h, i, j: (h == 2) & (b == 0) & (j < 30) | (i - j == 100)),
+        dict(mask=RNG.random((2, 1, 7, 230)).repeat(31, axis=2)[:, :, :200] < 0.02),
+        dict(mask=aa.masks.block_sparse(RNG.random((4, 13, 15)) < 0.2, 16)),
+        dict(causal=True, kv_lengths=[40, 230], q_offset=[-100, 30]),
+        dict(mask=lambda b, h, i, j: i < 0),
+        dict(causal=True, bias=RNG.standard_normal((200, 230)), score_mod=aa.scores.alibi(4), softcap=3.0),
+    ],
+    ids=str,
+)
+def test_what_is_skipped_does_not_matter(monkeypatch, options):
+    q, k, v = (np.stack([x, x[:, ::-1]]) for x in arrays(200, 230))
+    out, lse = aa.attention(q, k, v, return_lse=True, **options)
+    monkeypatch.setattr(spans, "FEW_SCORES", 0)
+    for tile in (16, 37, 64):
+        monkeypatch.setattr(spans, "TILE", tile)
+        other, other_lse = aa.attention(q, k, v, return_lse=True, **options)
+        np.testing.assert_allclose(other, out, rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(other_lse, lse, rtol=1e-12)
+
+
+def test_empty_tiles_are_not_computed(monkeypatch):
+    """A window of 16 in 230 keys needs two tiles of 32 keys a block of rows, at most three."""
+    monkeypatch.setattr(spans, "FEW_SCORES", 0)
+    monkeypatch.setattr(spans, "TILE", 32)
+    q, k, v = arrays(230, 230)
+    call = describe("attention", q, k, v, Options(causal=True, window=(16, 0)))
+    visits = spans.visits(call)
+    assert [(visit.first, visit.last) for visit in visits] == [
+        (n, min(n + 32, 230)) for n in range(0, 230, 32)
+    ]
+    assert max(sum(span.end - span.start for span in visit.spans) for visit in visits) <= 64
 
 
 def peak(length, call):

@@ -21,7 +21,10 @@ __all__ = ["Tile", "evaluate"]
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """Where an expression is evaluated: all batch entries and heads, some rows, a block of keys."""
+    """Where an expression is evaluated: all batch entries and heads, some rows, a block of keys.
+
+    The rows are those listed in `rows`, or those from `first_row` on; the keys are `size` from `start` on.
+    """
 
     xp: Namespace
     device: Any
@@ -31,6 +34,7 @@ class Tile:
     start: Any
     size: int
     rows: Array | None
+    first_row: int = 0
 
     def dtype(self, kind: str) -> Any:
         """The dtype in which values of a kind are computed."""
@@ -89,6 +93,8 @@ def _aligned(node: Aligned, tile: Tile) -> Array:
             x = arrays.take(xp, x, tile.symbols["row"][:, 0] // node.block, axis=-2)
         elif tile.rows is not None:
             x = arrays.take(xp, x, tile.rows, axis=-2)
+        else:
+            x = arrays.take_range(x, tile.first_row, tile.symbols["row"].shape[0], axis=-2)
     if x.shape[-1] > 1:
         if node.block > 1:
             x = arrays.take(xp, x, tile.symbols["j"] // node.block, axis=-1)

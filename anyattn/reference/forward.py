@@ -16,6 +16,7 @@ from anyattn.call import AttentionCall
 from anyattn.merge import merge
 from anyattn.reference.logits import Logits
 from anyattn.reference.loop import over_keys
+from anyattn.reference.spans import Visit, visits
 
 __all__ = ["advance", "forward", "largest", "log_sum", "start_state"]
 
@@ -27,15 +28,30 @@ State = tuple[Array, Array]
 
 def forward(call: AttentionCall) -> tuple[Array, Array | None]:
     """(out, lse) of a call; lse is None unless it is asked for."""
-    logits = Logits(call)
     if call.library == "dask":
-        out, lse = _merged_chunks(logits)
+        out, lse = _merged_chunks(Logits(call))
     else:
-        (state, acc), _ = over_keys(
-            call, lambda carry, start, size: (_step(logits, carry, start, size), None), _zero(logits)
-        )
-        out, lse = _finish(logits, state, acc)
+        parts = [_rows(call, visit) for visit in visits(call)]
+        out = _joined(call, [part[0] for part in parts], axis=-2)
+        lse = _joined(call, [part[1] for part in parts], axis=-1)
     return arrays.cast(call.xp, out, call.q.dtype), lse if call.return_lse else None
+
+
+def _rows(call: AttentionCall, visit: Visit) -> tuple[Array, Array]:
+    """(out, lse) of the rows of a visit."""
+    logits = Logits(call, (visit.first, visit.last))
+    carry = _zero(logits)
+    for span in visit.spans:
+
+        def step(carry: Any, start: Any, size: int, full: bool = span.full) -> tuple[Any, None]:
+            return _step(logits, carry, start, size, full), None
+
+        carry, _ = over_keys(call, step, carry, span.start, span.end)
+    return _finish(logits, *carry)
+
+
+def _joined(call: AttentionCall, parts: list[Array], axis: int) -> Array:
+    return parts[0] if len(parts) == 1 else call.xp.concat(parts, axis=axis)
 
 
 def start_state(logits: Logits, sinks: bool = True) -> State:
@@ -82,9 +98,11 @@ def _zero(logits: Logits) -> tuple[State, Array]:
     return start_state(logits), logits.xp.zeros(shape, dtype=logits.dtype, device=logits.call.device)
 
 
-def _step(logits: Logits, carry: tuple[State, Array], start: Any, size: int) -> tuple[State, Array]:
+def _step(
+    logits: Logits, carry: tuple[State, Array], start: Any, size: int, full: bool = False
+) -> tuple[State, Array]:
     state, acc = carry
-    score, visible = logits.block(start, size)
+    score, visible = logits.block(start, size, full)
     state, decay, p = advance(logits, state, score)
     return state, acc * logits.xp.expand_dims(decay, axis=-1) + logits.weigh(p, visible, start, size)
 

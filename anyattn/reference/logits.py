@@ -19,14 +19,16 @@ __all__ = ["Logits"]
 
 
 class Logits:
-    """Block-wise scores of a call for all its rows, or for the rows that it asks for."""
+    """Block-wise scores of a call for its rows [first, last), by default all, or for those it asks for."""
 
-    def __init__(self, call: AttentionCall):
+    def __init__(self, call: AttentionCall, rows: tuple[int, int] | None = None):
         self.call = call
         self.xp = xp = call.xp
         self.dtype = getattr(xp, call.accumulate)
         self.index = arrays.index_dtype(xp, call.device)
-        q = call.q if call.rows is None else arrays.take(xp, call.q, call.rows, axis=-2)
+        self.first_row, end = rows or (0, call.q_len)
+        q = arrays.take_range(call.q, self.first_row, end - self.first_row, axis=-2)
+        q = q if call.rows is None else arrays.take(xp, call.q, call.rows, axis=-2)
         self.num_rows = int(q.shape[-2])
         self.q = self._pack(arrays.cast(xp, q, self.dtype) * call.scale)
         self.symbols = self._symbols()
@@ -41,11 +43,14 @@ class Logits:
         """(..., Hq, R, *last) of the call."""
         return (*self.call.batch_shape, self.call.num_heads, self.num_rows, *last)
 
-    def block(self, start: Array | int, size: int) -> tuple[Array, Array | None]:
-        """Scores (..., Hq, R, size) from key `start` on, -inf where hidden, and what is seen (None: all)."""
+    def block(self, start: Array | int, size: int, full: bool = False) -> tuple[Array, Array | None]:
+        """Scores (..., Hq, R, size) from key `start` on, -inf where hidden, and what is seen (None: all).
+
+        `full` says that the mask hides nothing there.
+        """
         xp, call = self.xp, self.call
         tile = self._tile(start, size)
-        visible = None if call.visible is None else evaluate(call.visible, tile)
+        visible = None if call.visible is None or full else evaluate(call.visible, tile)
         k = arrays.cast(xp, arrays.take_range(call.k, start, size, axis=-2), self.dtype)
         score = self._scores(k, clean=visible is not None)
         if self.score is not None:
@@ -132,7 +137,7 @@ class Logits:
         size = 1
         for n in call.batch_shape:
             size *= n
-        row = count(self.num_rows) if call.rows is None else call.rows
+        row = count(self.num_rows) + self.first_row if call.rows is None else call.rows
         row = xp.reshape(row, (self.num_rows, 1))
         offset = call.offset
         if arrays.is_array(offset):
@@ -155,4 +160,5 @@ class Logits:
             start=start,
             size=size,
             rows=self.call.rows,
+            first_row=self.first_row,
         )

@@ -22,25 +22,30 @@ BLOCK = 256
 Step = Callable[[Any, Any, int], tuple[Any, Array | None]]
 
 
-def over_keys(call: AttentionCall, step: Step, carry: Any) -> tuple[Any, Array | None]:
-    """`step(carry, start, size) -> (carry, piece)` over all keys; pieces are joined along the last axis."""
-    whole = call.k_len // BLOCK
+def over_keys(
+    call: AttentionCall, step: Step, carry: Any, start: int = 0, end: int | None = None
+) -> tuple[Any, Array | None]:
+    """`step(carry, start, size) -> (carry, piece)` over keys [start, end), by default all.
+
+    Pieces are joined along the last axis.
+    """
+    end = call.k_len if end is None else end
+    whole = (end - start) // BLOCK
     pieces = []
-    first = 0
     if call.library == "jax" and whole > 1 and call.traced:
-        carry, piece = _scan(call, step, carry, whole)
+        carry, piece = _scan(call, step, carry, start, whole)
         pieces.append(piece)
-        first = whole * BLOCK
+        start += whole * BLOCK
     # Without keys there is one empty block, so that results hang on q, k and v for automatic differentiation.
-    for start in range(first, max(call.k_len, 1), BLOCK):
-        carry, piece = step(carry, start, min(BLOCK, call.k_len - start))
+    for first in range(start, max(end, start + 1) if not pieces else end, BLOCK):
+        carry, piece = step(carry, first, min(BLOCK, end - first))
         pieces.append(piece)
     found = [piece for piece in pieces if piece is not None]
     return carry, call.xp.concat(found, axis=-1) if found else None
 
 
-def _scan(call: AttentionCall, step: Step, carry: Any, blocks: int) -> tuple[Any, Array | None]:
-    starts = call.xp.arange(blocks, dtype=arrays.index_dtype(call.xp, None)) * BLOCK
+def _scan(call: AttentionCall, step: Step, carry: Any, start: int, blocks: int) -> tuple[Any, Array | None]:
+    starts = call.xp.arange(blocks, dtype=arrays.index_dtype(call.xp, None)) * BLOCK + start
     carry, pieces = sys.modules["jax"].lax.scan(lambda c, start: step(c, start, BLOCK), carry, starts)
     if pieces is None:
         return carry, None
