@@ -74,6 +74,13 @@ def test_values_are_arguments_in_slot_order():
     assert "4:int" in found.text
 
 
+def test_a_constant_may_be_a_divisor_and_a_number():
+    three = nodes.as_expr(3)
+    for found in (lower(None, (nodes.I // three + three) / 1), lower(nodes.I // three < three, None)):
+        assert 3 in found.parameters
+        assert "3:int" in found.text
+
+
 def test_mask_and_score_share_what_they_have_in_common():
     found = program(masks.sliding_window(5), scores.alibi(4))
     assert found.text.count("sub int %") == 2  # i - j and j - i, each once

@@ -253,8 +253,11 @@ class _Writer:
         if op in _INFIX:
             sign, binds = _INFIX[op]
             return _Text(f"{args[0].within(binds)} {sign} {args[1].within(binds + 1)}", binds)
-        if op in ("neg", "not"):
-            return _Text(f"{'-' if op == 'neg' else '!'}{args[0].within(_ATOM)}", _UNARY)
+        if op == "neg":
+            return _Text(f"-{args[0].within(_ATOM)}", _UNARY)
+        if op == "not":
+            # Binds tighter, but compilers warn of `!x & y` and `!x == y`.
+            return _Text(f"!{args[0].within(_ATOM)}", _LOGIC)
         if op in ("minimum", "maximum", "sigmoid"):
             return self.helper(op, *(a.text for a in args))
         if op == "abs":

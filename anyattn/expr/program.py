@@ -182,10 +182,13 @@ def lower(visible: Expr | None, score: Expr | None) -> Program:
             lines.append(f"{role} none")
             continue
         root = canonical(root)
-        # A divisor is part of its operation, whatever else reads the same constant.
-        inline = {id(n.args[k]) for n in walk(root) if isinstance(n, Apply) for k in _structural(n)}
+        # A constant divisor is part of its operation; what else reads the same constant reads an argument.
+        read = {id(root)}
         for node in walk(root):
-            if id(node) not in built and not (id(node) in inline and isinstance(node, Const)):
+            inline = _structural(node) if isinstance(node, Apply) else ()
+            read.update(id(child) for n, child in enumerate(node.children) if n not in inline)
+        for node in walk(root):
+            if id(node) in read and id(node) not in built:
                 place(node)
         roots.append(built[id(root)])
         lines.append(f"{role} %{names[id(root)]}")
