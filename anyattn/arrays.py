@@ -80,6 +80,25 @@ def refused_type(x: Any) -> str | None:
     return None
 
 
+def check_plain(x: Any, label: str) -> None:
+    """Raise unless `x` is an array whose type means no more than its entries."""
+    if not is_array(x):
+        raise TypeError(f"{label}: wanted an array, got {type(x).__name__}")
+    refused = refused_type(x)
+    if refused:
+        raise TypeError(f"{label}: {type(x).__name__} is not taken, {refused}; give a plain array")
+
+
+def check_beside(x: Any, label: str, like: Array, called: str) -> None:
+    """Raise unless `x` is a plain array of the library and device of `like`, `called` so in the message."""
+    check_plain(x, label)
+    if library(x) != library(like):
+        raise TypeError(f"{label}: wanted an array of {library(like)} like {called}, got one of {library(x)}")
+    here, there = device(x), device(like)
+    if here is not None and there is not None and here != there:
+        raise ValueError(f"{label}: wanted an array on device {there} like {called}, got one on {here}")
+
+
 def library(x: Array) -> str:
     """Name of the library that `x` belongs to: "numpy", "torch", "jax", "dask", ..."""
     name = _library_of_type(type(x))

@@ -83,18 +83,12 @@ def _check(outs: Sequence[Array], lses: Sequence[Array], layout: str) -> None:
         )
     for name, parts in (("outs", outs), ("lses", lses)):
         for part in parts:
-            if not arrays.is_array(part) or arrays.refused_type(part) or arrays.kind(part) != "float":
+            if not arrays.is_array(part) or arrays.kind(part) != "float":
                 what = (
                     f"{type(part).__name__} of {part.dtype}" if arrays.is_array(part) else type(part).__name__
                 )
                 raise TypeError(f"{name}: wanted float arrays, got {what}")
-            if arrays.library(part) != arrays.library(outs[0]):
-                raise TypeError(
-                    f"{name}: wanted arrays of {arrays.library(outs[0])}, got one of {arrays.library(part)}"
-                )
-            here, there = arrays.device(part), arrays.device(outs[0])
-            if here is not None and there is not None and here != there:
-                raise ValueError(f"{name}: wanted arrays on device {there}, got one on {here}")
+            arrays.check_beside(part, name, outs[0], "outs[0]")
             if part.dtype != parts[0].dtype:
                 raise TypeError(f"{name}: wanted one dtype, got {parts[0].dtype} and {part.dtype}")
             if tuple(part.shape) != tuple(parts[0].shape):

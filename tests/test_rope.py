@@ -174,6 +174,44 @@ def test_runs_under_jit_with_traced_positions():
     np.testing.assert_allclose(host(out), rotated(x, [3, 5, 1_000_000, 0], 6), atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("lower", ["bfloat16", "float16"])
+def test_autocast_changes_nothing(lower, interleaved):
+    torch = pytest.importorskip("torch", reason="torch not installed")
+    x = torch.asarray(sample(3, 4, 6))
+    positions = torch.tensor([3, 5, 1_000_000, 0])
+    plain = aa.rope(x, positions, interleaved=interleaved)
+    with torch.autocast("cpu", dtype=getattr(torch, lower)):
+        out = aa.rope(x, positions, interleaved=interleaved)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, plain)
+
+
+def test_rows_are_turned_with_autocast_off():
+    """What autocast lowers differs from release to release of torch."""
+    torch = pytest.importorskip("torch", reason="torch not installed")
+    seen = {}
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen[function.__name__] = torch.is_autocast_enabled("cpu")
+            return function(*args, **(kwargs or {}))
+
+    x = torch.ones((4, 6))
+    with torch.autocast("cpu", dtype=torch.bfloat16), Watch():
+        aa.rope(x, range(4))
+    assert {seen[name] for name in ("cos", "sin", "mul", "sub")} == {False}
+
+
+def test_infinite_entries_give_no_warning():
+    """Warnings are errors in these tests."""
+    x = sample(4, 6)
+    x[1, 0] = np.inf
+    x[1, 3] = np.inf
+    out = aa.rope(x, range(4))
+    np.testing.assert_array_equal(np.isfinite(out).all(axis=-1), [True, False, True, True])
+
+
 def test_is_lazy_on_dask():
     dask = pytest.importorskip("dask", reason="dask not installed")
 
@@ -200,7 +238,9 @@ def test_stays_on_a_device_that_is_not_the_default():
     x = xp.asarray(sample(2, 4, 6), device=other)
     for positions in (range(4), [0.5, 1.0, 1.5, 2.0], xp.asarray([0, 1, 2, 3], device=other)):
         assert aa.rope(x, positions, dims=4).device == other
-    with pytest.raises(ValueError, match=r"positions: wanted an array on .*device1.*got one on .*CPU"):
+    with pytest.raises(
+        ValueError, match=r"positions: wanted an array on device .*device1.* like x, got one on .*CPU"
+    ):
         aa.rope(x, xp.asarray([0, 1, 2, 3]))
 
 
@@ -374,11 +414,18 @@ def test_wrong_options_are_named(options, error, message):
     [
         ([0, 1], ValueError, r"positions: wanted a shape that broadcasts to \(2, 4\).*got \(2,\)"),
         (np.zeros((3, 4), dtype=int), ValueError, r"got \(3, 4\)"),
-        ([True] * 4, TypeError, "positions: wanted integers or floats"),
+        ([True] * 4, TypeError, "positions: wanted a real number, got bool True"),
+        ([1, 2, True, 3], TypeError, "positions: wanted a real number, got bool True"),
+        ([0.5, 2.0, np.True_, 3.0], TypeError, "positions: wanted a real number, got bool"),
+        ([0.5, math.nan, 2.0, 3.0], ValueError, "positions: wanted a finite number, got nan"),
+        ([np.arange(4)] * 2, TypeError, "positions: wanted a real number, got ndarray"),
+        (np.ma.arange(4), TypeError, "positions: MaskedArray is not taken, masked entries would be ignored"),
         (np.zeros(4, dtype=bool), TypeError, "positions: wanted integers or floats, got dtype bool"),
-        ("here", TypeError, "positions: wanted integers or floats"),
-        ([[0, 1], [2]], ValueError, "positions: wanted numbers in the shape of an array"),
-        (2**70, TypeError, "positions"),
+        ("here", TypeError, "positions: wanted a real number, got str 'here'"),
+        ([[0, 1], [2]], ValueError, "positions: wanted integers in equally long rows"),
+        ([[0.5, 1], [2]], ValueError, "positions: wanted numbers in equally long rows"),
+        (2**70, ValueError, "positions: wanted integers of 64 bits"),
+        (range(2**63, 2**63 + 4), ValueError, "positions: wanted integers of 64 bits"),
     ],
 )
 def test_wrong_positions_are_named(positions, error, message):
@@ -388,7 +435,7 @@ def test_wrong_positions_are_named(positions, error, message):
 
 def test_arrays_of_two_libraries_are_refused():
     torch = pytest.importorskip("torch", reason="torch not installed")
-    with pytest.raises(TypeError, match="positions: wanted an array of numpy, as x is, got one of torch"):
+    with pytest.raises(TypeError, match="positions: wanted an array of numpy like x, got one of torch"):
         aa.rope(sample(4, 6), torch.arange(4))
 
 
@@ -402,6 +449,7 @@ def test_positions_beyond_the_integers_of_jax_are_refused():
     ("x", "error", "message"),
     [
         ([[1.0, 2.0]], TypeError, "x: wanted an array, got list"),
+        (np.ma.ones((4, 6)), TypeError, "x: MaskedArray is not taken, masked entries would be ignored"),
         (np.ones((4, 6), dtype=int), TypeError, "x: wanted a dtype of float16.*got int64"),
         (np.ones(6), ValueError, r"x: wanted shape \(..., H, L, D\) or \(L, D\), got \(6,\)"),
     ],

@@ -8,6 +8,7 @@ or one of your own.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import textwrap
@@ -37,25 +38,42 @@ _BAR = 24
 
 
 class _Library(NamedTuple):
-    """How the encoder is run on an array library: its module, and the multiple that lengths are padded to."""
+    """How the encoder is run on a library: its module, what installs it, what lengths are padded to."""
 
     module: str
+    install: str
     pad_to: int = 1
 
 
+class _Chosen(NamedTuple):
+    """What of the model and of the sentence is reported, numbers from 0; no head is the mean of all."""
+
+    tokens: list[int]
+    words: Words
+    word: int
+    layer: int
+    head: int | None
+
+
 LIBRARIES = {
-    "numpy": _Library("numpy"),
-    "torch": _Library("torch"),
+    "numpy": _Library("numpy", "numpy"),
+    "torch": _Library("torch", "torch"),
+    "cupy": _Library("cupy", "'anyattn[cupy]'"),
     # XLA compiles for every shape that it meets (0.5 s a layer), so there should be few.
-    "jax": _Library("jax.numpy", pad_to=16),
-    "array_api_strict": _Library("array_api_strict"),
-    "dask": _Library("dask.array"),
+    "jax": _Library("jax.numpy", "jax", pad_to=16),
+    "array_api_strict": _Library("array_api_strict", "array-api-strict"),
+    "dask": _Library("dask.array", "'dask[array]'"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `anyattn demo`."""
-    parser.add_argument("--array", choices=LIBRARIES, default="numpy", help="array library (default: numpy)")
+    parser.add_argument(
+        "--array",
+        choices=LIBRARIES,
+        default="numpy",
+        help="array library (default: numpy); cupy needs a CUDA GPU, and the demo has not been tried on one",
+    )
     parser.add_argument(
         "--backend", metavar="NAME", help="attention backend (default: the first that accepts)"
     )
@@ -111,13 +129,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from anyattn.demo.model_files import find_model, load_model
     from anyattn.dispatch import recording
 
-    started = time.perf_counter()
-    model = load_model(arguments.model or find_model())
-    encoder = _build_encoder(model, xp, arguments)
-    loaded = time.perf_counter() - started
-    where = f"{arguments.array} {version}"
-    print(f"{model.name}: {encoder.num_layers} layers of {encoder.num_heads} heads, on {where}")
-
+    _check_folder(arguments.out)
     if arguments.file is None:
         sentences = text.shipped_sentences()
         source = "that ship with the demo"
@@ -125,31 +137,60 @@ def _run(arguments: argparse.Namespace) -> None:
         sentences, split = text.read_sentences(arguments.file, arguments.split)
         source = f"of {arguments.file}, read as {'one a line' if split == 'lines' else 'running text'}"
     started = time.perf_counter()
+    model = load_model(arguments.model or find_model())
+    encoder = _build_encoder(model, xp, arguments)
+    loaded = time.perf_counter() - started
+    chosen = _choose(encoder, model, arguments)
+    where = f"{arguments.array} {version}"
+    print(f"{model.name}: {encoder.num_layers} layers of {encoder.num_heads} heads, on {where}")
+
+    started = time.perf_counter()
     with recording() as records:
         vectors, tokens = _embed_all(encoder, model, sentences, arguments)
     seconds = time.perf_counter() - started
     speed = f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:,.0f} a second)"
-    print(f"{len(sentences)} sentences {source}: {speed}")
+    print(f"{_count(len(sentences))} {source}: {speed}")
     print(f"attention ran on {_backends(records)}; loading the model took {loaded:.2f} s")
 
-    print("\nMost alike (cosine)")
-    for pair in most_alike(vectors, arguments.pairs):
-        _print_pair(pair.cosine, sentences[pair.first], sentences[pair.second])
+    if len(sentences) > 1:
+        print("\nMost alike (cosine)")
+        for pair in most_alike(vectors, arguments.pairs):
+            _print_pair(pair.cosine, sentences[pair.first], sentences[pair.second])
+    else:
+        print("\nNo pairs of sentences: there is only one")
 
-    _report_heads(encoder, model, arguments, f"{model.name} on {where}")
+    _report_heads(encoder, arguments, chosen, f"{model.name} on {where}")
 
 
 def _load_library(name: str) -> tuple[Namespace, str]:
-    from importlib import import_module, metadata
+    from importlib import import_module
 
     from anyattn.multihead import standard_namespace
 
-    module = LIBRARIES[name].module
+    library = LIBRARIES[name]
     try:
-        xp = standard_namespace(import_module(module))
+        module = import_module(library.module)
     except ModuleNotFoundError as error:
-        raise DemoError(f"--array {name}: {error.name} is not installed: pip install {name}") from error
-    return xp, metadata.version(module.partition(".")[0])
+        raise DemoError(
+            f"--array {name}: {error.name} is not installed: pip install {library.install}"
+        ) from error
+    except ImportError as error:
+        # CuPy without its CUDA libraries, over many lines.
+        raise DemoError(f"--array {name}: it is installed and fails to import: {_one_line(error)}") from error
+    if name == "cupy" and not module.cuda.is_available():
+        raise DemoError("--array cupy: CuPy finds no CUDA GPU here; --array numpy needs none")
+    return standard_namespace(module), str(import_module(library.module.partition(".")[0]).__version__)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise where `folder` cannot be written to, as far as that is known beforehand; make nothing yet."""
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise DemoError(f"--out {folder}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise DemoError(f"--out {folder}: no permission to write in {place}")
 
 
 def _build_encoder(model: ModelFiles, xp: Namespace, arguments: argparse.Namespace) -> SentenceEncoder:
@@ -181,8 +222,9 @@ def _embed_all(
     numbers = [encoding.ids for encoding in model.tokenizer.encode_batch(list(sentences))]
     too_long = sum(len(ids) > encoder.longest for ids in numbers)
     if too_long:
+        verb = "is" if too_long == 1 else "are"
         print(
-            f"{too_long} sentences are cut to the {encoder.longest} tokens that the model takes",
+            f"{_count(too_long)} {verb} cut to the {encoder.longest} tokens that the model takes",
             file=sys.stderr,
         )
         # The last token marks the end of a sentence and is kept.
@@ -203,32 +245,52 @@ def _embed_all(
     return numpy.stack(vectors), sum(map(len, numbers))
 
 
+def _choose(encoder: SentenceEncoder, model: ModelFiles, arguments: argparse.Namespace) -> _Chosen:
+    """The sentence, word, layer and head that were asked for."""
+    from anyattn.demo.text import words_of
+
+    encoding = model.tokenizer.encode(arguments.sentence)
+    words = words_of(arguments.sentence, encoding)
+    if all(words.special):
+        raise DemoError(f"--sentence: wanted a sentence with words in it, got {arguments.sentence!r}")
+    if len(words.labels) > _MOST_WORDS:
+        raise DemoError(f"--sentence: wanted at most {_MOST_WORDS} words, got {len(words.labels)}")
+    if len(encoding.ids) > encoder.longest:
+        raise DemoError(
+            f"--sentence: wanted at most the {encoder.longest} tokens that the model takes, "
+            f"got {len(encoding.ids)}"
+        )
+    layer = _number("--layer", arguments.layer, encoder.num_layers)
+    head = _number("--head", arguments.head, encoder.num_heads)
+    return _Chosen(
+        list(encoding.ids),
+        words,
+        _find_word(words, arguments.word),
+        encoder.num_layers - 1 if layer is None else layer - 1,
+        None if head is None else head - 1,
+    )
+
+
 def _report_heads(
-    encoder: SentenceEncoder, model: ModelFiles, arguments: argparse.Namespace, facts: str
+    encoder: SentenceEncoder, arguments: argparse.Namespace, chosen: _Chosen, facts: str
 ) -> None:
     """Print where the word looks, and write the page."""
     import numpy
 
     from anyattn.demo import heads_page
-    from anyattn.demo.text import merge_word_pieces, words_of
+    from anyattn.demo.text import merge_word_pieces
     from anyattn.dispatch import recording
 
-    encoding = model.tokenizer.encode(arguments.sentence)
-    words = words_of(arguments.sentence, encoding)
-    if len(words.labels) > _MOST_WORDS:
-        raise DemoError(f"--sentence: wanted at most {_MOST_WORDS} words, got {len(words.labels)}")
-    word = _find_word(words, arguments.word)
-    layer = _number("--layer", arguments.layer, encoder.num_layers, encoder.num_layers)
-    head = None if arguments.head is None else _number("--head", arguments.head, encoder.num_heads, 1) - 1
+    tokens, words, word, layer, head = chosen
     with recording() as records:
-        maps = numpy.stack([_to_numpy(weights) for weights in encoder.attention_maps(encoding.ids)])
+        maps = numpy.stack([_to_numpy(weights) for weights in encoder.attention_maps(tokens)])
     weights = merge_word_pieces(maps, words.tokens)
 
-    of_layer = weights[layer - 1]
+    of_layer = weights[layer]
     row = (of_layer.mean(axis=0) if head is None else of_layer[head])[word]
     which = f"the mean of its {encoder.num_heads} heads" if head is None else f"head {head + 1}"
     print(f'\nWhat "{words.labels[word]}" looks at in "{arguments.sentence}"')
-    print(f"  layer {layer} of {encoder.num_layers}, {which}")
+    print(f"  layer {layer + 1} of {encoder.num_layers}, {which}")
     order = [j for j in numpy.argsort(-row, kind="stable") if not words.special[j]]
     width = max(len(words.labels[j]) for j in order[:6])
     for j in order[:6]:
@@ -248,8 +310,11 @@ def _report_heads(
         )
 
     facts = f"{facts}, attention on {_backends(records)}"
-    shown = heads_page.Heads(words, weights, word, layer - 1, head, facts)
-    page, *pictures = heads_page.write(arguments.out, shown)
+    shown = heads_page.Heads(words, weights, word, layer, head, facts)
+    try:
+        page, *pictures = heads_page.write(arguments.out, shown)
+    except OSError as error:
+        raise DemoError(f"--out {arguments.out}: {error}") from error
     print(f"\nWrote {page} and {len(pictures)} SVG files beside it: open the page in a browser")
 
 
@@ -263,10 +328,8 @@ def _find_word(words: Words, wanted: str) -> int:
     raise DemoError(f"--word: wanted a word of the sentence ({there}), got {wanted!r}")
 
 
-def _number(option: str, given: int | None, most: int, default: int) -> int:
-    if given is None:
-        return default
-    if given > most:
+def _number(option: str, given: int | None, most: int) -> int | None:
+    if given is not None and given > most:
         raise DemoError(f"{option}: wanted 1 to {most}, got {given}")
     return given
 
@@ -277,22 +340,35 @@ def _print_pair(cosine: float, first: str, second: str) -> None:
         print(lead + textwrap.shorten(sentence, width, placeholder=" …"))
 
 
+def _count(sentences: int) -> str:
+    return "1 sentence" if sentences == 1 else f"{sentences} sentences"
+
+
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), 160, placeholder=" …")
+
+
 def _backends(records: Sequence[Record]) -> str:
     """Names of the backends that ran, the busiest first."""
     return ", ".join(name for name, _ in Counter(record.backend for record in records).most_common())
 
 
 def _to_numpy(array: Any) -> numpy.ndarray[Any, Any]:
-    """Results on the host; dask computes them here."""
+    """Results on the host; dask computes them here, and CuPy copies them from the GPU."""
     import numpy
 
     from anyattn import arrays
 
+    if arrays.library(array) == "cupy":
+        return numpy.asarray(array.get())
     return numpy.asarray(array.compute()) if arrays.is_lazy(array) else arrays.to_host(array)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"wanted a whole number, got {text!r}") from error
     if value < 1:
         raise argparse.ArgumentTypeError(f"wanted 1 or more, got {value}")
     return value

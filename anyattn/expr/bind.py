@@ -139,15 +139,7 @@ def _within(node: Expr, largest: int) -> Expr:
 
 def check_same_place(value: Array, label: str, geometry: Geometry) -> None:
     """Raise unless `value` belongs to the library and the device of the queries."""
-    refused = arrays.refused_type(value)
-    if refused:
-        raise TypeError(f"{label}: {type(value).__name__} is not taken, {refused}; give a plain array")
-    library = arrays.library(value)
-    if library != geometry.library:
-        raise TypeError(f"{label}: wanted an array of {geometry.library} like q, got one of {library}")
-    where = arrays.device(value)
-    if where is not None and geometry.device is not None and where != geometry.device:
-        raise ValueError(f"{label}: wanted an array on device {geometry.device} like q, got one on {where}")
+    arrays.check_beside(value, label, geometry.like, "q")
 
 
 def _bind_table(table: Table, geometry: Geometry) -> Table:
