@@ -12,7 +12,7 @@ from brute_force import dense, parts, tiled
 
 from anyattn import masks
 from anyattn.describe import Options, describe
-from anyattn.schedule import EMPTY, FULL, PARTIAL, Parts, make, matches, schedule
+from anyattn.schedule import EMPTY, FULL, PARTIAL, Parts, make, matches, rows_without_keys, schedule
 from anyattn.schedule.make import build
 
 
@@ -220,6 +220,20 @@ def test_blocks_that_see_nothing():
     assert made.blocks_without_keys.tolist() == [[0, 0], [0, 1]]
     p = parts(masks.padding([0, 70]), 128, 100, (2,))
     assert build(p, 64, 64).blocks_without_keys.tolist() == [[0, 0], [0, 1]]
+
+
+def test_rows_that_see_nothing():
+    for mask, options in (
+        (masks.causal() & masks.fixed(20), {}),
+        (masks.padding([0, 70]) & masks.strided(90), {}),
+        (masks.documents(np.arange(90) // 7) & masks.fixed(20), {"q_offset": -9}),
+        (None, {}),
+    ):
+        p = parts(mask, 128, 100, (2,), **options)
+        found = rows_without_keys(p).tolist()
+        seen = np.ones((2, 1, 128, 100), bool) if mask is None else dense(p)
+        groups = max((g for g, _ in found), default=0) + 1
+        assert found == np.argwhere(~seen[:groups, 0].any(axis=2)).tolist()
 
 
 def test_words():

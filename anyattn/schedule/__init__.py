@@ -7,9 +7,20 @@ settles the rest by points, `columns` lists isolated keys, `result` is the produ
 
 from __future__ import annotations
 
-from anyattn.schedule.make import schedule
+from anyattn.schedule.make import rows_without_keys, schedule
 from anyattn.schedule.parts import Parts
 from anyattn.schedule.result import QueryBlock, Runs, Schedule, Statistics
 from anyattn.schedule.verdicts import EMPTY, FULL, PARTIAL
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "Parts", "QueryBlock", "Runs", "Schedule", "Statistics", "schedule"]
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "Parts",
+    "QueryBlock",
+    "Runs",
+    "Schedule",
+    "Statistics",
+    "rows_without_keys",
+    "schedule",
+]

@@ -27,7 +27,7 @@ from anyattn.schedule.result import Schedule, Statistics, assemble
 from anyattn.schedule.search import Found, search
 from anyattn.schedule.verdicts import FULL
 
-__all__ = ["build", "schedule"]
+__all__ = ["build", "rows_without_keys", "schedule"]
 
 NDArray = np.ndarray[Any, Any]
 
@@ -69,6 +69,18 @@ def schedule(call: AttentionCall | Parts, rows: int = 128, keys: int = 128) -> S
         ):
             _known.popitem(last=False)
     return made
+
+
+def rows_without_keys(call: AttentionCall | Parts) -> NDArray:
+    """Rows that see no key, as far as the host may read what decides it.
+
+    Returns
+    -------
+    int64 array (n, 2)
+        Group (b, h row-major over `Schedule.groups`) and row.
+    """
+    parts = parts_of(call) if isinstance(call, AttentionCall) else call
+    return schedule(parts, 1, max(parts.k_len, 1)).blocks_without_keys
 
 
 def build(parts: Parts, rows: int, keys: int) -> Schedule:
