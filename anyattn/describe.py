@@ -176,11 +176,7 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
 def _check_tensors(tensors: dict[str, Any]) -> None:
     """Arrays of one library, device and float dtype, of two axes or more."""
     for name, x in tensors.items():
-        if not arrays.is_array(x):
-            raise TypeError(f"{name}: wanted an array, got {type(x).__name__}")
-        refused = arrays.refused_type(x)
-        if refused:
-            raise TypeError(f"{name}: {type(x).__name__} is not taken, {refused}; give a plain array")
+        arrays.check_plain(x, name)
         if arrays.dtype_name(x) not in FLOAT_DTYPES:
             raise TypeError(f"{name}: wanted dtype {', '.join(FLOAT_DTYPES)}, got {x.dtype}")
         if x.ndim < 2:
@@ -189,15 +185,9 @@ def _check_tensors(tensors: dict[str, Any]) -> None:
             )
     q = tensors["q"]
     for name, x in tensors.items():
-        if arrays.library(x) != arrays.library(q):
-            raise TypeError(
-                f"{name}: wanted an array of {arrays.library(q)} like q, got one of {arrays.library(x)}"
-            )
+        arrays.check_beside(x, name, q, "q")
         if arrays.dtype_name(x) != arrays.dtype_name(q):
             raise TypeError(f"{name}: wanted dtype {arrays.dtype_name(q)} like q, got {arrays.dtype_name(x)}")
-        here, there = arrays.device(q), arrays.device(x)
-        if here is not None and there is not None and here != there:
-            raise ValueError(f"{name}: wanted an array on device {here} like q, got one on {there}")
 
 
 def _check_shapes(views: dict[str, Array], tensors: dict[str, Array]) -> tuple[int, ...]:

@@ -51,7 +51,10 @@ def real(value: Any, label: str) -> float:
     """`value` as a finite Python float; bools and arrays are refused."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{label}: wanted a real number, got {type(value).__name__} {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{label}: wanted a finite number, got {number}")
     return number

@@ -103,3 +103,13 @@ def test_constant_conditions_vanish():
 def test_equal_parts_are_one_object():
     assert (nodes.I - nodes.J) is (nodes.I - nodes.J)
     assert aa.where(nodes.I < nodes.J, nodes.I, nodes.J) is aa.where(nodes.I < nodes.J, nodes.I, nodes.J)
+
+
+def test_another_batch_size_compiles_nothing():
+    def key(batch):
+        x = np.zeros((*batch, 4, 64, 8), "f4")
+        call = describe("attention", x, x, x, Options(kv_lengths=np.full(batch, 3), q_offset=0, causal=True))
+        return lower(call.visible, call.score).key
+
+    assert key((2,)) == key((7,))
+    assert key((2, 3)) == key((5, 3))

@@ -124,8 +124,10 @@ def batch_indices(shape: tuple[int, ...], full: tuple[int, ...]) -> tuple[Expr, 
     """An index for each axis of `shape`, which broadcasts to the batch axes `full`, from the flat index b."""
     indices: list[Expr] = []
     stride = 1
-    for size, whole in zip(reversed(shape), reversed(full), strict=False):
-        indices.append(Const(0, "int") if size == 1 else (B // stride) % whole)
+    for axis, (size, whole) in enumerate(zip(reversed(shape), reversed(full), strict=False), 1):
+        # Sizes are left out where they can be: they would make the code that of one batch shape.
+        index = B // stride if stride > 1 else B
+        indices.append(Const(0, "int") if size == 1 else index % whole if axis < len(full) else index)
         stride *= whole
     return tuple(reversed(indices))
 
