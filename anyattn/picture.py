@@ -225,6 +225,9 @@ def _shares(read: Readable, cells: Schedule, b: int, h: int) -> tuple[NDArray, f
             _values(read, np.minimum(row, cells.q_len - 1), np.minimum(key, cells.k_len - 1), b, h) & inside
         )
         share[down, across] = seen.sum((1, 2)) / inside.sum((1, 2))
+        # A partial cell has a pair that is seen and one that is not, whatever was met of it.
+        least = 1 / (height[down] * width[across])
+        share[down, across] = np.clip(share[down, across], least, 1 - least)
     pairs = cells.q_len * cells.k_len
     return share, float(height @ share @ width) / pairs if pairs else 0.0, exact
 

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["draw"]
 
 _SIDE = 384
-_LEFT, _RIGHT, _TOP = 60, 28, 18
+_LEFT, _RIGHT, _TOP = 68, 28, 18
 _LINE = 17
 _THINNEST = 24
 # Shades of cells of which a part is seen; more cannot be told apart.
 _SHADES = 6
-_FAINTEST = 0.14
+_FAINTEST = 0.22
 # Cells of so many pixels are told apart by lines.
 _LINED = 7
 # 12 px monospace letters across the drawing.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import random_expressions as draw
 
 import anyattn as aa
 from anyattn import scores
@@ -18,17 +16,6 @@ from anyattn.expr.derive import derivative, gradient
 from anyattn.expr.evaluate import Tile, evaluate
 from anyattn.expr.nodes import SCORE, Aligned, Const, Expr, H, I, J, Load, load, rewrite, walk
 from anyattn.expr.trace import table_of, trace_score
-
-
-def _sibling(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-draw = sys.modules.get("random_expressions") or _sibling("random_expressions")
 
 ROWS = np.array([0, 3, 17, 36])
 

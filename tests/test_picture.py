@@ -75,6 +75,8 @@ def test_estimates_are_close():
     dense = (rows**2 + np.arange(4096) ** 3) % 11 < 4
     assert mixed.density == pytest.approx(dense.mean(), abs=2e-3)
     assert np.abs(mixed.cells - shares(dense, 32)).max() < 0.25
+    thin = masks.causal() & masks.sliding_window(1)
+    assert np.all(np.diag(thin.picture(1 << 20).cells) > 0)
     band = masks.global_tokens(64).picture(40000)
     assert band.density == pytest.approx((2 * 64 * 40000 - 64**2) / 40000**2, rel=0.03)
 
