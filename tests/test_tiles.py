@@ -155,6 +155,7 @@ TABLE = load(Table(np.arange(12.0).reshape(3, 4), "float", 2, (None, None), "tab
         ((I < 3) & (J < 3), MIXED),
         (2 * I < J + I, DIFFERENCE),
         (I / 2 < J, MIXED),
+        (I * (1 << 60) < J * (1 << 60), MIXED),
         (Unread("int") < J, UNREAD),
     ],
     ids=repr,

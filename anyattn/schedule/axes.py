@@ -34,7 +34,10 @@ NONE, ROW, KEY, DIFFERENCE, SUM, MIXED, UNREAD = (
 
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 
-# Points evaluated at once: temporaries of some ten arrays of this size stay in the cache of a core.
+# Slopes from which on products with an index below 2**40 may leave int64.
+_STEEP = 1 << 20
+
+# Points evaluated at once: bounds the temporaries, of which an expression of ten nodes has ten.
 _CHUNK = 1 << 15
 
 
@@ -48,9 +51,9 @@ def directions(root: Expr) -> dict[int, str]:
             continue
         slope = _slope(node, found, slopes)
         if isinstance(node, Apply) and node.op in _COMPARISONS:
-            # Whole numbers compare as their difference does with zero.
+            # Whole numbers compare as their difference does with zero, unless they wrap.
             left, right = (slopes.get(id(c)) for c in node.args)
-            if left is not None and right is not None:
+            if left and right and max(map(abs, (*left, *right))) < _STEEP:
                 found[id(node)] = _direction(left[0] - right[0], left[1] - right[1])
                 continue
         if slope is not None:

@@ -3,8 +3,8 @@
 All tiles with the same signature (`keyed`) share one list of open columns for each tile of keys, whatever
 their number: lists grow with the keys, not with the tiles.
 
-The rule: columns are listed where a tile opens at most a quarter of its keys. A gathered key costs about two
-to four scanned ones: its k and v rows come one by one, and without the neighbours' cache lines.
+The rule: columns are listed where a tile opens at most a quarter of its keys, so that listing pays as long as
+a gathered key costs less than four scanned ones.
 """
 
 from __future__ import annotations
