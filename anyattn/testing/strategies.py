@@ -174,7 +174,7 @@ def masks(q_len: int, k_len: int) -> st.SearchStrategy[Any]:
         entry("sliding_window", side, side),
         entry("dilated", small, small),
         entry("strided", small),
-        entry("fixed", small, st.integers(0, 5), place=False),
+        st.tuples(small, small).map(lambda n: Entry("masks", "fixed", (max(n), min(n)))),
         entry("global_tokens", st.integers(0, 4) | st.lists(st.integers(0, 12), max_size=4)),
         entry("prefix", st.integers(0, 14), place=False),
         entry("documents", st.just(Drawn("ids", (max(k_len, 1),), "int", "few ids"))),
