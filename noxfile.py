@@ -44,8 +44,9 @@ BACKENDS = {"reference": "large"}
 # More workers than this would each import torch and JAX and start threads of their own.
 PARALLEL = ["-n=auto", "--maxprocesses=4"]
 
-# The lower bounds of [project.dependencies].
-OLDEST = ["numpy==2.0.*", "array-api-compat==1.11.*"]
+# The lower bounds of [project.dependencies], or the first NumPy with a wheel for a newer Python.
+OLDEST_NUMPY = "2.0" if sys.version_info < (3, 13) else "2.1" if sys.version_info < (3, 14) else "2.3"
+OLDEST = [f"numpy=={OLDEST_NUMPY}.*", "array-api-compat==1.11.*"]
 
 ONE_CALL = """
     import numpy as np
