@@ -322,6 +322,11 @@ def test_values_of_a_tracer_or_lazy_array_are_not_read():
     mask = masks.fixed(64) & masks.documents(ids)
     block = build(make.parts_of(describe("attention", q, q, q, Options(mask=mask))), 128, 128).block(1)
     assert block.masked_columns.tolist() == [63, 127, 191, 255]
+    array = da.zeros((256, 256), dtype=bool, chunks=-1).map_blocks(
+        never, dtype=bool, meta=np.zeros((1, 1), bool)
+    )
+    call = describe("attention", q, q, q, Options(mask=array, causal=True))
+    assert np.array_equal(build(make.parts_of(call), 64, 64).verdicts(), np.maximum(lower, EMPTY))
 
 
 def test_values_on_a_device_are_not_read():

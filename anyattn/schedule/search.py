@@ -19,7 +19,7 @@ __all__ = ["Found", "search"]
 NDArray = np.ndarray[Any, Any]
 
 # Tiles judged at once: bounds the memory of a search that keeps many.
-_CHUNK = 1 << 15
+_CHUNK = 1 << 14
 
 
 class Found:
