@@ -173,6 +173,15 @@ def test_parts_of_a_conjunction_in_one_direction_are_one_condition():
     assert (made.num_full, made.num_partial, made.stats.by_evaluation) == (0, 0, 0)
 
 
+def test_congruences_settle_what_intervals_do_not():
+    odd = masks.from_function(lambda b, h, i, j: (2 * i * j + 2 * i + 1) % 2 == 0)
+    multiple = masks.from_function(lambda b, h, i, j: (6 * i * (j + 1) + 4 * (7 - j) * i + 5) % 2 != 0)
+    for mask, full in ((odd, 0), (multiple, 20 * 20)):
+        made = build(parts(mask, 313, 313), 16, 16)
+        assert (made.num_full, made.num_partial) == (full, 0)
+        assert made.stats.by_evaluation == made.stats.by_witness == 0
+
+
 def test_the_grid_covers_every_tile_once():
     for q_len, k_len, rows, keys in ((70, 90, 8, 16), (5, 90, 8, 8), (64, 64, 16, 16), (1, 1, 4, 4)):
         count = np.zeros((-(-q_len // rows), -(-k_len // keys)), int)
