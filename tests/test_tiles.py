@@ -174,7 +174,7 @@ def test_parts_of_a_conjunction_in_one_direction_are_one_condition():
 
 
 def test_congruences_settle_what_intervals_do_not():
-    odd = masks.from_function(lambda b, h, i, j: (2 * i * j + 2 * i + 1) % 2 == 0)
+    odd = masks.from_function(lambda b, h, i, j: (2 * i * j + (2 * i + 1)) % 2 == 0)
     multiple = masks.from_function(lambda b, h, i, j: (6 * i * (j + 1) + 4 * (7 - j) * i + 5) % 2 != 0)
     for mask, full in ((odd, 0), (multiple, 20 * 20)):
         made = build(parts(mask, 313, 313), 16, 16)
