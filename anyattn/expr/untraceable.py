@@ -214,11 +214,13 @@ _BUILTINS = {
 }
 
 
-def _loop(node: ast.For | ast.comprehension, place: Place) -> str | None:
-    if not place.within(node.iter):
-        return None
+def _loop(node: ast.For, place: Place) -> str | None:
+    return _no_loop(node.iter) if place.within(node.iter) else None
+
+
+def _no_loop(iterable: ast.expr) -> str:
     return (
-        f"{_write(node.iter)} cannot be looped over: it stands for one number at each index, "
+        f"{_write(iterable)} cannot be looped over: it stands for one number at each index, "
         f"and the function is called once for all of them"
     )
 
@@ -227,11 +229,12 @@ def _comprehension(
     node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp, place: Place
 ) -> str | None:
     for part in node.generators:
-        if any(place.within(condition) for condition in part.ifs):
-            return f"`if` decides once for all indices; write aa.where({_write(part.ifs[0])}, x, y)"
-        words = _loop(part, place)
-        if words is not None:
-            return words
+        for condition in part.ifs:
+            if place.within(condition):
+                return f"`if` decides once for all indices; write aa.where({_write(condition)}, x, y)"
+        # Python 3.11 puts all of a comprehension in the place of what it loops over.
+        if place.within(part.iter) or place.is_all_of(node):
+            return _no_loop(part.iter)
     return None
 
 
