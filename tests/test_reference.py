@@ -70,7 +70,19 @@ RNG = np.random.default_rng(7)
         dict(mask=lambda b, h, i, j: i < 0),
         dict(causal=True, bias=RNG.standard_normal((200, 230)), score_mod=aa.scores.alibi(4), softcap=3.0),
     ],
-    ids=str,
+    ids=[
+        "causal",
+        "window and sinks",
+        "global",
+        "fixed",
+        "documents",
+        "heads and entries",
+        "dense",
+        "blocks",
+        "lengths",
+        "nothing",
+        "scores",
+    ],
 )
 def test_what_is_skipped_does_not_matter(monkeypatch, options):
     q, k, v = (np.stack([x, x[:, ::-1]]) for x in arrays(200, 230))
