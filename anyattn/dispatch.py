@@ -69,9 +69,14 @@ def order_for(call: AttentionCall) -> tuple[str, ...]:
     return ("reference",)
 
 
-def consider(name: str, call: AttentionCall, source: str = "backend") -> Verdict:
-    """What the backend called `name`, which `source` asks for, says to a call."""
-    status = registry.find(name, source)
+def consider(name: str, call: AttentionCall, source: str | None = None) -> Verdict:
+    """What the backend called `name` says to a call.
+
+    Where somebody asks for it by name, through `source`, it must be installed; in an order it may be missing.
+    """
+    if source is None and name not in registry.names():
+        return Verdict(name, None, ("is not installed",))
+    status = registry.find(name, source or "order")
     if not status.available:
         return Verdict(name, None, (f"unavailable: {status.reason}",))
     reasons = _reasons(status.backend, call)

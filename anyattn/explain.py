@@ -102,7 +102,8 @@ def explain(
     forced = settings.forced_backend(backend)
     asked = (forced[0],) if forced else dispatch.order_for(call)
     others = [name for name in registry.backends() if name not in asked]
-    verdicts = tuple(dispatch.consider(name, call) for name in (*asked, *others))
+    source = forced[1].removesuffix("=") if forced else None
+    verdicts = tuple(dispatch.consider(name, call, source) for name in (*asked, *others))
     chosen = next((v for v in verdicts if v.name in asked and not v.reasons), None)
     return Explanation(
         call=call,

@@ -19,7 +19,7 @@ from anyattn.errors import UnknownBackendError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["GROUP", "Backends", "Status", "backends", "find", "refresh"]
+__all__ = ["GROUP", "Backends", "Status", "backends", "find", "names", "refresh"]
 
 GROUP = "anyattn.backends"
 _OWN = ("numba", "cupy", "torch")
@@ -103,6 +103,11 @@ def find(name: str, source: str = "backend") -> Status:
             f"{source}: {name!r} is not installed; there are {', '.join(_offers())}{hint}"
         )
     return _status(name)
+
+
+def names() -> tuple[str, ...]:
+    """Names of all installed backends; loads none."""
+    return tuple(_offers())
 
 
 def refresh() -> None:

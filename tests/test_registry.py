@@ -128,3 +128,21 @@ def test_the_table_names_every_backend(discover):
     lines = repr(discover(point("plain", "no_such_module:backend"))).splitlines()
     assert lines[0].split()[:2] == ["reference", "available"]
     assert any(line.startswith("plain") and "unavailable: no_such_module" in line for line in lines)
+
+
+def test_without_metadata_the_reference_still_runs(monkeypatch):
+    """A copied package has no entry points at all."""
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    registry.refresh()
+    try:
+        x = np.ones((1, 2, 3))
+        np.testing.assert_array_equal(aa.attention(x, x, x), x)
+        assert aa.explain(x, x, x).rows() == [
+            ("numba", "refuses", "is not installed"),
+            ("reference", "runs", ""),
+        ]
+        with pytest.raises(aa.errors.UnknownBackendError, match="backend: 'numba' is not installed"):
+            aa.explain(x, x, x, backend="numba")
+    finally:
+        monkeypatch.undo()
+        registry.refresh()
