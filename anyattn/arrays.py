@@ -273,7 +273,8 @@ def exactly(x: Array) -> AbstractContextManager[Any]:
         return numpy.errstate(all="ignore")
     if lib == "torch":
         torch = sys.modules["torch"]
-        if torch.is_autocast_enabled(x.device.type):
-            no_cast: AbstractContextManager[Any] = torch.autocast(x.device.type, enabled=False)
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            no_cast: AbstractContextManager[Any] = torch.autocast(kind, enabled=False)
             return no_cast
     return nullcontext()
