@@ -474,3 +474,19 @@ def test_walk_visits_shared_nodes_once():
     shared = nodes.I + nodes.J
     root = shared * shared
     assert sum(node is shared for node in nodes.walk(root)) == 1
+
+
+@pytest.mark.parametrize("flag", [np.array([False]), np.array(True), [0], []], ids=str)
+def test_a_captured_value_has_its_own_truth(flag):
+    """Python's `if` on a captured array is decided while tracing, by the array and not by its length."""
+    found = trace_mask(lambda b, h, i, j: (i < j) if flag else (j <= i))
+    assert repr(found) == ("(i < j)" if flag else "(j <= i)")
+
+
+def test_unsigned_tables_on_torch():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    table = torch.tensor([1, 0, 3]).to(torch.uint16)
+    x = torch.zeros(1, 3, 2, dtype=torch.float64)
+    found = aa.attention_weights(x, x, score_mod=lambda s, b, h, i, j: s + table[j])
+    logits = np.exp([1.0, 0.0, 3.0])
+    np.testing.assert_allclose(found[0, 0], logits / logits.sum(), rtol=1e-14)

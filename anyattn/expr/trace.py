@@ -122,6 +122,13 @@ class _Captured:
     def __len__(self) -> int:
         return len(self._value)
 
+    def __bool__(self) -> bool:
+        if self._indices:
+            raise NoValueError(
+                f"{self._label}: an element that is read while the kernel runs has no truth value yet"
+            )
+        return bool(self._value)
+
     def __iter__(self) -> Iterator[Any]:
         return iter(self._value)
 

@@ -188,9 +188,10 @@ class Store:
         match = _FILE.fullmatch(name)
         if match is None:
             return
-        key, problem = None, None
+        key, problem, size, changed = None, None, 0, time.time()
         try:
             status = folder.status(name)
+            size, changed = status.st_size, status.st_mtime
             data = folder.read(name)
             if match[1] == "kernel":
                 key = KernelKey.parse(_unpack(data)[0])
@@ -198,7 +199,7 @@ class Store:
             return
         except (OSError, ValueError, _UnusableError) as error:
             problem = _reason(error)
-        yield Entry(self.folder / name, key, problem, status.st_size, max(0.0, time.time() - status.st_mtime))
+        yield Entry(self.folder / name, key, problem, size, max(0.0, time.time() - changed))
 
     def _put(self, name: str, data: bytes) -> bool:
         try:
