@@ -233,13 +233,6 @@ def index_dtype(xp: Namespace, where: Any) -> Any:
     return xp.__array_namespace_info__().default_dtypes(device=where)["integral"]
 
 
-def float_dtype(xp: Namespace, name: str, like: Array | None = None) -> Any:
-    """The dtype object called `name`; `like` lends its own where it has that name (ml_dtypes in NumPy)."""
-    if like is not None and dtype_name(like) == name:
-        return like.dtype
-    return getattr(xp, name)
-
-
 def cast(xp: Namespace, x: Array, dtype: Any) -> Array:
     """`x` in `dtype`, itself where it has it already."""
     return x if x.dtype == dtype else xp.astype(x, dtype)

@@ -124,6 +124,11 @@ class AttentionCall:
         """Whether the arrays have no values yet: under a tracer, or lazy."""
         return "traced" in self.features
 
+    @cached_property
+    def readable(self) -> bool:
+        """Whether the host can look at the values of the arrays while the call runs."""
+        return arrays.is_concrete_cpu(self.q) and not self.traced
+
     def restore(self, out: Array) -> Array:
         """A result (..., Hq, Lq, Dv) in the layout and with the axes that the caller uses."""
         if not self.has_heads:

@@ -6,6 +6,7 @@ call, and host data becomes arrays beside the queries.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +55,7 @@ class Geometry:
 
     @property
     def batch_size(self) -> int:
-        size = 1
-        for n in self.batch_shape:
-            size *= n
-        return size
+        return math.prod(self.batch_shape)
 
     def result_shape(self) -> tuple[int, ...]:
         """(..., Hq, Lq, Lk) of the call."""

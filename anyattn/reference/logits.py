@@ -7,6 +7,7 @@ before the product and what is seen of the unclean ones is put back.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from anyattn import arrays
@@ -33,7 +34,7 @@ class Logits:
         self.q = self._pack(arrays.cast(xp, q, self.dtype) * call.scale)
         self.symbols = self._symbols()
         # Where values are at hand, blocks are looked at and finite ones need no care.
-        self.readable = arrays.is_concrete_cpu(call.q) and not call.traced
+        self.readable = call.readable
         self.differentiable = bool(call.features & {"gradients", "traced"}) and call.library != "dask"
         self.score = call.score
         if self.score is not None and self.differentiable:
@@ -134,16 +135,13 @@ class Logits:
         def count(n: int) -> Array:
             return xp.arange(n, dtype=self.index, device=call.device)
 
-        size = 1
-        for n in call.batch_shape:
-            size *= n
         row = count(self.num_rows) + self.first_row if call.rows is None else call.rows
         row = xp.reshape(row, (self.num_rows, 1))
         offset = call.offset
         if arrays.is_array(offset):
             offset = xp.reshape(offset, (*offset.shape, 1, 1, 1))
         return {
-            "b": xp.reshape(count(size), (*call.batch_shape, 1, 1, 1)),
+            "b": xp.reshape(count(math.prod(call.batch_shape)), (*call.batch_shape, 1, 1, 1)),
             "h": xp.reshape(count(call.num_heads), (call.num_heads, 1, 1)),
             "row": row,
             "i": row + offset,

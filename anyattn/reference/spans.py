@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from anyattn import arrays
 from anyattn.call import AttentionCall
 
 __all__ = ["Span", "Visit", "visits"]
@@ -41,9 +40,8 @@ class Visit:
 def visits(call: AttentionCall) -> list[Visit]:
     """What a call visits, all rows in order."""
     everything = Visit(0, call.q_len, (Span(0, call.k_len, full=call.visible is None),))
-    readable = arrays.is_concrete_cpu(call.q) and not call.traced
     large = call.k_len > TILE and call.q_len * call.k_len > FEW_SCORES
-    if call.visible is None or not readable or not large:
+    if call.visible is None or not call.readable or not large:
         return [everything]
     return list(_scheduled(call))
 

@@ -5,6 +5,7 @@ Arrays on a device, under a tracer or lazy are never read: what depends on them 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +62,7 @@ class Parts:
 
     @property
     def batch_size(self) -> int:
-        size = 1
-        for n in self.batch_shape:
-            size *= n
-        return size
+        return math.prod(self.batch_shape)
 
 
 def parts_of(call: AttentionCall) -> Parts:
