@@ -12,7 +12,18 @@ from brute_force import dense, parts, tiled
 
 from anyattn import masks
 from anyattn.describe import Options, describe
-from anyattn.schedule import EMPTY, FULL, PARTIAL, Parts, make, matches, rows_without_keys, schedule
+from anyattn.schedule import (
+    EMPTY,
+    FULL,
+    GATHERED,
+    MASKED,
+    PARTIAL,
+    Parts,
+    make,
+    matches,
+    rows_without_keys,
+    schedule,
+)
 from anyattn.schedule.make import build
 
 
@@ -24,6 +35,7 @@ def check(p, rows, keys):
         found = made.verdicts(b, h)
         assert np.array_equal(found, expected), f"{rows} x {keys}\n{found}\n{expected}"
         check_blocks(made, seen[b, h], expected, b, h)
+        check_spans(made, seen[b, h], b, h)
     return made
 
 
@@ -48,6 +60,34 @@ def check_blocks(made, seen, expected, b, h):
         assert not rows[:, visited[: made.k_len] == 0].any()
         tiles, number = np.unique(columns // made.keys, return_counts=True)
         assert (number * 4 <= made.keys).all(), tiles
+
+
+def check_spans(made, seen, b, h):
+    """The arrays for kernels list the keys that the blocks do, each under its kind, and count their pairs."""
+    flat = made.spans
+    for q in range(made.shape[0]):
+        block = made.block(q, b, h)
+        line = flat.groups[b, h] * made.shape[0] + q
+        visited = np.zeros(made.k_len, int)
+        listed = {kind: [np.zeros(0, int)] for kind in (0, MASKED, GATHERED, GATHERED | MASKED)}
+        for n in range(flat.starts[line], flat.starts[line + 1]):
+            first, end = flat.ends[n]
+            assert first < end
+            keys = flat.columns[first:end] if flat.kinds[n] & GATHERED else np.arange(first, end)
+            listed[int(flat.kinds[n])].append(keys)
+            visited[keys] += 1
+            assert flat.kinds[n] & MASKED or seen[slice(*block.rows)][:, keys].all()
+        runs = {0: block.full, MASKED: block.partial}
+        for kind, found in listed.items():
+            if kind & GATHERED:
+                expected = block.masked_columns if kind & MASKED else block.columns
+            else:
+                ends = (runs[kind] * made.keys).clip(max=made.k_len)
+                expected = np.concatenate([np.zeros(0, int), *(np.arange(*end) for end in ends)])
+            assert np.array_equal(np.concatenate(found), expected)
+        assert visited.max(initial=0) <= 1
+        assert not seen[slice(*block.rows)][:, visited == 0].any()
+        assert flat.pairs[line] == visited.sum() * (block.rows[1] - block.rows[0])
 
 
 Q_LEN, K_LEN = 301, 333
@@ -196,6 +236,41 @@ def test_isolated_columns_are_listed():
     )
     assert tokens.block(3).columns.tolist() == [3, 700]
     assert tokens.block(5).partial.tolist() == [[0, 8]]  # row 700 sees all
+
+
+def test_arrays_for_a_kernel():
+    """In the order and with the types that a compiled loop is written for."""
+    mask = masks.causal() & masks.fixed(64) | masks.sliding_window(40)
+    made = build(parts(mask, 1000, 1000, (2,), 3), 128, 128)
+    flat = made.spans
+    assert made.spans is flat
+    assert flat.groups.tolist() == [[0, 0, 0]] * 2
+    start, end = flat.starts[5:7]
+    assert flat.kinds[start:end].tolist() == [MASKED, GATHERED]
+    assert flat.ends[start:end].tolist()[0] == [512, 768]
+    assert flat.columns[slice(*flat.ends[end - 1])].tolist() == list(range(63, 512, 64))
+    assert flat.pairs[5] == 128 * (256 + 8)
+    assert flat.pairs[7] == (1000 - 7 * 128) * (1000 - 768 + 12)
+    assert len(flat.starts) == 9
+    for name, dtype in (
+        ("starts", "int64"),
+        ("ends", "int64"),
+        ("kinds", "uint8"),
+        ("columns", "int32"),
+        ("groups", "int32"),
+        ("pairs", "int64"),
+    ):
+        x = getattr(flat, name)
+        assert x.dtype == dtype, name
+        assert x.flags.c_contiguous, name
+        assert not x.flags.writeable, name
+    lengths = build(parts(masks.padding([70, 0, 100]), 64, 100, (3,), 2), 64, 64)
+    assert lengths.spans.groups.tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert lengths.spans.starts.tolist() == [0, 2, 2, 3]
+    # Of the second tile six keys are seen, few enough to be gathered.
+    assert lengths.spans.kinds.tolist() == [0, GATHERED, 0]
+    assert lengths.spans.ends.tolist() == [[0, 64], [0, 6], [0, 100]]
+    assert lengths.spans.columns[:6].tolist() == [64, 65, 66, 67, 68, 69]
 
 
 def test_columns_under_a_condition_on_rows_are_masked():

@@ -2,7 +2,8 @@
 
 `parts` says what decides it and reads arrays, `axes` finds along which direction each part changes,
 `formula` joins `atoms` (and `mixed` ones, by `intervals`), `search` goes from coarse to fine tiles, `decide`
-settles the rest by points, `columns` lists isolated keys, `result` is the product, `make` makes and keeps it.
+settles the rest by points, `columns` lists isolated keys, `result` is the product, `spans` the same for
+compiled kernels, `make` makes and keeps it.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ from __future__ import annotations
 from anyattn.schedule.make import rows_without_keys, schedule
 from anyattn.schedule.parts import Parts
 from anyattn.schedule.result import QueryBlock, Runs, Schedule, Statistics
+from anyattn.schedule.spans import GATHERED, MASKED, Spans
 from anyattn.schedule.verdicts import EMPTY, FULL, PARTIAL
 
 __all__ = [
     "EMPTY",
     "FULL",
+    "GATHERED",
+    "MASKED",
     "PARTIAL",
     "Parts",
     "QueryBlock",
     "Runs",
     "Schedule",
+    "Spans",
     "Statistics",
     "rows_without_keys",
     "schedule",

@@ -8,11 +8,13 @@ one entry.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from anyattn.schedule.columns import ColumnLists
+from anyattn.schedule.spans import Spans, spans_of
 from anyattn.schedule.verdicts import EMPTY, FULL, PARTIAL
 
 __all__ = ["QueryBlock", "Runs", "Schedule", "Statistics", "assemble"]
@@ -171,6 +173,11 @@ class Schedule:
         base = self.list_start[number] - self.list_block[number]
         return self.columns[self.column_starts[base + first] : self.column_starts[base + stop]]
 
+    @cached_property
+    def spans(self) -> Spans:
+        """The same as plain arrays for a compiled kernel."""
+        return spans_of(self)
+
     def verdicts(self, b: int = 0, h: int = 0) -> NDArray:
         """EMPTY (1), FULL (2) or PARTIAL (4) of every tile, uint8 (query blocks, tiles of keys).
 
@@ -214,19 +221,7 @@ class Schedule:
         pairs = self.groups[0] * self.groups[1] * self.q_len * self.k_len
         if not pairs:
             return 0.0
-        blocks = self.shape[0]
-        visited = 0
-        for runs in (self.full, self.partial, self.gathered):
-            line = np.repeat(np.arange(len(runs.starts) - 1), np.diff(runs.starts)) % max(blocks, 1)
-            height = np.minimum((line + 1) * self.rows, self.q_len) - line * self.rows
-            first, end = runs.tiles[:, 0].astype(np.int64), runs.tiles[:, 1].astype(np.int64)
-            if runs.lists is None:
-                width = np.minimum(end * self.keys, self.k_len) - first * self.keys
-            else:
-                base = self.list_start[runs.lists] - self.list_block[runs.lists]
-                width = self.column_starts[base + end] - self.column_starts[base + first]
-            visited += int((height * width).sum())
-        return visited / pairs
+        return int(self.spans.pairs.sum()) / pairs
 
     @property
     def blocks_without_keys(self) -> NDArray:
