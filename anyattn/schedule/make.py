@@ -1,28 +1,22 @@
-"""Making schedules, and keeping those that are asked for again.
-
-A schedule is kept under all that it was made from: the structure of the mask, its numbers, the lengths, the
-tiles, and the contents of every array that the analysis reads, never their identity: an array changed in
-place gives another schedule.
-"""
+"""Making schedules, and keeping those that are asked for again."""
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 
-from anyattn import arrays
 from anyattn.call import AttentionCall
-from anyattn.expr.program import lower
 from anyattn.schedule.axes import Space
 from anyattn.schedule.columns import ColumnLists
 from anyattn.schedule.formula import formula_of
 from anyattn.schedule.grid import grids
-from anyattn.schedule.parts import Parts, can_read, parts_of, readable
+from anyattn.schedule.key import key_of
+from anyattn.schedule.parts import Parts, parts_of, readable
 from anyattn.schedule.result import Schedule, Statistics, assemble
 from anyattn.schedule.search import Found, search
 from anyattn.schedule.verdicts import FULL
@@ -36,7 +30,7 @@ _LINE_VALUES = 1 << 22
 _KEPT = 64
 _KEPT_BYTES = 1 << 28
 
-_known: OrderedDict[str, Schedule] = OrderedDict()
+_known: OrderedDict[Hashable, Schedule] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -56,7 +50,7 @@ def schedule(call: AttentionCall | Parts, rows: int = 128, keys: int = 128) -> S
     parts = parts_of(call) if isinstance(call, AttentionCall) else call
     if rows < 1 or keys < 1:
         raise ValueError(f"schedule: wanted tiles of at least 1 x 1, got {rows} x {keys}")
-    key = _key(parts, rows, keys)
+    key = key_of(parts, rows, keys)
     with _lock:
         if key in _known:
             _known.move_to_end(key)
@@ -117,24 +111,3 @@ def build(parts: Parts, rows: int, keys: int) -> Schedule:
         stats=Statistics(found.by_analysis, found.by_witness, found.by_evaluation, seconds),
         **made,
     )
-
-
-def _key(parts: Parts, rows: int, keys: int) -> str:
-    program = lower(parts.visible, None)
-    sizes = (parts.q_len, parts.k_len, parts.batch_shape, parts.num_heads, parts.accumulate, rows, keys)
-    digest = hashlib.blake2b(digest_size=20)
-    digest.update(repr((program.key, program.parameters, sizes)).encode())
-    for x in (*program.tables, *program.aligned):
-        _add(digest, arrays.to_host(x) if can_read(x) else None, tuple(x.shape))
-    if parts.offset is not None:
-        _add(digest, np.asarray(parts.offset, np.int64), None)
-    return digest.hexdigest()
-
-
-def _add(digest: Any, x: NDArray | None, shape: Any) -> None:
-    """The contents of an array, or its shape where it is not read."""
-    if x is None:
-        digest.update(f"unread {shape}".encode())
-        return
-    digest.update(f"read {x.dtype} {x.shape}".encode())
-    digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
