@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from anyattn.expr.nodes import OPERATIONS, Apply, Expr, walk
 from anyattn.expr.program import AlignedSlot, LoadSlot, Program
+from anyattn.expr.statements import times_read
 
 __all__ = ["listing"]
 
@@ -30,13 +30,9 @@ def listing(program: Program, labels: Sequence[str] = ()) -> str:
     labels : sequence of str
         What to call the tables and then the aligned arrays, by slot.
     """
-    nodes: dict[int, Expr] = {}
-    uses: Counter[int] = Counter()
-    for root in (program.visible, program.score):
-        for node in () if root is None else walk(root):
-            if id(node) not in nodes:
-                nodes[id(node)] = node
-                uses.update({id(child): 1 for child in node.children})
+    roots = [root for root in (program.visible, program.score) if root is not None]
+    nodes = {id(node): node for root in roots for node in walk(root)}
+    uses = times_read(nodes.values())
     lines: list[str] = []
     texts: dict[int, str] = {}
     for node in nodes.values():

@@ -10,12 +10,12 @@ from a multiplication.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from anyattn.arrays import Array
-from anyattn.expr.nodes import Apply, Const, Expr, Symbol
-from anyattn.expr.program import AlignedSlot, LoadSlot, Parameter, Program
-from anyattn.expr.statements import Body, aligned_slots, body, computed_in, table_slots, whole_power
+from anyattn.expr.program import AlignedSlot, LoadSlot, Program
+from anyattn.expr.statements import Body, aligned_slots, body, table_slots
+from anyattn.expr.writer import ATOM, Form, Text, Writer, called
 
 __all__ = ["cuda_arguments", "cuda_source"]
 
@@ -81,8 +81,7 @@ def cuda_source(program: Program, accumulate: str, *, index: str = "long long", 
         *(f"    {declared};" for declared, _ in _fields(program, accumulate, index)),
         "};",
     ]
-    helpers = [text for name, text in _HELPERS.items() if name in writer.helpers]
-    parts = ["\n".join(lines), *helpers, *functions, "}  // namespace program"]
+    parts = ["\n".join(lines), *called(_HELPERS, functions), *functions, "}  // namespace program"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -141,166 +140,107 @@ def _stored(dtype: str) -> str:
     return _STORED[dtype.removesuffix("_")]
 
 
-class _Text(NamedTuple):
-    """An expression and how strongly its outermost operator binds."""
-
-    text: str
-    binds: int
-
-    def within(self, binds: int) -> str:
-        return self.text if self.binds >= binds else f"({self.text})"
+# How strongly the operators bind. Parentheses stand where C++ wants none: few know where `&` binds among
+# comparisons, and compilers warn of `!x & y` and `!x == y`.
+_TERNARY, _LOGIC, _COMPARISON, _SHIFT, _SUM, _PRODUCT, _UNARY = range(7)
 
 
-_TERNARY, _LOGIC, _COMPARISON, _SHIFT, _SUM, _PRODUCT, _UNARY, _ATOM = range(8)
-_INFIX = {"add": ("+", _SUM), "sub": ("-", _SUM), "mul": ("*", _PRODUCT), "truediv": ("/", _PRODUCT)}
-_LOGICAL = {"and": "&", "or": "|", "xor": "^"}
-_COMPARISONS = {"lt": "<", "le": "<=", "eq": "==", "ne": "!=", "gt": ">", "ge": ">="}
-_C_TYPES = {"bool": "bool", "int": "Index", "float": "Real"}
+def _compared(sign: str) -> Form:
+    return Form(f"{{}} {sign} {{}}", _COMPARISON, (_SHIFT, _SHIFT))
 
 
-class _Writer:
+def _joined(sign: str) -> Form:
+    return Form(f"{{}} {sign} {{}}", _LOGIC, (_UNARY, _UNARY), chains=True)
+
+
+_FORMS: dict[str, Form | str] = {
+    "add": Form("{} + {}", _SUM, (_SUM, _PRODUCT)),
+    "sub": Form("{} - {}", _SUM, (_SUM, _PRODUCT)),
+    "mul": Form("{} * {}", _PRODUCT, (_PRODUCT, _UNARY)),
+    "truediv": Form("{} / {}", _PRODUCT, (_PRODUCT, _UNARY)),
+    "floordiv int": "floordiv",
+    "floordiv constant": "floordiv",
+    "floordiv power": Form("{} >> {}", _SHIFT, (_UNARY, ATOM)),
+    "floordiv float": "floordiv_real",
+    "mod int": "mod",
+    "mod constant": "mod",
+    "mod power": Form("({} & {})", ATOM, (_UNARY, ATOM)),
+    "mod float": "mod_real",
+    "pow 2": Form("{0} * {0}", _PRODUCT, (ATOM,)),
+    "pow 3": Form("{0} * {0} * {0}", _PRODUCT, (ATOM,)),
+    "pow 4": Form("{0} * {0} * {0} * {0}", _PRODUCT, (ATOM,)),
+    "pow int": "power",
+    "pow float": "pow",
+    "neg": Form("-{}", _UNARY, (ATOM,)),
+    "abs int": "absolute",
+    "abs float": "fabs",
+    "minimum": "minimum",
+    "maximum": "maximum",
+    "lt": _compared("<"),
+    "le": _compared("<="),
+    "gt": _compared(">"),
+    "ge": _compared(">="),
+    "eq": _compared("=="),
+    "ne": _compared("!="),
+    "and": _joined("&"),
+    "or": _joined("|"),
+    "xor": _joined("^"),
+    "not": Form("!{}", _LOGIC, (ATOM,)),
+    "where": Form("{} ? {} : {}", _TERNARY, (_COMPARISON, _LOGIC, _LOGIC)),
+    "exp": "exp",
+    "log": "log",
+    "tanh": "tanh",
+    "sqrt": "sqrt",
+    "sigmoid": "sigmoid",
+    "floor": "floor",
+}
+
+
+class _Writer(Writer):
+    forms = _FORMS
+    half = "half_value"
+    bfloat = "bfloat_value"
+
     def __init__(self, accumulate: str):
-        self.accumulate = accumulate
-        self.helpers: set[str] = set()
-        self.names: dict[int, str] = {}
+        super().__init__(accumulate, {"bool": "bool", "int": "Index", "float": "Real"}, (accumulate,))
 
     def function(self, name: str, parts: Body) -> str:
         self.names = {}
         lines = []
         for local, node in (*parts.row, *parts.key):
-            lines.append(f"    const {_C_TYPES[node.kind]} {local} = {self.whole(node)};")
+            lines.append(f"    const {self.kinds[node.kind]} {local} = {self.whole(node)};")
             self.names[id(node)] = local
         lines.append(f"    return {self.whole(parts.result)};")
         kind, first = ("Real", "Real s, ") if name == "score" else ("bool", "")
         arguments = f"{first}const Captured& c, Index b, Index h, Index row, Index i, Index j"
         return f"__device__ inline {kind} {name}({arguments}) {{\n" + "\n".join(lines) + "\n}"
 
-    def whole(self, node: Expr) -> str:
-        return self.expression(node).text
+    def constant(self, value: float, kind: str) -> Text:
+        if kind == "bool":
+            return Text("true" if value else "false")
+        if kind == "int":
+            return Text(str(int(value)), ATOM if value >= 0 else _UNARY)
+        text = repr(float(value)).replace("inf", "(1e308 * 10)").replace("nan", "(1e308 * 10 - 1e308 * 10)")
+        return Text(f"Real({text})")
 
-    def helper(self, name: str, *arguments: str) -> _Text:
-        self.helpers.add(name)
-        return _Text(f"{name}({', '.join(arguments)})", _ATOM)
+    def parameter(self, slot: int) -> str:
+        return f"c.p{slot}"
 
-    def expression(self, node: Expr) -> _Text:
-        if id(node) in self.names:
-            return _Text(self.names[id(node)], _ATOM)
-        if isinstance(node, Const):
-            return _constant(node.value, node.kind)
-        if isinstance(node, Symbol):
-            return _Text("s" if node.name == "score" else node.name, _ATOM)
-        if isinstance(node, Parameter):
-            return _Text(f"c.p{node.slot}", _ATOM)
-        if isinstance(node, LoadSlot):
-            return self.load(node)
-        if isinstance(node, AlignedSlot):
-            blocks = {"b": 1, "h": 1, "row": node.block, "j": node.block}
-            steps = [f"{_divided(axis, n)} * c.a{node.slot}_{axis}" for axis, n in blocks.items()]
-            return self.read(f"c.a{node.slot}[{' + '.join(steps)}]", node.dtype, node.kind)
-        if isinstance(node, Apply):
-            return self.apply(node)
-        raise TypeError(f"{type(node).__name__} must be lowered before it is printed")
-
-    def converted(self, node: Expr, kind: str) -> _Text:
-        """`node` as a value of another kind."""
-        if isinstance(node, Const):
-            return _constant(node.value, kind)
-        if node.kind == kind:
-            return self.expression(node)
-        return _Text(f"{_C_TYPES[kind]}({self.whole(node)})", _ATOM)
-
-    def load(self, node: LoadSlot) -> _Text:
+    def element(self, node: LoadSlot, indices: list[str]) -> str:
         table = f"c.t{node.table.slot}"
         flat = ""
-        for axis, index in enumerate(node.indices):
+        for axis, (x, index) in enumerate(zip(node.indices, indices, strict=True)):
             size = f"{table}_n{axis}"
-            if index.kind == "float":
-                inside = self.helper("inside_real", self.whole(index), size)
-            else:
-                inside = self.helper("inside", self.converted(index, "int").text, size)
+            inside = f"{'inside_real' if x.kind == 'float' else 'inside'}({index}, {size})"
             # Offsets are 64 bits wide, whatever `Index` is: a table may have more than 2**31 entries.
             first = f"({flat})" if axis > 1 else flat
-            flat = f"{first} * {size} + {inside.text}" if axis else inside.text
-        return self.read(f"{table}[{flat or '0'}]", node.table.dtype, node.kind)
+            flat = f"{first} * {size} + {inside}" if axis else inside
+        return f"{table}[{flat or '0'}]"
 
-    def read(self, text: str, dtype: str, kind: str) -> _Text:
-        if dtype in ("float16", "bfloat16"):
-            read = self.helper("half_value" if dtype == "float16" else "bfloat_value", text)
-            return read if self.accumulate == "float32" else _Text(f"Real({read.text})", _ATOM)
-        if kind == "bool" or dtype == self.accumulate:
-            return _Text(text, _ATOM)
-        return _Text(f"{_C_TYPES[kind]}({text})", _ATOM)
-
-    def apply(self, node: Apply) -> _Text:
-        op, inner = node.op, computed_in(node)
-        if op == "where":
-            condition, *picked = node.args
-            x, y = (self.converted(a, node.kind).within(_LOGIC) for a in picked)
-            return _Text(f"{self.expression(condition).within(_COMPARISON)} ? {x} : {y}", _TERNARY)
-        if op in ("floordiv", "mod"):
-            return self.quotient(node, inner)
-        if op == "pow":
-            return self.power(node)
-        args = [self.converted(a, inner) for a in node.args]
-        if op in _COMPARISONS:
-            x, y = (a.within(_SHIFT) for a in args)
-            return _Text(f"{x} {_COMPARISONS[op]} {y}", _COMPARISON)
-        if op in _LOGICAL:
-            # Parentheses where C++ wants none: few know where `&` binds among comparisons.
-            chain = [isinstance(a, Apply) and a.op == op for a in node.args]
-            texts = [a.within(_LOGIC if same else _UNARY) for a, same in zip(args, chain, strict=True)]
-            return _Text(f" {_LOGICAL[op]} ".join(texts), _LOGIC)
-        if op in _INFIX:
-            sign, binds = _INFIX[op]
-            return _Text(f"{args[0].within(binds)} {sign} {args[1].within(binds + 1)}", binds)
-        if op == "neg":
-            return _Text(f"-{args[0].within(_ATOM)}", _UNARY)
-        if op == "not":
-            # Binds tighter, but compilers warn of `!x & y` and `!x == y`.
-            return _Text(f"!{args[0].within(_ATOM)}", _LOGIC)
-        if op in ("minimum", "maximum", "sigmoid"):
-            return self.helper(op, *(a.text for a in args))
-        if op == "abs":
-            if inner == "int":
-                return self.helper("absolute", args[0].text)
-            op = "fabs"
-        return _Text(f"{op}({args[0].text})", _ATOM)
-
-    def quotient(self, node: Apply, inner: str) -> _Text:
-        x, y = (self.converted(a, inner) for a in node.args)
-        if inner == "float":
-            return self.helper(f"{node.op}_real", x.text, y.text)
-        divisor = node.args[1]
-        value = int(divisor.value) if isinstance(divisor, Const) else 0
-        if value > 0 and value & (value - 1) == 0:
-            if node.op == "mod":
-                return _Text(f"({x.within(_UNARY)} & {value - 1})", _ATOM)
-            return _Text(f"{x.within(_UNARY)} >> {value.bit_length() - 1}", _SHIFT)
-        return self.helper(node.op, x.text, y.text)
-
-    def power(self, node: Apply) -> _Text:
-        exponent = whole_power(node)
-        x = self.converted(node.args[0], node.kind)
-        if exponent in (2, 3, 4):
-            return _Text(" * ".join([x.within(_ATOM)] * exponent), _PRODUCT)
-        if node.kind == "int":
-            return self.helper("power", x.text, str(exponent))
-        return _Text(f"pow({x.text}, {self.converted(node.args[1], 'float').text})", _ATOM)
-
-
-def _constant(value: float, kind: str) -> _Text:
-    if kind == "bool":
-        return _Text("true" if value else "false", _ATOM)
-    if kind == "int":
-        return _Text(str(int(value)), _ATOM if value >= 0 else _UNARY)
-    text = repr(float(value)).replace("inf", "(1e308 * 10)").replace("nan", "(1e308 * 10 - 1e308 * 10)")
-    return _Text(f"Real({text})", _ATOM)
-
-
-def _divided(name: str, block: int) -> str:
-    if block & (block - 1) == 0:
-        return f"({name} >> {block.bit_length() - 1})" if block > 1 else name
-    return f"{name} / {block}"
+    def entry(self, node: AlignedSlot, row: Text, j: Text) -> str:
+        indices = ("b", "h", row.within(_PRODUCT), j.within(_PRODUCT))
+        steps = [f"{x} * c.a{node.slot}_{axis}" for x, axis in zip(indices, _AXES, strict=True)]
+        return f"c.a{node.slot}[{' + '.join(steps)}]"
 
 
 # C++14 without headers; `Real` and `Index` are the types of the program.

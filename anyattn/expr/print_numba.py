@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 import textwrap
-from typing import Any, NamedTuple
+from typing import Any
 
 from anyattn.arrays import Array
-from anyattn.expr.nodes import Apply, Const, Expr, Symbol
-from anyattn.expr.program import AlignedSlot, LoadSlot, Parameter, Program
-from anyattn.expr.statements import Body, aligned_slots, body, computed_in, table_slots, whole_power
+from anyattn.expr.nodes import Expr
+from anyattn.expr.program import AlignedSlot, LoadSlot, Program
+from anyattn.expr.statements import Body, aligned_slots, body, table_slots
+from anyattn.expr.writer import ATOM, Form, Text, Writer, called
 
 __all__ = ["numba_arguments", "numba_source"]
 
@@ -50,7 +51,7 @@ def numba_source(program: Program, accumulate: str, *, split: bool = False, titl
     for name, root in (("visible", program.visible), ("score", program.score)):
         if root is not None:
             functions.append(writer.function(name, body(root), captured, split))
-    helpers = [text.format(float=accumulate) for name, text in _HELPERS.items() if name in writer.helpers]
+    helpers = [text.format(float=accumulate) for text in called(_HELPERS, functions)]
     head = [f'"""{_docstring(program, accumulate, title)}"""', "", "from __future__ import annotations", ""]
     head += ["import numba", "import numpy as np", "from numba import types", ""]
     head += ["# Types of the captured arguments, in order.", f"CAPTURED = {_types(program, accumulate)}", ""]
@@ -78,36 +79,66 @@ def numba_arguments(program: Program, accumulate: str, aligned: tuple[Array, ...
     return (*numbers, *arrays)
 
 
-class _Text(NamedTuple):
-    """An expression and how strongly its outermost operator binds."""
-
-    text: str
-    binds: int
-
-    def within(self, binds: int) -> str:
-        return self.text if self.binds >= binds else f"({self.text})"
+# How strongly the operators bind.
+_TERNARY, _COMPARISON, _OR, _XOR, _AND, _SHIFT, _SUM, _PRODUCT, _SIGN = range(9)
 
 
-_TERNARY, _COMPARISON, _OR, _XOR, _AND, _SHIFT, _SUM, _PRODUCT, _SIGN, _ATOM = range(10)
-_INFIX = {
-    "add": ("+", _SUM),
-    "sub": ("-", _SUM),
-    "mul": ("*", _PRODUCT),
-    "truediv": ("/", _PRODUCT),
-    "and": ("&", _AND),
-    "or": ("|", _OR),
-    "xor": ("^", _XOR),
+def _compared(sign: str) -> Form:
+    return Form(f"{{}} {sign} {{}}", _COMPARISON, (_OR, _OR))
+
+
+_FORMS: dict[str, Form | str] = {
+    "add": Form("{} + {}", _SUM, (_SUM, _PRODUCT)),
+    "sub": Form("{} - {}", _SUM, (_SUM, _PRODUCT)),
+    "mul": Form("{} * {}", _PRODUCT, (_PRODUCT, _SIGN)),
+    "truediv": Form("{} / {}", _PRODUCT, (_PRODUCT, _SIGN)),
+    "floordiv int": "_floordiv",
+    "floordiv constant": Form("{} // {}", _PRODUCT, (_PRODUCT, _SIGN)),
+    "floordiv power": Form("{} >> {}", _SHIFT, (_SHIFT, ATOM)),
+    "floordiv float": "_floordiv_float",
+    "mod int": "_mod",
+    "mod constant": Form("{} % {}", _PRODUCT, (_PRODUCT, _SIGN)),
+    "mod power": Form("{} & {}", _AND, (_AND, ATOM)),
+    "mod float": "_mod_float",
+    "pow 2": Form("{0} * {0}", _PRODUCT, (ATOM,)),
+    "pow 3": Form("{0} * {0} * {0}", _PRODUCT, (ATOM,)),
+    "pow 4": Form("{0} * {0} * {0} * {0}", _PRODUCT, (ATOM,)),
+    "pow int": "_power",
+    "pow float": "_power_float",
+    "neg": Form("-{}", _SIGN, (ATOM,)),
+    "abs": "abs",
+    "minimum int": "min",
+    "minimum float": "_minimum",
+    "maximum int": "max",
+    "maximum float": "_maximum",
+    "lt": _compared("<"),
+    "le": _compared("<="),
+    "gt": _compared(">"),
+    "ge": _compared(">="),
+    "eq": _compared("=="),
+    "ne": _compared("!="),
+    "and": Form("{} & {}", _AND, (_AND, _AND)),
+    "or": Form("{} | {}", _OR, (_OR, _OR)),
+    "xor": Form("{} ^ {}", _XOR, (_XOR, _XOR)),
+    "not": Form("not {}", _TERNARY, (_COMPARISON,)),
+    "where": "_where",
+    "exp": "np.exp",
+    "log": "np.log",
+    "tanh": "np.tanh",
+    "sqrt": "np.sqrt",
+    "sigmoid": "_sigmoid",
+    "floor": "np.floor",
 }
-_COMPARISONS = {"lt": "<", "le": "<=", "eq": "==", "ne": "!=", "gt": ">", "ge": ">="}
-_FUNCTIONS = {"exp": "np.exp", "log": "np.log", "tanh": "np.tanh", "sqrt": "np.sqrt", "floor": "np.floor"}
 
 
-class _Writer:
+class _Writer(Writer):
+    forms = _FORMS
+    half = "_half"
+    bfloat = "_bfloat"
+
     def __init__(self, accumulate: str):
         self.float = f"np.{accumulate}"
-        self.accumulate = accumulate
-        self.helpers: set[str] = set()
-        self.names: dict[int, str] = {}
+        super().__init__(accumulate, {"int": "np.int64", "float": self.float}, ("int64", accumulate))
 
     def function(self, name: str, parts: Body, captured: list[str], split: bool) -> str:
         self.names = {}
@@ -135,121 +166,26 @@ class _Writer:
         self.names[id(node)] = name
         return line
 
-    def whole(self, node: Expr) -> str:
-        return self.expression(node).text
-
-    def helper(self, name: str, *arguments: str) -> _Text:
-        self.helpers.add(name)
-        return _Text(f"{name}({', '.join(arguments)})", _ATOM)
-
-    def expression(self, node: Expr) -> _Text:
-        if id(node) in self.names:
-            return _Text(self.names[id(node)], _ATOM)
-        if isinstance(node, Const):
-            return self.constant(node.value, node.kind)
-        if isinstance(node, Symbol):
-            return _Text("s" if node.name == "score" else node.name, _ATOM)
-        if isinstance(node, Parameter):
-            return _Text(f"p{node.slot}", _ATOM)
-        if isinstance(node, LoadSlot):
-            return self.load(node)
-        if isinstance(node, AlignedSlot):
-            row, j = (_divided(name, node.block) for name in ("row", "j"))
-            indices = f"np.uintp(b), np.uintp(h), np.uintp({row}), np.uintp({j})"
-            return self.read(f"a{node.slot}[{indices}]", node.dtype, node.kind)
-        if isinstance(node, Apply):
-            return self.apply(node)
-        raise TypeError(f"{type(node).__name__} must be lowered before it is printed")
-
-    def constant(self, value: float, kind: str) -> _Text:
+    def constant(self, value: float, kind: str) -> Text:
         if kind != "float":
             value = int(value) if kind == "int" else bool(value)
-            return _Text(repr(value), _ATOM if value >= 0 else _SIGN)
+            return Text(repr(value), ATOM if value >= 0 else _SIGN)
         text = repr(float(value)) if math.isfinite(value) else f"np.{value}".replace("-inf", "inf")
-        return _Text(f"{self.float}({'-' if value == -math.inf else ''}{text})", _ATOM)
+        return Text(f"{self.float}({'-' if value == -math.inf else ''}{text})")
 
-    def converted(self, node: Expr, kind: str) -> _Text:
-        """`node` as a value of another kind."""
-        if isinstance(node, Const):
-            return self.constant(node.value, kind)
-        if node.kind == kind:
-            return self.expression(node)
-        to = {"int": "np.int64", "float": self.float}[kind]
-        return _Text(f"{to}({self.whole(node)})", _ATOM)
+    def parameter(self, slot: int) -> str:
+        return f"p{slot}"
 
-    def load(self, node: LoadSlot) -> _Text:
+    def element(self, node: LoadSlot, indices: list[str]) -> str:
         table = f"t{node.table.slot}"
-        indices = []
-        for axis, index in enumerate(node.indices):
-            inside = "_inside_float" if index.kind == "float" else "_inside"
-            text = self.whole(index) if index.kind == "float" else self.converted(index, "int").text
-            indices.append(self.helper(inside, text, f"{table}.shape[{axis}]").text)
-        return self.read(f"{table}[{', '.join(indices) or '()'}]", node.table.dtype, node.kind)
+        inside = [
+            f"{'_inside_float' if x.kind == 'float' else '_inside'}({index}, {table}.shape[{axis}])"
+            for axis, (x, index) in enumerate(zip(node.indices, indices, strict=True))
+        ]
+        return f"{table}[{', '.join(inside) or '()'}]"
 
-    def read(self, text: str, dtype: str, kind: str) -> _Text:
-        if dtype in _BITS:
-            read = self.helper("_half" if dtype == "float16" else "_bfloat", text)
-            return read if self.accumulate == "float32" else _Text(f"{self.float}({read.text})", _ATOM)
-        if kind == "bool" or dtype in ("int64", self.accumulate):
-            return _Text(text, _ATOM)
-        return _Text(f"{'np.int64' if kind == 'int' else self.float}({text})", _ATOM)
-
-    def apply(self, node: Apply) -> _Text:
-        op, inner = node.op, computed_in(node)
-        if op == "where":
-            condition, *values = node.args
-            picked = (self.converted(a, node.kind).text for a in values)
-            return self.helper("_where", self.whole(condition), *picked)
-        if op in ("floordiv", "mod"):
-            return self.quotient(node, inner)
-        if op == "pow":
-            return self.power(node)
-        args = [self.converted(a, inner) for a in node.args]
-        if op in _COMPARISONS:
-            x, y = (a.within(_OR) for a in args)
-            return _Text(f"{x} {_COMPARISONS[op]} {y}", _COMPARISON)
-        if op in _INFIX:
-            sign, binds = _INFIX[op]
-            logic = op in ("and", "or", "xor")
-            # `a & b | c` reads worse with parentheses, `a + (b + c)` is another sum without.
-            return _Text(
-                f"{args[0].within(binds)} {sign} {args[1].within(binds if logic else binds + 1)}", binds
-            )
-        if op in ("minimum", "maximum"):
-            texts = [a.text for a in args]
-            if inner == "float":
-                return self.helper(f"_{op}", *texts)
-            return _Text(f"{op[:3]}({', '.join(texts)})", _ATOM)
-        if op == "neg":
-            return _Text(f"-{args[0].within(_ATOM)}", _SIGN)
-        if op == "not":
-            return _Text(f"not {args[0].within(_COMPARISON)}", _TERNARY)
-        if op == "sigmoid":
-            return self.helper("_sigmoid", args[0].text)
-        return _Text(f"{_FUNCTIONS.get(op, op)}({args[0].text})", _ATOM)
-
-    def quotient(self, node: Apply, inner: str) -> _Text:
-        x, y = (self.converted(a, inner) for a in node.args)
-        if inner == "float":
-            return self.helper(f"_{node.op}_float", x.text, y.text)
-        divisor = node.args[1]
-        if not isinstance(divisor, Const) or not divisor.value:
-            return self.helper(f"_{node.op}", x.text, y.text)
-        value = int(divisor.value)
-        if value > 0 and value & (value - 1) == 0:
-            if node.op == "mod":
-                return _Text(f"{x.within(_AND)} & {value - 1}", _AND)
-            return _Text(f"{x.within(_SHIFT)} >> {value.bit_length() - 1}", _SHIFT)
-        return _Text(f"{x.within(_PRODUCT)} {'//' if node.op == 'floordiv' else '%'} {value}", _PRODUCT)
-
-    def power(self, node: Apply) -> _Text:
-        exponent = whole_power(node)
-        x = self.converted(node.args[0], node.kind)
-        if exponent in (2, 3, 4):
-            return _Text(" * ".join([x.within(_ATOM)] * exponent), _PRODUCT)
-        if node.kind == "int":
-            return self.helper("_power", x.text, str(exponent))
-        return self.helper("_power_float", x.text, self.converted(node.args[1], "float").text)
+    def entry(self, node: AlignedSlot, row: Text, j: Text) -> str:
+        return f"a{node.slot}[np.uintp(b), np.uintp(h), np.uintp({row.text}), np.uintp({j.text})]"
 
 
 # How an operation is written that Numba has not, or has with a branch, an exception or another meaning.
@@ -340,12 +276,6 @@ def _sigmoid(x):
     t = np.exp(x if x < 0 else -x)
     return (t if x < 0 else np.{float}(1)) / (np.{float}(1) + t)''',
 }
-
-
-def _divided(name: str, block: int) -> str:
-    if block & (block - 1) == 0:
-        return f"{name} >> {block.bit_length() - 1}" if block > 1 else name
-    return f"{name} // {block}"
 
 
 def _function(name: str, arguments: list[str], lines: list[str]) -> str:

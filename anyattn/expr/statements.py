@@ -8,6 +8,7 @@ it outside its loop over keys; a long line is broken by naming its largest part.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from anyattn.arrays import Array, Namespace
@@ -21,6 +22,7 @@ __all__ = [
     "body",
     "computed_in",
     "table_slots",
+    "times_read",
     "whole_power",
 ]
 
@@ -41,7 +43,7 @@ class Body:
 def body(root: Expr) -> Body:
     """The parts of `root`, each after those that it reads: r0, r1, ... of the row, x0, x1, ... of the key."""
     order = list(walk(root))
-    uses = Counter(id(child) for node in order for child in node.children)
+    uses = times_read(order)
     per_key: dict[int, bool] = {}
     for node in order:
         varies = isinstance(node, AlignedSlot) or (isinstance(node, Symbol) and node.name in _KEY_SYMBOLS)
@@ -70,6 +72,11 @@ def body(root: Expr) -> Body:
             else:
                 row.append((f"r{len(row)}", node))
     return Body(tuple(row), tuple(key), root)
+
+
+def times_read(nodes: Iterable[Expr]) -> Counter[int]:
+    """How often the nodes, each given once, read each of their operands, by id."""
+    return Counter(id(child) for node in nodes for child in node.children)
 
 
 def computed_in(node: Apply) -> str:
