@@ -8,6 +8,7 @@ works when it follows the array API standard.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +210,45 @@ def to_host(x: Array) -> numpy.ndarray[Any, Any]:
     if lib == "jax":
         return numpy.asarray(x)
     return numpy.from_dlpack(x)
+
+
+def signature(x: Any) -> tuple[Any, ...] | None:
+    """All that a prepared call needs to know of a plain array besides its values; None where it cannot tell.
+
+    It tells nothing of other types (subclasses, tracers), nor where x takes part in differentiation.
+    """
+    cls = type(x)
+    if cls not in _signatures:
+        _signatures[cls] = _SIGNATURES.get((cls.__module__.partition(".")[0], cls.__name__), _no_signature)
+    return _signatures[cls](x)
+
+
+def _numpy_signature(x: Array) -> tuple[Any, ...]:
+    return type(x), x.shape, x.strides, x.dtype, x.flags.aligned
+
+
+def _torch_signature(x: Array) -> tuple[Any, ...] | None:
+    if is_tracer(x) or needs_gradient(x) or x.layout is not sys.modules["torch"].strided:
+        return None
+    # A lazily negated tensor (the imaginary part of a conjugate) does not hold its values.
+    return type(x), x.shape, x.stride(), x.dtype, x.device, x.is_neg(), x.data_ptr() % x.element_size() == 0
+
+
+def _jax_signature(x: Array) -> tuple[Any, ...]:
+    return type(x), x.shape, x.dtype, x.sharding
+
+
+def _no_signature(x: Array) -> None:
+    return None
+
+
+_SIGNATURES: dict[tuple[str, str], Callable[[Array], tuple[Any, ...] | None]] = {
+    ("numpy", "ndarray"): _numpy_signature,
+    ("torch", "Tensor"): _torch_signature,
+    ("torch", "Parameter"): _torch_signature,
+    ("jaxlib", "ArrayImpl"): _jax_signature,
+}
+_signatures: dict[type, Callable[[Array], tuple[Any, ...] | None]] = {}
 
 
 def stop_gradient(x: Array) -> Array:

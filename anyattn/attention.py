@@ -1,7 +1,7 @@
 """The front door: `attention`, and its two relatives that look at the weights.
 
 Each describes the call (`describe`), lets dispatch choose a backend and run it, and gives the result back in
-the caller's layout.
+the caller's layout. `attention` goes this way once for each kind of call, and then by its plan (`plan`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from anyattn import dispatch
+from anyattn import dispatch, plan
 from anyattn.arrays import Array
 from anyattn.describe import Options, check_names, describe
 from anyattn.masks import Mask
@@ -111,24 +111,34 @@ def attention(
     anyattn.errors.UnsupportedCallError
         If the backend that was asked for refuses, with its reasons, or if none takes the call.
     """
-    options = Options(
-        causal=causal,
-        window=window,
-        mask=mask,
-        bias=bias,
-        score_mod=score_mod,
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        kv_lengths=kv_lengths,
-        q_offset=q_offset,
-        dropout=dropout,
-        dropout_seed=dropout_seed,
-        layout=layout,
-        return_lse=return_lse,
+    # In the order of `describe.ARGUMENTS`.
+    options = (
+        causal,
+        window,
+        mask,
+        bias,
+        score_mod,
+        softcap,
+        sinks,
+        scale,
+        kv_lengths,
+        q_offset,
+        dropout,
+        dropout_seed,
+        layout,
+        return_lse,
     )
-    call = describe("attention", q, k, v, options)
-    out, lse = dispatch.run(call, backend)
+    signature = plan.signature(q, k, v, options, backend)
+    result = plan.run(signature, q, k, v)
+    if result is not None:
+        return result
+    call = describe("attention", q, k, v, Options(*options))
+    chosen = dispatch.choose(call, backend)
+    if plan.make(signature, call, chosen):
+        result = plan.run(signature, q, k, v)
+        if result is not None:
+            return result
+    out, lse = dispatch.run_on(chosen, call)
     return (call.restore(out), call.restore_rows(lse)) if return_lse else call.restore(out)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from anyattn.arrays import FLOAT_DTYPES
+from anyattn.arrays import FLOAT_DTYPES, Array
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from anyattn.call import AttentionCall
 
 __all__ = ["CAPABILITIES", "Backend"]
@@ -95,6 +97,23 @@ class Backend:
         of the call for "weights"; a dict of arrays in the accumulation dtype for "stats".
         """
         raise NotImplementedError
+
+    def prepare(self, call: AttentionCall) -> Callable[..., tuple[Array, Array | None]] | None:
+        """A function that runs calls of "attention" like this one, or None where `run` is all there is.
+
+        It is called as ``f(q, k, v, *others)``, with arrays as in `call.q`, `call.k`, `call.v` and
+        `call.others`, and gives what `run` gives. It serves `call` and, without `unsupported` being asked
+        again, all later calls of the same signature: their arrays have the types, shapes, strides, alignment,
+        dtypes and devices of this call's and coincide where these do, their options and settings (`use`,
+        ANYATTN_BACKEND) are the same. The values in arrays are not, so none may be read here; what a backend
+        derives from the values of `others` (which tiles to visit) it derives in every call. Constants and
+        arrays of expressions that `call.others` does not list are the same in every call.
+
+        The function is kept while there is room: it holds on to neither `call` nor one of its arrays.
+        No call that is traced or takes part in automatic differentiation is prepared, nor one without query
+        heads.
+        """
+        return None
 
     def __repr__(self) -> str:
         return f"<anyattn backend {self.name}>"

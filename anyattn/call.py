@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from anyattn import arrays
 from anyattn.arrays import Array, Namespace
 from anyattn.expr.nodes import Expr
+from anyattn.expr.structure import is_given, structure
 
 if TYPE_CHECKING:
     import numpy
@@ -128,6 +129,19 @@ class AttentionCall:
     def readable(self) -> bool:
         """Whether the host can look at the values of the arrays while the call runs."""
         return arrays.is_concrete_cpu(self.q) and not self.traced
+
+    @cached_property
+    def others(self) -> tuple[Array, ...]:
+        """The arrays besides q, k and v whose values a call of the same signature may change.
+
+        They are lengths, offsets and sinks as above, then the arrays of mask, score_mod and bias that the
+        caller gave, as they stand in `visible` and `score`; integer tables are left out, which belong to the
+        signature.
+        """
+        found = [x for x in (self.kv_lengths, self.offset, self.sinks) if arrays.is_array(x)]
+        for part in (self.mask, self.score_mod):
+            found += [] if part is None else [a.value for a in structure(part.expr).arrays if is_given(a)]
+        return (*found, self.bias) if self.bias is not None else tuple(found)
 
     def restore(self, out: Array) -> Array:
         """A result (..., Hq, Lq, Dv) in the layout and with the axes that the caller uses."""

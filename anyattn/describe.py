@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from anyattn import arrays, masks, scores
@@ -18,7 +18,7 @@ from anyattn.expr.bind import Geometry, batch_indices, bind, captured_arrays, ch
 from anyattn.expr.nodes import SCORE, Aligned, Expr, J, Table, depends_on, load
 from anyattn.numbers import integer, integers, real
 
-__all__ = ["OPTIONS", "STATS", "Options", "check_names", "describe"]
+__all__ = ["ARGUMENTS", "OPTIONS", "STATS", "Options", "check_names", "describe"]
 
 STATS = ("key_mass", "entropy", "max")
 _WEIGHTS = (
@@ -61,6 +61,10 @@ class Options:
     return_lse: bool = False
     rows: Any = None
     stats: Any = ()
+
+
+# The options of `attention` in their order.
+ARGUMENTS = tuple(field.name for field in fields(Options))[:-2]
 
 
 def check_names(function: str, operation: str, options: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from anyattn import registry, settings
 from anyattn.call import AttentionCall
 from anyattn.errors import UnsupportedCallError
 
-__all__ = ["Record", "Verdict", "consider", "order_for", "recording", "run"]
+__all__ = ["Record", "Verdict", "check_pair", "consider", "order_for", "record", "recording", "run", "run_on"]
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,27 @@ def choose(call: AttentionCall, backend: str | None) -> Any:
     raise UnsupportedCallError(f"no backend takes this call {call!r}:{lines}", refusals)
 
 
+def record(one: Record) -> None:
+    """Show a call to whoever is recording."""
+    for records in _recorders.get():
+        records.append(one)
+
+
 def run(call: AttentionCall, backend: str | None) -> Any:
     """Run a call on the backend that is chosen for it."""
-    chosen = choose(call, backend)
-    record = Record(chosen.name, call.operation, call.features)
-    for records in _recorders.get():
-        records.append(record)
+    return run_on(choose(call, backend), call)
+
+
+def run_on(chosen: Any, call: AttentionCall) -> Any:
+    """Run a call on a backend that takes it."""
+    record(Record(chosen.name, call.operation, call.features))
     result = chosen.run(call)
-    pair = isinstance(result, tuple) and len(result) == 2
-    if call.operation == "attention" and not pair:
-        raise TypeError(f"backend {chosen.name!r} gave {type(result).__name__}; wanted a pair (out, lse)")
+    if call.operation == "attention":
+        check_pair(chosen, result)
     return result
+
+
+def check_pair(chosen: Any, result: Any) -> None:
+    """Raise unless a backend gave what "attention" is to give."""
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(f"backend {chosen.name!r} gave {type(result).__name__}; wanted a pair (out, lse)")

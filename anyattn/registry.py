@@ -19,7 +19,7 @@ from anyattn.errors import UnknownBackendError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["GROUP", "Backends", "Status", "backends", "find", "names", "refresh"]
+__all__ = ["GROUP", "Backends", "Status", "backends", "find", "generation", "names", "refresh"]
 
 GROUP = "anyattn.backends"
 _OWN = ("numba", "cupy", "torch")
@@ -112,8 +112,18 @@ def names() -> tuple[str, ...]:
 
 def refresh() -> None:
     """Forget what was discovered, so that distributions installed since are seen."""
+    global _generation
     _offers.cache_clear()
     _status.cache_clear()
+    _generation = object()
+
+
+_generation = object()
+
+
+def generation() -> object:
+    """Stands for what was discovered; another object after `refresh`."""
+    return _generation
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from anyattn.numbers import boolean, integer
 
-__all__ = ["Settings", "current", "forced_backend", "use"]
+__all__ = ["Settings", "current", "forced_backend", "signature", "use"]
 
 ENVIRONMENT_VARIABLE = "ANYATTN_BACKEND"
 
@@ -44,6 +44,11 @@ def forced_backend(argument: str | None) -> tuple[str, str] | None:
         return str(current().backend), "anyattn.use"
     name = os.environ.get(ENVIRONMENT_VARIABLE)
     return (name, ENVIRONMENT_VARIABLE) if name else None
+
+
+def signature() -> tuple[Settings, str | None]:
+    """All of the above that steers a call."""
+    return _current.get(), os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 @contextmanager

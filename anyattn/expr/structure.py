@@ -1,0 +1,69 @@
+"""The structure of an expression: a text that two expressions share exactly when only their arrays differ.
+
+Plans are found by it. Numbers are part of it, as schedules and generated code may depend on them; the arrays
+stand beside it, to be read in every call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anyattn.expr.nodes import Aligned, Apply, Const, Expr, Load, Symbol, Table, walk
+
+__all__ = ["Structure", "is_given", "structure"]
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """Text and arrays of an expression; `text` is None where the call decides a part of it."""
+
+    text: str | None
+    arrays: tuple[Table | Aligned, ...]
+
+
+def structure(root: Expr) -> Structure:
+    """The structure of `root`, which is kept on the node: nodes do not change."""
+    known: Structure | None = vars(root).get("_structure")
+    if known is None:
+        known = vars(root)["_structure"] = _structure(root)
+    return known
+
+
+def is_given(array: Table | Aligned) -> bool:
+    """Whether an array of an expression is given anew in every call.
+
+    Integers are not: the bounds of indices that are computed from them are checked when the call is
+    described, so their values belong to the signature, as do those of host data.
+    """
+    return isinstance(array, Aligned) or not (array.host or array.kind == "int")
+
+
+def _structure(root: Expr) -> Structure:
+    numbers: dict[int, int] = {}
+    arrays: dict[int, Table | Aligned] = {}
+    lines: list[str | None] = []
+    for node in walk(root):
+        line = _line(node, arrays)
+        numbers[id(node)] = len(lines)
+        lines.append(None if line is None else f"{line} {[numbers[id(c)] for c in node.children]}")
+    known = [line for line in lines if line is not None]
+    text = "\n".join(known) if len(known) == len(lines) else None
+    return Structure(text, tuple(arrays.values()))
+
+
+def _line(node: Expr, arrays: dict[int, Table | Aligned]) -> str | None:
+    """What a node is, without its children."""
+    if isinstance(node, Const):
+        return f"{node.kind} {node.value!r}"
+    if isinstance(node, Symbol):
+        return node.name
+    if isinstance(node, Apply):
+        return f"{node.op} {node.kind}"
+    if isinstance(node, Load):
+        arrays.setdefault(id(node.table), node.table)
+        table = node.table
+        return f"load {list(arrays).index(id(table))} {table.kind} {table.axes} {table.host}"
+    if isinstance(node, Aligned):
+        arrays.setdefault(id(node), node)
+        return f"aligned {list(arrays).index(id(node))} {node.kind} {node.block} {node.any_rank}"
+    return None

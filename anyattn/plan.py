@@ -1,0 +1,256 @@
+"""Plans: a call like one seen before runs without being described again.
+
+To describe a call and to choose its backend takes some 100 us, several times what a small problem takes
+itself. Both depend on the signature of the call alone: types, shapes and strides of arrays, values of
+options, structure of expressions, settings, installed backends. So the first call of a signature leaves a
+plan behind, with what its backend's `prepare` gave, and the next one finds it by one look-up.
+
+No array is part of a signature or a plan, nor is the identity of any object that can change; the values in
+arrays are read in every call. Where one does not pass a check, and for whatever has no signature (tracers,
+subclasses, gradients, expressions that only the call can settle), the call is described as if there were no
+plans.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from anyattn import arrays, dispatch, registry, settings
+from anyattn.arrays import Array
+from anyattn.call import AttentionCall
+from anyattn.describe import ARGUMENTS
+from anyattn.expr.structure import is_given, structure
+from anyattn.masks import Mask
+from anyattn.scores import Score
+
+__all__ = ["Plan", "Signature", "make", "run", "signature"]
+
+# Growing keys give every step of a decoding loop a signature of its own.
+_MOST_PLANS = 256
+# Integers and host data of more bytes than this are not compared, but described.
+_MOST_CONTENTS = 4096
+
+
+@dataclass(slots=True)
+class Signature:
+    """What finds a plan, and the arrays of the call besides q, k and v by argument."""
+
+    key: Hashable
+    given: dict[str, list[Array]]
+
+
+def signature(q: Any, k: Any, v: Any, options: tuple[Any, ...], backend: Any) -> Signature | None:
+    """The signature of a call of `attention`, or None; `options` are in the order of `ARGUMENTS`."""
+    tensors = arrays.signature(q), arrays.signature(k), arrays.signature(v)
+    if None in tensors or not (backend is None or type(backend) is str):
+        return None
+    types = tuple(map(type, options))
+    readers = _readers.get(types)
+    if readers is None:
+        readers = _find_readers(types)
+        if readers is None:
+            return None
+        _readers[types] = readers
+    given: dict[str, list[Array]] = {}
+    values: Any = options
+    if readers:
+        values = list(options)
+        for n, read in readers:
+            values[n] = part = read(options[n], given.setdefault(ARGUMENTS[n], []))
+            if part is None:
+                return None
+        same = [id(x) for loose in given.values() for x in loose]
+        # Which arrays are one and the same, so that a backend may tell arrays of a call apart by identity.
+        values = (*values, *map(same.index, same))
+    key = (*tensors, values, types, backend, settings.signature(), registry.generation())
+    return Signature(key, given)
+
+
+# Turns an option into its part of a signature, None where there is none, and collects its arrays.
+_Reader = Callable[[Any, list[Array]], Hashable]
+_readers: dict[tuple[type, ...], tuple[tuple[int, _Reader], ...]] = {}
+_PLAIN = (type(None), bool, int, str)
+
+
+def _find_readers(types: tuple[type, ...]) -> tuple[tuple[int, _Reader], ...] | None:
+    """Readers by the places of those options that are no plain values; None if one cannot be read."""
+    found: list[tuple[int, _Reader]] = []
+    for n, (name, cls) in enumerate(zip(ARGUMENTS, types, strict=True)):
+        if cls in _PLAIN or (name == "dropout" and cls is float):
+            continue
+        if cls is float or (cls.__module__ == "numpy" and cls.__name__ == "float64"):
+            found.append((n, _read_float))
+        elif cls is tuple and name == "window":
+            found.append((n, _read_window))
+        elif name in _ARRAY_READERS and cls is not tuple and cls is not list:
+            found.append((n, _ARRAY_READERS[name]))
+        else:
+            return None
+    return tuple(found)
+
+
+def _read_float(value: float, given: list[Array]) -> Hashable:
+    return value.hex()  # tells -0.0 from 0.0
+
+
+def _read_window(value: tuple[Any, ...], given: list[Array]) -> Hashable:
+    return value if all(type(side) in (int, type(None)) for side in value) else None
+
+
+def _read_array(value: Any, given: list[Array]) -> Hashable:
+    given.append(value)
+    return arrays.signature(value)
+
+
+def _read_integers(value: Any, given: list[Array]) -> Hashable:
+    """Lengths and offsets, whose values have checks: those that the host reads at once."""
+    given.append(value)
+    found = arrays.signature(value)
+    return found if found is not None and arrays.library(value) == "numpy" else None
+
+
+def _read_expression(value: Any, given: list[Array]) -> Hashable:
+    if not isinstance(value, (Mask, Score)):
+        return _read_array(value, given) if arrays.is_array(value) else None
+    found = structure(value.expr)
+    if found.text is None or not found.arrays:
+        return found.text
+    parts: list[Hashable] = [found.text]
+    for array in found.arrays:
+        own = arrays.signature(array.value)
+        if own is None:
+            return None
+        parts.append(own)
+        if is_given(array):
+            given.append(array.value)
+        elif arrays.library(array.value) != "numpy" or array.value.nbytes > _MOST_CONTENTS:
+            return None
+        else:
+            parts.append(array.value.tobytes())
+    return tuple(parts)
+
+
+_ARRAY_READERS: dict[str, _Reader] = {
+    "mask": _read_expression,
+    "bias": _read_array,
+    "score_mod": _read_expression,
+    "sinks": _read_array,
+    "kv_lengths": _read_integers,
+    "q_offset": _read_integers,
+}
+
+# From the arrays of a call by argument to one of `AttentionCall.others`; None where a value fails a check.
+_Feed = Callable[[dict[str, list[Array]]], Array | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How calls of one signature run."""
+
+    backend: Any
+    run: Callable[..., Any]
+    record: dispatch.Record
+    feeds: tuple[_Feed, ...]
+    has_heads: bool
+    swapped: bool
+    return_lse: bool
+
+    def __call__(self, q: Array, k: Array, v: Array, given: dict[str, list[Array]]) -> Any:
+        """What `attention` returns, or None where the values of an array need a description of the call."""
+        others = [feed(given) for feed in self.feeds] if self.feeds else ()
+        if any(x is None for x in others):
+            return None
+        if not self.has_heads:
+            q, k, v = q[None], k[None], v[None]
+        elif self.swapped:
+            q, k, v = q.swapaxes(-3, -2), k.swapaxes(-3, -2), v.swapaxes(-3, -2)
+        dispatch.record(self.record)
+        result = self.run(q, k, v, *others)
+        dispatch.check_pair(self.backend, result)
+        out, lse = result
+        if not self.has_heads:
+            out, lse = out[0], None if lse is None else lse[0]
+        elif self.swapped:
+            out = out.swapaxes(-3, -2)
+        return (out, lse) if self.return_lse else out
+
+
+_plans: dict[Hashable, Plan] = {}
+_lock = threading.Lock()
+
+
+def run(known: Signature | None, q: Array, k: Array, v: Array) -> Any:
+    """What `attention` returns, if there is a plan that serves the call; otherwise None."""
+    plan = None if known is None else _plans.get(known.key)
+    return None if plan is None or known is None else plan(q, k, v, known.given)
+
+
+def make(known: Signature | None, call: AttentionCall, backend: Any) -> bool:
+    """Keep a plan of a call that `backend` takes, where there can be one."""
+    if known is None or call.features & {"traced", "gradients"} or call.num_heads == 0:
+        return False
+    # Duck-typed backends may do without.
+    prepare = getattr(backend, "prepare", None)
+    feeds = _feeds(known, call)
+    prepared = None if prepare is None or feeds is None else prepare(call)
+    if prepared is None or feeds is None:
+        return False
+    plan = Plan(
+        backend=backend,
+        run=prepared,
+        record=dispatch.Record(backend.name, call.operation, call.features),
+        feeds=feeds,
+        has_heads=call.has_heads,
+        swapped=call.layout == "blhd",
+        return_lse=call.return_lse,
+    )
+    with _lock:
+        while len(_plans) >= _MOST_PLANS:
+            del _plans[next(iter(_plans))]
+        _plans[known.key] = plan
+    return True
+
+
+def _feeds(known: Signature, call: AttentionCall) -> tuple[_Feed, ...] | None:
+    """How `call.others` come from the arguments of a call; None where they do not."""
+    feeds: list[_Feed] = []
+    if call.kv_lengths is not None:
+        feeds.append(_lengths(call) if "kv_lengths" in known.given else _always(call.kv_lengths))
+    if "q_offset" in known.given or ("kv_lengths" in known.given and arrays.is_array(call.offset)):
+        return None
+    if arrays.is_array(call.offset):
+        feeds.append(_always(call.offset))
+    if call.sinks is not None:
+        feeds.append(_sinks(call.xp, call.sinks.dtype))
+    for name in ("mask", "score_mod", "bias"):
+        feeds += [_nth(name, n) for n in range(len(known.given.get(name, ())))]
+    return tuple(feeds)
+
+
+def _always(value: Array) -> _Feed:
+    return lambda given: value
+
+
+def _nth(name: str, n: int) -> _Feed:
+    return lambda given: given[name][n]
+
+
+def _sinks(xp: Any, dtype: Any) -> _Feed:
+    return lambda given: arrays.cast(xp, given["sinks"][0], dtype)
+
+
+def _lengths(call: AttentionCall) -> _Feed:
+    assert call.kv_lengths is not None
+    return _between("kv_lengths", 0, call.k_len, call.kv_lengths.dtype)
+
+
+def _between(name: str, least: int, most: int, dtype: Any) -> _Feed:
+    def feed(given: dict[str, list[Array]]) -> Array | None:
+        value = given[name][0].copy()
+        within = not value.size or (value.min() >= least and value.max() <= most)
+        return value.astype(dtype, copy=False) if within else None
+
+    return feed
