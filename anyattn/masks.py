@@ -21,7 +21,8 @@ from anyattn.arrays import Array
 from anyattn.expr.bind import Geometry, check_same_place
 from anyattn.expr.functions import where
 from anyattn.expr.nodes import ROW, Aligned, B, Const, Deferred, Expr, I, J, load
-from anyattn.expr.trace import table_of, trace_mask, words
+from anyattn.expr.tables import table_of
+from anyattn.expr.trace import trace_mask, words
 from anyattn.numbers import boolean, integer, is_integer
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from anyattn.arrays import Array
 from anyattn.expr.bind import Geometry, batch_indices, check_same_place
 from anyattn.expr.functions import clip, tanh, where
 from anyattn.expr.nodes import ROW, SCORE, Deferred, Expr, H, I, J, Symbol, load, rewrite
-from anyattn.expr.trace import table_of, trace_score, words
+from anyattn.expr.tables import table_of
+from anyattn.expr.trace import trace_score, words
 from anyattn.numbers import boolean, integer, is_integer, real
 
 __all__ = ["Score", "alibi", "from_function", "relative_bias", "relative_keys", "softcap", "t5_bias"]

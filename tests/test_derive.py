@@ -15,7 +15,8 @@ from anyattn.expr import nodes
 from anyattn.expr.derive import derivative, gradient
 from anyattn.expr.evaluate import Tile, evaluate
 from anyattn.expr.nodes import SCORE, Aligned, Const, Expr, H, I, J, Load, load, rewrite, walk
-from anyattn.expr.trace import table_of, trace_score
+from anyattn.expr.tables import table_of
+from anyattn.expr.trace import trace_score
 
 ROWS = np.array([0, 3, 17, 36])
 

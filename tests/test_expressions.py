@@ -22,6 +22,9 @@ from anyattn.expr.program import lower
 from anyattn.expr.trace import trace_mask, trace_score
 
 SLOPES = np.array([0.5, 0.25])
+PAIR = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+LISTS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+ZERO = np.array(2)
 NAMED = types.SimpleNamespace(slopes=SLOPES)
 
 
@@ -320,7 +323,30 @@ class TestRefusals:
             (lambda s, b, h, i, j: s + helper_with_if(i, j), "write aa.where(i > j, x, y)"),
             (lambda s, b, h, i, j: s + max(i @ j, 2), "unsupported operand type(s) for @"),
             (lambda s, b, h, i, j: s + NAMED, "combined with types.SimpleNamespace"),
-            (lambda s, b, h, i, j: s + SLOPES, "index every axis"),
+            (lambda s, b, h, i, j: s + SLOPES, "index every axis (SLOPES[j])"),
+            (lambda s, b, h, i, j: s + PAIR[h], "index every axis (PAIR[h][j])"),
+            (
+                lambda s, b, h, i, j: s + PAIR[h].max(),
+                "PAIR[h] is read while the kernel runs and has no .max",
+            ),
+            (lambda s, b, h, i, j: s + (SLOPES * 2)[h], "outside the function, or write SLOPES[h] * 2"),
+            (lambda s, b, h, i, j: s + (-NAMED.slopes)[h], "or write -NAMED.slopes[h]"),
+            (lambda s, b, h, i, j: s + abs(PAIR + 1)[h, j], "or write abs(PAIR[h, j] + 1)"),
+            (lambda s, b, h, i, j: s + PAIR[-1, j], "write PAIR[PAIR.shape[0] - 1, j]"),
+            (lambda s, b, h, i, j: s + PAIR[h][-2], "write PAIR[h][PAIR.shape[1] - 2]"),
+            (lambda s, b, h, i, j: s + LISTS[h, -1], "write LISTS[h, len(LISTS[0]) - 1]"),
+            (lambda s, b, h, i, j: s + SLOPES[..., h], "write SLOPES[h]"),
+            (lambda s, b, h, i, j: s + PAIR[..., j], "write PAIR[n, j] with an index n"),
+            (lambda s, b, h, i, j: s + PAIR[:, j], "PAIR[:, j] is a part of an array"),
+            (lambda s, b, h, i, j: s + PAIR[None, h, j], "write PAIR[h, j]"),
+            (lambda s, b, h, i, j: s + (i >> 1), "write i // 2"),
+            (lambda s, b, h, i, j: s + (i - j << 3), "write (i - j) * 8"),
+            (lambda s, b, h, i, j: s + (i >> h), "write i // 2 ** h"),
+            (lambda s, b, h, i, j: s + (ZERO >> 1), "write ZERO // 2"),
+            (lambda s, b, h, i, j: s + i * 2**63, "9223372036854775808 in a mask or score: wanted integers"),
+            (lambda s, b, h, i, j: s + (s if ZERO > 1 else j), "write aa.where(ZERO > 1, s, j)"),
+            (lambda s, b, h, i, j: s + round(ZERO), "write aa.floor(ZERO + 0.5)"),
+            (lambda s, b, h, i, j: s + range(PAIR[h])[0], "loop over known bounds"),
             (lambda s, b, h, i, j: s + SLOPES[s], "aa.floor"),
             (lambda s, b, h, i, j: s + SLOPES[h, i], "2 indices for an array of 1 axes"),
             (lambda s, b, h, i, j: s + "x", "builtins.str"),
@@ -369,6 +395,10 @@ class TestRefusals:
             out[i] = s
             return out
 
+        def shifts(s, b, h, i, j):
+            i >>= 2
+            return s + i
+
         held = types.SimpleNamespace(slopes=SLOPES)
         for function, offset, hint in (
             (writes, 1, "SLOPES is written to"),
@@ -381,6 +411,7 @@ class TestRefusals:
             (asserts, 1, "`assert` needs one truth value"),
             (branches, 1, "write (s > 0) & (i > j)"),
             (makes, 2, "out is written to"),
+            (shifts, 1, "write i = i // 4"),
         ):
             with pytest.raises(TraceError) as error:
                 trace_score(function)
@@ -425,17 +456,67 @@ class TestRefusals:
         with pytest.raises(TraceError, match="join conditions"):
             trace_mask(lambda b, h, i, j: i & j)
 
-    def test_mask_that_gives_a_number(self):
-        with pytest.raises(TraceError, match="gives int; wanted a condition"):
-            trace_mask(lambda b, h, i, j: i - j)
+    def test_results(self):
+        """What is wrong with all of a function is shown at its `return`, or where the function begins."""
 
-    def test_score_that_gives_a_condition(self):
-        with pytest.raises(TraceError, match="gives a condition; wanted a score"):
+        def number(b, h, i, j):
+            n = i - j
+            return n + 1
+
+        def branches(b, h, i, j):
+            if SLOPES[0] > 1:
+                return i
+            return j
+
+        @functools.cache
+        def nothing(b, h, i, j):
+            i < j  # noqa: B015
+
+        for function, offset, hint in (
+            (number, 2, "gives int; wanted a condition: write (n + 1) != 0, or give it to bias or score_mod"),
+            (branches, 0, "gives int; wanted a condition: write (result) != 0"),
+            (lambda b, h, i, j: i - j, 0, "gives int; wanted a condition: write (i - j) != 0"),
+            (lambda b, h, i, j: PAIR > 1, 0, "PAIR is an array of 2 axes, used as one number"),
+            (lambda b, h, i, j: PAIR, 0, "gives an array; wanted a condition: PAIR is an array of 2 axes"),
+            (lambda b, h, i, j: (i, j), 0, "gives builtins.tuple; wanted a condition, an expression or"),
+            (nothing.__wrapped__, 1, "gives None; wanted a condition: is a `return` missing?"),
+        ):
+            with pytest.raises(TraceError, match="mask function") as error:
+                trace_mask(function)
+            assert hint in str(error.value).rpartition("\n")[2]
+            line = function.__code__.co_firstlineno + offset
+            assert f"test_expressions.py:{line}: {linecache.getline(__file__, line).strip()}\n" in str(
+                error.value
+            )
+        with pytest.raises(
+            TraceError, match=r"wanted a score: give .* mask, or write aa.where\(\(i > j\), x, y"
+        ):
             trace_score(lambda s, b, h, i, j: i > j)
 
-    def test_wrong_number_of_parameters(self):
-        with pytest.raises(TraceError, match=r"could not be traced with \(b, h, i, j\)"):
-            trace_mask(lambda i, j: i > j)
+    def test_wrong_parameters(self):
+        class Holder:
+            def mask(self, q, k):
+                return q > k
+
+        def mask(i, j, *, table=PAIR):
+            return table[i, j] > 0
+
+        for function, got, write in (
+            (lambda i, j: i > j, "i, j", "lambda b, h, i, j: i > j"),
+            (mask, "i, j", "def mask(b, h, i, j, table=...):"),
+            (functools.partial(mask, table=PAIR), "i, j", "def mask(b, h, i, j, table=...):"),
+            (Holder().mask, "q, k", "def mask(self, b, h, i, j):"),
+        ):
+            with pytest.raises(TraceError) as error:
+                trace_mask(function)
+            code = getattr(getattr(function, "func", function), "__code__", Holder.mask.__code__)
+            assert f"test_expressions.py:{code.co_firstlineno}: " in str(error.value)
+            words = f"wanted the parameters (b, h, i, j), got ({got}); write {write}"
+            assert str(error.value).endswith(words)
+        with pytest.raises(TraceError, match=r"got \(s, q, k\); write lambda s, b, h, i, j: s \+ q"):
+            trace_score(lambda s, q, k: s + q)
+        with pytest.raises(TraceError, match="could not be traced"):
+            trace_mask(math.hypot)
 
 
 def test_repr_reads_like_code():
@@ -481,6 +562,26 @@ def test_a_captured_value_has_its_own_truth(flag):
     """Python's `if` on a captured array is decided while tracing, by the array and not by its length."""
     found = trace_mask(lambda b, h, i, j: (i < j) if flag else (j <= i))
     assert repr(found) == ("(i < j)" if flag else "(j <= i)")
+
+
+def test_captured_numbers_compute_as_numbers():
+    half, flag = np.array(0.5), np.array(True)
+    found = trace_score(lambda s, b, h, i, j: aa.where(~flag ^ flag, -half, +(half**2)) + 2**half * abs(half))
+    np.testing.assert_allclose(values(found), -0.5 + 2**0.5 * 0.5, rtol=1e-15)
+    assert repr(trace_score(lambda s, b, h, i, j: s * -half)) == "(score * (-half))"
+    # What Python must know while it traces is read then.
+    found = trace_score(
+        lambda s, b, h, i, j: sum(SLOPES[n] for n in range(ZERO)) + int(ZERO) + float(half) + j
+    )
+    np.testing.assert_allclose(values(found)[0, 0], 0.75 + 2 + 0.5 + np.arange(7), rtol=1e-15)
+    assert repr(trace_score(lambda s, b, h, i, j: s + [1, 2, 3][ZERO])) == "(score + 3)"
+
+
+def test_negative_indices_of_known_parts_count_from_the_end():
+    assert values(trace_score(lambda s, b, h, i, j: PAIR[-1][h]))[1, 0, 0] == 5.0
+    assert values(trace_score(lambda s, b, h, i, j: PAIR[-1, -1] + s))[1, 0, 0] == 6.0
+    assert values(trace_score(lambda s, b, h, i, j: sum(row[h] for row in PAIR)))[1, 0, 0] == 7.0
+    assert values(trace_score(lambda s, b, h, i, j: PAIR[h][len(PAIR[h]) - 1]))[1, 0, 0] == 6.0
 
 
 def test_unsigned_tables_on_torch():

@@ -21,6 +21,7 @@ from anyattn.expr.nodes import (
     Deferred,
     Expr,
     Load,
+    Size,
     Table,
     load,
     rewrite,
@@ -82,7 +83,11 @@ def bind(root: Expr, geometry: Geometry) -> Expr:
     largest = int(geometry.xp.iinfo(arrays.index_dtype(geometry.xp, geometry.device)).max)
 
     def settle(node: Expr) -> Expr:
-        return settled(node.settle(geometry)) if isinstance(node, Deferred) else node
+        if isinstance(node, Size):
+            return Const(int(node.table.value.shape[node.axis]), "int")
+        if isinstance(node, Deferred):
+            return settled(node.settle(geometry, *(table.value for table in node.tables)))
+        return node
 
     def settled(node: Expr) -> Expr:
         return rewrite(node, settle)

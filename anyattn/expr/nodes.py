@@ -16,13 +16,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 from anyattn.errors import TraceError
-
-if TYPE_CHECKING:
-    from anyattn.expr.bind import Geometry
 
 __all__ = [
     "Aligned",
@@ -31,6 +28,7 @@ __all__ = [
     "Deferred",
     "Expr",
     "Load",
+    "Size",
     "Symbol",
     "Table",
     "apply",
@@ -161,6 +159,10 @@ class Table:
     `axes` names what each axis must match in the call: "b" the number of batch entries, "h" the query heads,
     None anything. `value` is an array of the user's library, or host data (`host`) that every library gets a
     copy of.
+
+    `fixed` says what of it expressions were built from, so that an array that takes its place must agree: ""
+    its dtype and rank only, "shape" also its sizes (but along "b" and "h"), "values" all of it, so that none
+    may. Entries that the host can read are at least `least`.
     """
 
     value: Any
@@ -169,6 +171,8 @@ class Table:
     axes: tuple[str | None, ...]
     label: str
     host: bool
+    fixed: str = "shape"
+    least: int | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -190,7 +194,21 @@ class Load(Expr):
         return load(self.table, children)
 
     def __repr__(self) -> str:
-        return f"{self.table.label}[{', '.join(map(repr, self.indices))}]"
+        return (
+            f"{self.table.label}[{', '.join(map(repr, self.indices))}]" if self.indices else self.table.label
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Size(Expr):
+    """The size of one axis of a captured array; binding makes it a constant."""
+
+    table: Table
+    axis: int
+    kind: str = "int"
+
+    def __repr__(self) -> str:
+        return f"{self.table.label}.shape[{self.axis}]"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -212,12 +230,16 @@ class Aligned(Expr):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Deferred(Expr):
-    """A part that only the sizes of the call can settle (`masks.random_blocks`, `scores.relative_keys`)."""
+    """A part that only the sizes of the call can settle (`masks.random_blocks`, `scores.relative_keys`).
 
-    settle: Callable[[Geometry], Expr]
+    `settle` gets the sizes, and the values of `tables`, which is where others can take their places.
+    """
+
+    settle: Callable[..., Expr]
     kind: str
     inputs: tuple[Expr, ...]
     label: str
+    tables: tuple[Table, ...] = ()
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -270,6 +292,8 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 COMPARISONS = frozenset(("lt", "le", "gt", "ge", "eq", "ne"))
+# Indices are int64 in meaning, and so is what is computed from them.
+_LARGEST = 2**63 - 1
 
 _RANK = {"bool": 0, "int": 1, "float": 2}
 
@@ -278,7 +302,7 @@ def as_expr(value: Any) -> Expr:
     """`value` as a node: expressions as they are, Python and NumPy scalars as constants."""
     if isinstance(value, Expr):
         return value
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0 and type(value).__module__ == "numpy":
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     if isinstance(value, bool):
         return Const(value, "bool")
@@ -300,6 +324,12 @@ def apply(op: str, *values: Any) -> Expr:
     """The operation `op` on nodes or numbers, its kinds checked."""
     rule = OPERATIONS[op]
     args = tuple(as_expr(v) for v in values)
+    for a in args:
+        # A bound beyond all indices bounds nothing, and compares rightly.
+        if isinstance(a, Const) and a.kind == "int" and abs(a.value) > _LARGEST and op not in COMPARISONS:
+            raise ValueError(
+                f"{a.value} in a mask or score: wanted integers of at most {_LARGEST}, or a float"
+            )
     numbers = args
     if op == "where":
         if args[0].kind != "bool":

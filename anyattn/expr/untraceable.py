@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ast
 import linecache
+import threading
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Place", "advice", "place_of"]
+__all__ = ["Place", "advice", "place_of", "tree_of", "whole_array"]
 
 _FUNCTIONS = ("exp", "log", "tanh", "sqrt", "floor")
 _SAME = {
@@ -34,6 +36,8 @@ _SAME = {
     "absolute": "abs",
 }
 _LOGIC = {"logical_and": "&", "logical_or": "|", "logical_xor": "^"}
+# CPython 3.11 counts the depth of a tree for all threads together, and fails where two parse at once.
+_parsing = threading.Lock()
 _KNOWN = (
     "operators, abs, aa.where, aa.clip, aa.minimum, aa.maximum, aa.exp, aa.log, aa.tanh, aa.sqrt, "
     "aa.sigmoid, aa.floor and captured arrays indexed by index expressions"
@@ -89,14 +93,9 @@ def _place(code: types.CodeType, instruction: int, line: int | None) -> Place | 
 
 def advice(place: Place | None) -> str | None:
     """How the construct at a place can be written, or None where it is not one that is known."""
-    tree = None if place is None else _tree(place.file)
-    if tree is None or place is None:
+    if place is None:
         return None
-    around: list[ast.AST] = [
-        node for node in ast.walk(tree) if hasattr(node, "lineno") and place.within(node)
-    ]
-    # `walk` goes by depth: what contains comes before what is contained.
-    for node in reversed(around):
+    for node in reversed(_around(place)):
         rule = _RULES.get(type(node))
         words = None if rule is None else rule(node, place)
         if words is not None:
@@ -104,10 +103,50 @@ def advice(place: Place | None) -> str | None:
     return None
 
 
-def _tree(file: str) -> ast.Module | None:
+def whole_array(place: Place | None, label: str) -> str | None:
+    """How `(label * 2)[h]` can be written: index first, then compute."""
+    for node in reversed([] if place is None else _around(place)):
+        if isinstance(node, ast.Subscript) and place is not None and place.within(node.value):
+            computed = _write(node.value)
+            parsed = ast.parse(computed, mode="eval").body
+            written = _write(_Indexed(label, node.slice).visit(parsed))
+            if written != computed:
+                return (
+                    f"{computed} computes with a whole array; compute it outside the function, "
+                    f"or write {written}"
+                )
+    return None
+
+
+class _Indexed(ast.NodeTransformer):
+    """Puts an index behind every use of an array."""
+
+    def __init__(self, label: str, index: ast.expr):
+        self.label = label
+        self.index = index
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.expr) and _write(node) == self.label:
+            return ast.Subscript(node, self.index)
+        if isinstance(node, ast.Subscript) and _write(node.value) == self.label:
+            return node
+        return self.generic_visit(node)
+
+
+def _around(place: Place) -> list[ast.AST]:
+    """The constructs that a place lies in, the outer ones first."""
+    tree = tree_of(place.file)
+    # `walk` goes by depth: what contains comes before what is contained.
+    found = [] if tree is None else [node for node in ast.walk(tree) if hasattr(node, "lineno")]
+    return [node for node in found if place.within(node)]
+
+
+def tree_of(file: str) -> ast.Module | None:
+    """The syntax tree of a source file, or None where there is none that can be read."""
     source = "".join(linecache.getlines(file))
     try:
-        return ast.parse(source) if source else None
+        with _parsing:
+            return ast.parse(source) if source else None
     except SyntaxError:  # a file that changed, or a notebook cell with magics
         return None
 
@@ -140,6 +179,28 @@ def _statement(node: ast.If | ast.While | ast.Assert, place: Place) -> str | Non
 def _logic(node: ast.BoolOp, place: Place) -> str:
     word, sign = ("and", "&") if isinstance(node.op, ast.And) else ("or", "|")
     return f"`{word}` asks for one truth value; write {_joined(node.values, sign)}"
+
+
+def _shift(node: ast.BinOp, place: Place) -> str | None:
+    """`i >> 1` is `i // 2`; the other operators that symbols refuse have no other form."""
+    if not (place.is_all_of(node) and isinstance(node.op, (ast.RShift, ast.LShift))):
+        return None
+    return f"indices are not shifted; write {_write(_unshifted(node.left, node.op, node.right))}"
+
+
+def _shift_in_place(node: ast.AugAssign, place: Place) -> str | None:
+    if not (place.is_all_of(node) and isinstance(node.op, (ast.RShift, ast.LShift))):
+        return None
+    target = ast.parse(_write(node.target), mode="eval").body
+    written = _write(_unshifted(target, node.op, node.value))
+    return f"indices are not shifted; write {_write(node.target)} = {written}"
+
+
+def _unshifted(value: ast.expr, op: ast.operator, by: ast.expr) -> ast.expr:
+    power: ast.expr = ast.BinOp(ast.Constant(2), ast.Pow(), by)
+    if isinstance(by, ast.Constant) and isinstance(by.value, int) and 0 <= by.value < 64:
+        power = ast.Constant(2**by.value)
+    return ast.BinOp(value, ast.FloorDiv() if isinstance(op, ast.RShift) else ast.Mult(), power)
 
 
 def _not(node: ast.UnaryOp, place: Place) -> str | None:
@@ -272,6 +333,8 @@ _RULES: dict[type[ast.AST], Callable[..., str | None]] = {
     ast.While: _statement,
     ast.Assert: _statement,
     ast.BoolOp: _logic,
+    ast.BinOp: _shift,
+    ast.AugAssign: _shift_in_place,
     ast.UnaryOp: _not,
     ast.Compare: _comparison,
     ast.Call: _call,
