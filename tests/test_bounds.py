@@ -14,6 +14,7 @@ from anyattn.expr import bounds, nodes
 from anyattn.expr.bounds import check_constants, check_integers, fits, index_ranges
 from anyattn.expr.functions import floor, where
 from anyattn.expr.nodes import SCORE, Aligned, B, Const, H, I, J, Table, load
+from anyattn.expr.print_cuda import cuda_source
 from anyattn.expr.program import lower
 
 INT32 = 2**31 - 1
@@ -227,5 +228,8 @@ def test_constants_of_the_code_are_held_to_its_indices(expr):
     program = lower(expr, None)
     with pytest.raises(ValueError, match="32-bit indices cannot hold the constant"):
         check_constants(program, 32)
+    with pytest.raises(ValueError, match="32-bit indices cannot hold the constant"):
+        cuda_source(program, "float32", index="int")
     check_constants(program, 64)
-    check_constants(lower(I % INT32 > J, None), 32)
+    assert "Index" in cuda_source(program, "float32")
+    assert "Index" in cuda_source(lower(I % INT32 > J, None), "float32", index="int")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from anyattn.arrays import Array
+from anyattn.expr.bounds import check_constants
 from anyattn.expr.program import AlignedSlot, LoadSlot, Program
 from anyattn.expr.statements import Body, aligned_slots, body, table_slots
 from anyattn.expr.writer import ATOM, Form, Text, Writer, called
@@ -52,10 +53,16 @@ def cuda_source(program: Program, accumulate: str, *, index: str = "long long", 
         The dtype in which floats are computed, `Real`.
     index : {"long long", "int"}
         `Index`, the type in which integers are computed. Integers are int64 in meaning; "int" is right only
-        where the caller has proved that no integer of the program, on the way too, leaves 32 bits.
+        where `bounds.fits` has proved for the call that no integer of the program leaves 32 bits.
     title : str
         A line for the reader at the top, such as the mask that it was made for.
+
+    Raises
+    ------
+    ValueError
+        If a constant of the code does not fit `index`.
     """
+    check_constants(program, 64 if index == "long long" else 32)
     writer = _Writer(accumulate)
     functions = [
         writer.function(name, body(root))
