@@ -357,6 +357,7 @@ def test_all_that_decides_is_in_the_key():
             (parts(masks.sliding_window(5), 128, 128, (2,), q_offset=np.array([0, 1])), 64, 64),
             (parts(masks.sliding_window(5), 128, 128, (2,), q_offset=np.array([0, 2])), 64, 64),
             (parts(masks.sliding_window(5), 128, 128, (), 2), 64, 64),
+            (parts(masks.sliding_window(5), 128, 128, (2,)), 64, 64),
             (parts(masks.strided(5), 128, 128), 64, 64),
             (parts(masks.strided(6), 128, 128), 64, 64),
         )
@@ -371,6 +372,7 @@ def test_keys_tell_apart_what_looks_alike():
         return masks.from_function(f).expr
 
     t8, t16 = np.array([1, 0, 0, 0], np.int8), np.array([1, 0], np.int16)
+    minus, most = np.array([-1, 0], np.int8), np.array([255, 0], np.uint8)
     square = np.array([[True, False], [False, False]])
     exprs = [
         function(lambda b, h, i, j: j / (i + 1) > 1),
@@ -383,6 +385,10 @@ def test_keys_tell_apart_what_looks_alike():
         function(lambda b, h, i, j: t8[i] > t8[j]),
         function(lambda b, h, i, j: t16[i] > t16[j]),
         function(lambda b, h, i, j: t8[i] > t16[j]),
+        function(lambda b, h, i, j: minus[i] > 0),
+        function(lambda b, h, i, j: most[i] > 0),
+        function(lambda b, h, i, j: (i + j) * (i - j) > 0),
+        function(lambda b, h, i, j: (i + j) * (j - i) > 0),
         masks.dense(square).expr,
         masks.dense(square[:1]).expr,
         masks.dense(square[:, :1]).expr,
