@@ -218,9 +218,11 @@ def signature(x: Any) -> tuple[Any, ...] | None:
     It tells nothing of other types (subclasses, tracers), nor where x takes part in differentiation.
     """
     cls = type(x)
-    if cls not in _signatures:
-        _signatures[cls] = _SIGNATURES.get((cls.__module__.partition(".")[0], cls.__name__), _no_signature)
-    return _signatures[cls](x)
+    read = _signatures.get(cls)
+    if read is None:
+        found = _SIGNATURES.get((cls.__module__.partition(".")[0], cls.__name__), _no_signature)
+        read = _signatures[cls] = found
+    return read(x)
 
 
 def _numpy_signature(x: Array) -> tuple[Any, ...]:

@@ -249,7 +249,10 @@ def global_tokens(tokens: int | Sequence[int] | Array, *, positions: bool = True
 
     count = int(table.value.shape[0])
     shown = table.value.tolist() if table.host and count <= _FEW_TOKENS else f"<{count} tokens>"
-    return Mask(Deferred(settle, "bool", (i, J), label), _words("global_tokens", shown, positions=positions))
+    # An array may change.
+    listed = tuple(table.value.tolist()) if isinstance(tokens, (list, tuple, range)) else None
+    expr = Deferred(settle, "bool", (i, J), label, parameters=listed)
+    return Mask(expr, _words("global_tokens", shown, positions=positions))
 
 
 def prefix(n: int | Sequence[int] | Array) -> Mask:
@@ -340,7 +343,8 @@ def random_blocks(count: int, block_size: int, seed: int, *, positions: bool = T
         )
         return found & (block >= 0) & (block <= last - first)
 
-    expr = Deferred(settle, "bool", (i, J), f"random_blocks({count}, {block_size}, {seed})")
+    label = f"random_blocks({count}, {block_size}, {seed})"
+    expr = Deferred(settle, "bool", (i, J), label, parameters=(count, block_size, seed))
     return Mask(expr, _words("random_blocks", count, block_size, seed, positions=positions))
 
 

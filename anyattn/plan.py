@@ -14,14 +14,15 @@ plans.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from anyattn import arrays, dispatch, registry, settings
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
 from anyattn.describe import ARGUMENTS
+from anyattn.expr.bounds import check_integers
 from anyattn.expr.structure import is_given, structure
 from anyattn.masks import Mask
 from anyattn.scores import Score
@@ -48,30 +49,41 @@ def signature(q: Any, k: Any, v: Any, options: tuple[Any, ...], backend: Any) ->
     if None in tensors or not (backend is None or type(backend) is str):
         return None
     types = tuple(map(type, options))
-    readers = _readers.get(types)
-    if readers is None:
+    kinds = _kinds.get(types)
+    if kinds is None:
         readers = _find_readers(types)
         if readers is None:
             return None
-        _readers[types] = readers
+        kinds = _kinds.setdefault(types, _Kinds(readers))
     given: dict[str, list[Array]] = {}
     values: Any = options
-    if readers:
+    if kinds.readers:
         values = list(options)
-        for n, read in readers:
+        for n, read in kinds.readers:
             values[n] = part = read(options[n], given.setdefault(ARGUMENTS[n], []))
             if part is None:
                 return None
         same = [id(x) for loose in given.values() for x in loose]
         # Which arrays are one and the same, so that a backend may tell arrays of a call apart by identity.
         values = (*values, *map(same.index, same))
-    key = (*tensors, values, types, backend, settings.signature(), registry.generation())
+    key = (*tensors, values, kinds, backend, settings.signature(), registry.generation())
     return Signature(key, given)
 
 
 # Turns an option into its part of a signature, None where there is none, and collects its arrays.
 _Reader = Callable[[Any, list[Array]], Hashable]
-_readers: dict[tuple[type, ...], tuple[tuple[int, _Reader], ...]] = {}
+
+
+class _Kinds:
+    """Types of options, which are told apart (True is 1 to a dict), and how such options are read."""
+
+    __slots__ = ("readers",)
+
+    def __init__(self, readers: tuple[tuple[int, _Reader], ...]):
+        self.readers = readers
+
+
+_kinds: dict[tuple[type, ...], _Kinds] = {}
 _PLAIN = (type(None), bool, int, str)
 
 
@@ -160,9 +172,11 @@ class Plan:
 
     def __call__(self, q: Array, k: Array, v: Array, given: dict[str, list[Array]]) -> Any:
         """What `attention` returns, or None where the values of an array need a description of the call."""
-        others = [feed(given) for feed in self.feeds] if self.feeds else ()
-        if any(x is None for x in others):
-            return None
+        others: Sequence[Array | None] = ()
+        if self.feeds:
+            others = [feed(given) for feed in self.feeds]
+            if any(x is None for x in others):
+                return None
         if not self.has_heads:
             q, k, v = q[None], k[None], v[None]
         elif self.swapped:
@@ -219,9 +233,14 @@ def _feeds(known: Signature, call: AttentionCall) -> tuple[_Feed, ...] | None:
     feeds: list[_Feed] = []
     if call.kv_lengths is not None:
         feeds.append(_lengths(call) if "kv_lengths" in known.given else _always(call.kv_lengths))
-    if "q_offset" in known.given or ("kv_lengths" in known.given and arrays.is_array(call.offset)):
-        return None
-    if arrays.is_array(call.offset):
+    if {"kv_lengths", "q_offset"} & known.given.keys() and not isinstance(call.offset, int):
+        if not (arrays.is_array(call.offset) and _takes_any_offset(call)):
+            return None
+        by_lengths = "q_offset" not in known.given
+        feeds.append(_last(feeds[0]) if by_lengths else _offset(call))
+    elif "q_offset" in known.given:
+        return None  # the call holds the value of an array without axes as a number
+    elif arrays.is_array(call.offset):
         feeds.append(_always(call.offset))
     if call.sinks is not None:
         feeds.append(_sinks(call.xp, call.sinks.dtype))
@@ -247,6 +266,10 @@ def _lengths(call: AttentionCall) -> _Feed:
     return _between("kv_lengths", 0, call.k_len, call.kv_lengths.dtype)
 
 
+def _offset(call: AttentionCall) -> _Feed:
+    return _between("q_offset", -call.q_len, call.k_len, call.offset.dtype)
+
+
 def _between(name: str, least: int, most: int, dtype: Any) -> _Feed:
     def feed(given: dict[str, list[Array]]) -> Array | None:
         value = given[name][0].copy()
@@ -254,3 +277,26 @@ def _between(name: str, least: int, most: int, dtype: Any) -> _Feed:
         return value.astype(dtype, copy=False) if within else None
 
     return feed
+
+
+def _last(lengths: _Feed) -> _Feed:
+    def feed(given: dict[str, list[Array]]) -> Array | None:
+        found = lengths(given)
+        return None if found is None else found - 1
+
+    return feed
+
+
+def _takes_any_offset(call: AttentionCall) -> bool:
+    """Whether the description of a call holds wherever row 0 stands, from -Lq to Lk."""
+    if not all(structure(part.expr).settled for part in (call.mask, call.score_mod) if part is not None):
+        return False
+    anywhere = replace(call, offset_host=None)
+    bits = call.xp.iinfo(call.offset.dtype).bits
+    try:
+        for part in (call.visible, call.score):
+            if part is not None:
+                check_integers(part, anywhere, bits, "", call.library)
+    except ValueError:
+        return False
+    return True

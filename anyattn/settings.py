@@ -46,9 +46,10 @@ def forced_backend(argument: str | None) -> tuple[str, str] | None:
     return (name, ENVIRONMENT_VARIABLE) if name else None
 
 
-def signature() -> tuple[Settings, str | None]:
-    """All of the above that steers a call."""
-    return _current.get(), os.environ.get(ENVIRONMENT_VARIABLE)
+def signature() -> tuple[Settings | None, str | None]:
+    """All that steers a call, in a form that is quickly compared."""
+    here = _current.get()
+    return None if here is _DEFAULT else here, os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 @contextmanager

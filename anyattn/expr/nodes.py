@@ -233,6 +233,8 @@ class Deferred(Expr):
     """A part that only the sizes of the call can settle (`masks.random_blocks`, `scores.relative_keys`).
 
     `settle` gets the sizes, and the values of `tables`, which is where others can take their places.
+    `parameters` are what it depends on besides the sizes and the position of row 0, None where that is more
+    than can be compared.
     """
 
     settle: Callable[..., Expr]
@@ -240,6 +242,7 @@ class Deferred(Expr):
     inputs: tuple[Expr, ...]
     label: str
     tables: tuple[Table, ...] = ()
+    parameters: tuple[int, ...] | None = None
 
     @property
     def children(self) -> tuple[Expr, ...]:

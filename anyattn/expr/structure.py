@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anyattn.expr.nodes import Aligned, Apply, Const, Expr, Load, Symbol, Table, walk
+from anyattn.expr.nodes import Aligned, Apply, Const, Deferred, Expr, Load, Size, Symbol, Table, walk
 
 __all__ = ["Structure", "is_given", "structure"]
 
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """Text and arrays of an expression; `text` is None where the call decides a part of it."""
+    """Text and arrays of an expression.
+
+    `text` is None where it cannot be told; `settled` is False where the sizes and the position of row 0 in
+    the call decide a part of the expression.
+    """
 
     text: str | None
     arrays: tuple[Table | Aligned, ...]
+    settled: bool
 
 
 def structure(root: Expr) -> Structure:
@@ -48,7 +53,8 @@ def _structure(root: Expr) -> Structure:
         lines.append(None if line is None else f"{line} {[numbers[id(c)] for c in node.children]}")
     known = [line for line in lines if line is not None]
     text = "\n".join(known) if len(known) == len(lines) else None
-    return Structure(text, tuple(arrays.values()))
+    settled = not any(isinstance(node, Deferred) for node in walk(root))
+    return Structure(text, tuple(arrays.values()), settled)
 
 
 def _line(node: Expr, arrays: dict[int, Table | Aligned]) -> str | None:
@@ -63,6 +69,9 @@ def _line(node: Expr, arrays: dict[int, Table | Aligned]) -> str | None:
         arrays.setdefault(id(node.table), node.table)
         table = node.table
         return f"load {list(arrays).index(id(table))} {table.kind} {table.axes} {table.host}"
+    if isinstance(node, Size):
+        arrays.setdefault(id(node.table), node.table)
+        return f"size {list(arrays).index(id(node.table))} {node.axis}"
     if isinstance(node, Aligned):
         arrays.setdefault(id(node), node)
         return f"aligned {list(arrays).index(id(node))} {node.kind} {node.block} {node.any_rank}"
