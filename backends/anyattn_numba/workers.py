@@ -1,0 +1,144 @@
+"""What the threads of `threads` run: the compiled life of a worker, and the call that hands it a task.
+
+The pool is one block of memory: a head and as much for each worker. Each worker's part has a state that one
+side at a time may change:
+
+    ABSENT -worker-> IDLE -caller-> CLAIMED -caller-> READY -worker-> RUNNING -worker-> DONE -caller-> IDLE
+                                                      READY -caller-> IDLE  (taken back, was not begun)
+
+Who waits for a state spins shortly and then sleeps on the worker's condition variable. The C library's
+functions are called by addresses that the head holds, so that one that is missing is found beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+
+from anyattn_numba.atomics import call_c1, call_c2, compare_exchange, exchange, invoke, load, pause, store
+
+__all__ = ["OPTIONS", "call", "launch", "serve"]
+
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    return njit(**OPTIONS)(function)
+
+
+# Nanoseconds for which one waits awake: waking up costs a worker 30 to 60 µs.
+SPIN = 50_000
+# Pauses between two looks at the clock.
+TURNS = 16
+
+# The pool is one block of memory: a head and as much for each worker. Offsets in bytes; what different
+# threads write lies in different cache lines.
+PART = 512
+COUNT, CLOSED, NEVER = 0, 8, 16
+CLOCK, CLOCK_ID, LOCK, UNLOCK, WAIT, BROADCAST = range(128, 176, 8)
+STATE, FUNCTION, ARGUMENTS, WORKER, STATUS, NEXT = range(0, 48, 8)
+WORKER_SLEEPS, CALLER_SLEEPS = 128, 192  # each a flag, and a place for the time at TIME beyond it
+TIME = 16
+MUTEX, CONDITION = 256, 384
+
+# States of a worker's part: the worker sets IDLE once, RUNNING and DONE, a caller the others.
+ABSENT, IDLE, CLAIMED, READY, RUNNING, DONE = range(6)
+
+
+@_compiled
+def now(pool: int, place: int) -> int:
+    """Nanoseconds of a steady clock, by way of two words at a place."""
+    call_c2(load(pool + CLOCK), load(pool + CLOCK_ID), place)
+    nanoseconds: int = load(place) * 1_000_000_000 + load(place + 8)
+    return nanoseconds
+
+
+@_compiled
+def wake(pool: int, worker: int) -> None:
+    """Wake who sleeps at a worker's part, after its state or the pool's was set."""
+    # Who is about to sleep holds the lock until it sleeps.
+    call_c1(load(pool + LOCK), worker + MUTEX)
+    call_c1(load(pool + UNLOCK), worker + MUTEX)
+    call_c1(load(pool + BROADCAST), worker + CONDITION)
+
+
+@_compiled
+def wait(pool: int, worker: int, state: int, sleeps: int, stop: int) -> None:
+    """Wait until a worker's part is in a state, or the word at `stop` is not 0."""
+    end = -1
+    while True:
+        for _ in range(TURNS):
+            if load(worker + STATE) == state or load(stop) != 0:
+                return
+            pause()
+        time = now(pool, sleeps + TIME)
+        if end < 0:
+            end = time + SPIN
+        elif time > end:
+            break
+    call_c1(load(pool + LOCK), worker + MUTEX)
+    # Sequentially consistent, as is the setting of the state: one of both sees the other's.
+    exchange(sleeps, 1)
+    while load(worker + STATE) != state and load(stop) == 0:
+        call_c2(load(pool + WAIT), worker + CONDITION, worker + MUTEX)
+    store(sleeps, 0)
+    call_c1(load(pool + UNLOCK), worker + MUTEX)
+
+
+@_compiled
+def serve(pool: int, worker: int) -> int:
+    """Run tasks until the pool closes: the life of a worker."""
+    store(worker + STATE, IDLE)
+    while True:
+        wait(pool, worker, READY, worker + WORKER_SLEEPS, pool + CLOSED)
+        if compare_exchange(worker + STATE, READY, RUNNING):
+            status = invoke(load(worker + FUNCTION), load(worker + ARGUMENTS), load(worker + WORKER))
+            store(worker + STATUS, status)
+            exchange(worker + STATE, DONE)
+            if load(worker + CALLER_SLEEPS) != 0:
+                wake(pool, worker)
+        elif load(pool + CLOSED) != 0:
+            return 0
+
+
+@_compiled
+def launch(pool: int, function: int, arguments: int, threads: int) -> int:
+    """Call a task here and on up to `threads - 1` idle workers; the first status that is not 0."""
+    claimed = 0
+    if threads > 1:
+        number = 1
+        worker = pool
+        for _ in range(load(pool + COUNT)):
+            worker += PART
+            if load(worker + STATE) == IDLE and compare_exchange(worker + STATE, IDLE, CLAIMED):
+                store(worker + FUNCTION, function)
+                store(worker + ARGUMENTS, arguments)
+                store(worker + WORKER, number)
+                store(worker + NEXT, claimed)
+                exchange(worker + STATE, READY)
+                if load(worker + WORKER_SLEEPS) != 0:
+                    wake(pool, worker)
+                claimed = worker
+                number += 1
+                if number == threads:
+                    break
+    status: int = invoke(function, arguments, 0)
+    while claimed != 0:
+        worker = claimed
+        claimed = load(worker + NEXT)
+        # What did not begin will find nothing to do.
+        if not compare_exchange(worker + STATE, READY, IDLE):
+            wait(pool, worker, DONE, worker + CALLER_SLEEPS, pool + NEVER)
+            if status == 0:
+                status = load(worker + STATUS)
+            store(worker + STATE, IDLE)
+    return status
+
+
+@_compiled
+def call(function: int, arguments: int, worker: int) -> int:
+    """Call a task on this thread only."""
+    status: int = invoke(function, arguments, worker)
+    return status
