@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from anyattn.call import AttentionCall
+    from anyattn.kernels.key import KernelKey
 
 __all__ = ["CAPABILITIES", "Backend"]
 
@@ -113,6 +114,14 @@ class Backend:
         No call that is traced or takes part in automatic differentiation is prepared, nor one without query
         heads.
         """
+        return None
+
+    def source(self, call: AttentionCall) -> str | None:
+        """The code that is generated for a call; None where the expressions are evaluated as they are."""
+        return None
+
+    def kernel_key(self, call: AttentionCall) -> KernelKey | None:
+        """The complete key of the code that is generated for a call; None likewise."""
         return None
 
     def __repr__(self) -> str:

@@ -16,9 +16,9 @@ from anyattn import arrays, dispatch, registry, settings
 from anyattn.arrays import FLOAT_DTYPES, Array
 from anyattn.attention import MaskLike, ScoreLike, Window, attention
 from anyattn.call import AttentionCall
-from anyattn.describe import Options, describe
+from anyattn.describe import OPTIONS, Options, describe
 from anyattn.explain import Explanation, explain
-from anyattn.expr.captures import Capture, find_captures, rebind
+from anyattn.expr.captures import Capture, arrays_of, find_captures, rebind
 from anyattn.expr.listing import listing
 from anyattn.expr.nodes import Aligned, Deferred, Expr, Load, Table, walk
 from anyattn.expr.program import Program, lower
@@ -33,20 +33,6 @@ __all__ = ["CompiledAttention", "compile"]
 _PER_CALL = ("bias", "sinks", "kv_lengths", "q_offset")
 # Features of a call that are not in its expressions and change a kernel.
 _FLAGS = frozenset({"sinks", "return_lse"})
-_OPTIONS = (
-    "causal",
-    "window",
-    "mask",
-    "bias",
-    "score_mod",
-    "softcap",
-    "sinks",
-    "scale",
-    "kv_lengths",
-    "q_offset",
-    "layout",
-    "return_lse",
-)
 # Sizes of the call that is described when compiling, where no captured array says others. What is settled by
 # sizes (`random_blocks` has at most as many blocks as there are) is settled for a call of usual length.
 _SAMPLE_LENGTH = 128
@@ -98,7 +84,7 @@ def compile(  # noqa: A001
     Raises
     ------
     TypeError, ValueError
-        For what `attention` refuses, and for `scores.relative_keys`, which holds the queries of one call.
+        For what `attention` refuses.
     anyattn.errors.UnsupportedCallError
         If the backend refuses such calls, with its reasons.
 
@@ -113,8 +99,14 @@ def compile(  # noqa: A001
 
     Notes
     -----
-    What a function reads of an array while it is traced, `slopes[0]` or `slopes.max()`, is a number from then
-    on, which another `slopes` does not change; an array that is indexed by indices is read in every call.
+    An array that a function indexes by index expressions is read in every call, and one changed in place is
+    noticed. Any other of the same dtype and rank may take its place, of another length too unless the
+    function used its sizes (`len(slopes)`, `slopes.shape`). What is read while the function is traced,
+    `slopes[0]`, `slopes.max()`, `float(slope)` or a loop, is part of the code from then on, so a call that
+    gives another such array is refused. Lists and tuples of numbers are copied when they are traced: changing
+    one later changes nothing, but a call may give others by name.
+
+    `scores.relative_keys` holds queries, which every call gives anew: `f(q, k, v, q=q)`.
     """
     declared = {"bias": bias, "sinks": sinks, "kv_lengths": kv_lengths, "q_offset": q_offset}
     for name, given in declared.items():
@@ -170,7 +162,6 @@ class CompiledAttention:
         self._options = options
         self._per_call = per_call
         roots = [x.expr for x in (options.mask, options.score_mod) if x is not None]
-        _refuse_queries(roots)
         self._captures = find_captures(roots)
         for name in sorted(per_call & self._captures.keys()):
             raise ValueError(
@@ -187,16 +178,16 @@ class CompiledAttention:
     def arrays(self) -> dict[str, str]:
         found = {name: f"{name} of attention" for name in sorted(self._per_call)}
         for name, capture in self._captures.items():
-            found[name] = f"{capture.dtype(self._accumulate)} {tuple(capture.value.shape)}"
+            if not capture.fixed:
+                found[name] = f"{capture.dtype(self._accumulate)} {tuple(capture.value.shape)}"
         return found
 
     @cached_property
     def source(self) -> str:
         """The code that was generated: a kernel's source, or for `reference` what is evaluated."""
-        generate = getattr(self._chosen, "source", None)
-        if generate is not None:
-            text: str = generate(self._call)
-            return text
+        generated: str | None = self._chosen.source(self._call)
+        if generated is not None:
+            return generated
         head = (
             f"# {self.backend} evaluates this with array-API calls, a block of keys at a time.\n"
             f"# q, k: {self.dtype} (..., {self.head_dim}); v: (..., {self.v_head_dim}); "
@@ -207,10 +198,9 @@ class CompiledAttention:
     @cached_property
     def cache_key(self) -> KernelKey:
         """The complete key of the code, which prints in full; see `anyattn.kernels.key`."""
-        own = getattr(self._chosen, "kernel_key", None)
+        own: KernelKey | None = self._chosen.kernel_key(self._call)
         if own is not None:
-            key: KernelKey = own(self._call)
-            return key
+            return own
         return KernelKey(
             backend=self.backend,
             kernel="attention",
@@ -288,13 +278,16 @@ class CompiledAttention:
         """The options of a call that gives these arrays."""
         known = self.arrays
         for name in given:
-            if name not in known:
+            if name not in known and name not in self._captures:
                 raise TypeError(
                     f"{name}: no captured array or declared argument has this name; "
                     f"there are {', '.join(known) or 'none'}"
                 )
         for name in sorted(self._per_call - given.keys()):
             raise TypeError(f"{name}: wanted in every call, as compile(..., {name}=True) said")
+        for name, capture in self._captures.items():
+            if capture.per_call and name not in given:
+                raise TypeError(f"{name}: wanted in every call: it holds the queries of one call")
         options = replace(self._options, **{name: given[name] for name in self._per_call})
         others: dict[Capture, Any] = {
             self._captures[name]: x for name, x in given.items() if name in self._captures
@@ -347,7 +340,7 @@ class CompiledAttention:
 
 def _given(options: Options) -> dict[str, Any]:
     """Options as arguments of `attention`."""
-    return {name: getattr(options, name) for name in _OPTIONS}
+    return {name: getattr(options, name) for name in OPTIONS["attention"]}
 
 
 def _dtype(dtype: Any) -> str:
@@ -361,24 +354,7 @@ def _dtype(dtype: Any) -> str:
 
 def _parts(roots: list[Expr]) -> list[Table | Aligned]:
     """Every array that unbound expressions hold."""
-    found: list[Table | Aligned] = []
-    for root in roots:
-        for node in walk(root):
-            if isinstance(node, Load):
-                found.append(node.table)
-            elif isinstance(node, Aligned):
-                found.append(node)
-    return found
-
-
-def _refuse_queries(roots: list[Expr]) -> None:
-    for root in roots:
-        for node in walk(root):
-            if isinstance(node, Deferred) and node.label.startswith("relative_keys("):
-                raise ValueError(
-                    f"score_mod: {node.label} holds the queries of one call, and a compiled function gets "
-                    f"others in each; give it to attention"
-                )
+    return [part for root in roots for node in walk(root) for part in arrays_of(node)]
 
 
 def _sample_sizes(roots: list[Expr], one_query: bool) -> tuple[tuple[int, ...], int, int, int]:
@@ -394,6 +370,8 @@ def _sample_sizes(roots: list[Expr], one_query: bool) -> tuple[tuple[int, ...], 
         if isinstance(part, Table):
             sizes = dict(zip(part.axes, shape, strict=True))
             heads, entries = sizes.get("h", heads), sizes.get("b", entries)
+            if "row" in sizes:
+                q_len, lead = sizes["row"], max(lead or (), shape[:-3], key=len)
             continue
         q_len = shape[-2] * part.block if shape[-2] > 1 else q_len
         k_len = shape[-1] * part.block if shape[-1] > 1 else k_len

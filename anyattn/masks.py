@@ -20,7 +20,7 @@ from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.expr.bind import Geometry, check_same_place
 from anyattn.expr.functions import where
-from anyattn.expr.nodes import ROW, Aligned, B, Const, Deferred, Expr, I, J, load
+from anyattn.expr.nodes import ROW, Aligned, B, Const, Deferred, Expr, I, J, Size, load
 from anyattn.expr.tables import table_of
 from anyattn.expr.trace import trace_mask, words
 from anyattn.numbers import boolean, integer, is_integer
@@ -277,15 +277,15 @@ def documents(ids: Sequence[int] | Sequence[Sequence[int]] | Array, *, positions
     ids : integer array or sequence, shape (L,) or (B, L)
         Document of each position, one row a batch entry where there are two axes.
     """
-    table = table_of(ids, "documents: ids")
+    table = table_of(ids, "documents: ids", fixed="")
     if table.kind != "int" or table.ndim not in (1, 2):
         raise TypeError(
             f"documents: ids: wanted integers of shape (L,) or (B, L), got {table.kind} of {table.ndim} axes"
         )
     if table.ndim == 2:
-        table = table_of(ids, "documents: ids", ("b", None))
+        table = table_of(ids, "documents: ids", ("b", None), fixed="")
     lead = (B,) if table.ndim == 2 else ()
-    i, length = _query(positions), table.value.shape[-1]
+    i, length = _query(positions), Size(table, table.ndim - 1)
     inside = (i >= 0) & (i < length) & (length > J)
     same = load(table, (*lead, i)) == load(table, (*lead, J))
     return Mask(inside & same, _words("documents", f"<ids {tuple(table.value.shape)}>", positions=positions))
@@ -389,15 +389,13 @@ def _below(n: Any, name: str) -> Mask:
     if is_integer(n):
         n = integer(n, label, least=0)
         return Mask(Const(n, "int") > J, _words(name, n))
-    table = table_of(n, label)
+    table = table_of(n, label, least=0)
     if table.kind != "int" or table.ndim > 1:
         raise TypeError(
             f"{label}: wanted an integer or integers of shape (B,), got {table.kind} of {table.ndim} axes"
         )
-    if (table.host or arrays.is_concrete_cpu(n)) and (arrays.to_host(table.value) < 0).any():
-        raise ValueError(f"{label}: wanted 0 or more, got {arrays.to_host(table.value).min()}")
     if table.ndim == 1:
-        table = table_of(n, label, ("b",))
+        table = table_of(n, label, ("b",), least=0)
     return Mask(load(table, (B,) * table.ndim) > J, _words(name, f"<{tuple(table.value.shape)}>"))
 
 

@@ -142,7 +142,8 @@ def relative_keys(
     Parameters
     ----------
     q : float array, shape (..., Hq, Lq, D)
-        The queries of the call, in its `layout`.
+        The queries of the call, in its `layout`. A function of `anyattn.compile` takes those of each call by
+        the name `q`.
     table : float array, shape (2R + 1, D)
         A key vector for each relative position -R, ..., R.
     scale : float, optional
@@ -159,24 +160,32 @@ def relative_keys(
             f"got {tuple(q.shape)} and {tuple(table.shape)}"
         )
     reach = _reach(table.shape[0], "relative_keys: table", "(2R + 1, D)")
-    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else real(scale, "relative_keys: scale")
+    factor = 1 / math.sqrt(table.shape[-1]) if scale is None else real(scale, "relative_keys: scale")
     i = _query(positions)
+    inner = ("row", "h") if layout == "blhd" else ("h", "row")
+    axes = (*(None for _ in q.shape[:-3]), *(inner if q.ndim > 2 else ("row",)), None)
+    # Both take part in a product that only the call can make, and neither is read by index before.
+    held = (
+        table_of(q, "relative_keys: q", axes, fixed=""),
+        table_of(table, "relative_keys: table"),
+    )
 
-    def settle(geometry: Geometry) -> Expr:
+    def settle(geometry: Geometry, q: Array, table: Array) -> Expr:
         xp = geometry.xp
         check_same_place(q, "relative_keys: q", geometry)
         check_same_place(table, "relative_keys: table", geometry)
         queries = xp.moveaxis(q, -3, -2) if layout == "blhd" and q.ndim > 2 else q
         queries = xp.expand_dims(queries, axis=0) if queries.ndim == 2 else queries
-        *batch, heads, rows, _ = queries.shape
+        batch = queries.shape[:-3]
         full = geometry.batch_shape
         fits = len(batch) <= len(full) and all(
             n in (1, m) for n, m in zip(reversed(batch), reversed(full), strict=False)
         )
-        if not fits or (heads, rows) != (geometry.num_heads, geometry.q_len):
+        wanted = (geometry.num_heads, geometry.q_len, table.shape[-1])
+        if not fits or queries.shape[-3:] != wanted:
             raise ValueError(
-                f"relative_keys: q: wanted the queries of the call, of shape "
-                f"{(*full, geometry.num_heads, geometry.q_len)} and D, got {tuple(queries.shape[:-1])}"
+                f"relative_keys: q: wanted the queries of the call, of shape {(*full, *wanted)}, "
+                f"got {tuple(queries.shape)}"
             )
         wide = getattr(xp, geometry.accumulate)
         queries = arrays.cast(xp, queries, wide) * factor
@@ -186,7 +195,7 @@ def relative_keys(
         return load(read, (*batch_indices(tuple(batch), full), H, ROW, distance))
 
     label = f"relative_keys(<q {tuple(q.shape)}>, <table {tuple(table.shape)}>)"
-    return Score(SCORE + Deferred(settle, "float", (H, ROW, i, J), label), label)
+    return Score(SCORE + Deferred(settle, "float", (H, ROW, i, J), label, held), label)
 
 
 def softcap(c: float) -> Score:

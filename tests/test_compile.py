@@ -19,6 +19,13 @@ V = rng.standard_normal((2, 4, 9, 5)).astype("f4")
 SLOPES = np.array([0.5, 0.25, 0.125, 0.0625], "f4")
 
 
+@pytest.fixture(autouse=True)
+def without_kernels():
+    """What is held here does not hang on the backend, and `reference` compiles nothing and is there."""
+    with aa.use(backend="reference"):
+        yield
+
+
 def build(**options):
     return aa.compile(**{"dtype": "float32", "head_dim": 8, "v_head_dim": 5, **options})
 
@@ -144,6 +151,110 @@ def test_arrays_that_follow_the_batch_take_another_batch():
         f(Q, K, V, lengths=[9, 4, 1])
 
 
+def test_arrays_of_other_lengths_compile_nothing():
+    """Documents and the tables of functions are arguments with their sizes, which are no part of the code."""
+    ramp = np.arange(9, dtype="f4")
+    f = build(
+        mask=masks.documents([0, 0, 1, 1, 1]) | masks.prefix([1]),
+        score_mod=lambda s, b, h, i, j: s + ramp[j],
+    )
+    assert f(Q[:1], K[:1], V[:1], ids=[7]).shape == (1, 4, 9, 5)
+    ids = np.array([0, 0, 1, 1, 2, 2, 0])
+    seen = np.zeros((9, 9), bool)
+    seen[:7, :7] = ids[:, None] == ids
+    seen[:, 0] = True
+    short = np.array([3.0, 1.0], "f4")
+    found = f(Q[:1], K[:1], V[:1], ids=ids, ramp=short)
+    close(found, dense(short[np.minimum(np.arange(9), 1)], seen=seen)[:1])
+    other = build(mask=masks.documents(ids) | masks.prefix([1]), score_mod=lambda s, b, h, i, j: s + short[j])
+    assert other.program.key == f.program.key
+    rows = build(mask=masks.documents([[0, 1], [0, 0]]))
+    ids = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 0, 1, 0, 1, 0]])
+    close(rows(Q, K, V, ids=ids), dense(seen=(ids[:, None, :] == ids[:, :, None])[:, None]))
+    with pytest.raises(
+        ValueError, match=r"ids: wanted shape \(any, any\) as it was compiled for, got \(9,\)"
+    ):
+        rows(Q, K, V, ids=ids[0])
+
+
+@pytest.mark.parametrize(
+    ("score", "table"),
+    [
+        (lambda table: lambda s, b, h, i, j: s + table[h] * table[0], SLOPES),
+        (lambda table: lambda s, b, h, i, j: s + table[h] * table[-1], SLOPES.tolist()),
+        (lambda table: lambda s, b, h, i, j: s + table[h] * float(table.max()), SLOPES),
+        (lambda table: lambda s, b, h, i, j: s + table[h] + sum(table), SLOPES),
+        (lambda table: lambda s, b, h, i, j: s + table[h] + sum(table), SLOPES.tolist()),
+        (lambda table: lambda s, b, h, i, j: s + table if table else s, np.array(2.0, "f4")),
+    ],
+)
+def test_what_was_read_while_tracing_is_not_given_anew(score, table):
+    f = build(score_mod=score(table))
+    wanted = f(Q, K, V)
+    assert f.arrays == {}
+    with pytest.raises(ValueError, match="table: its values were read while the function was traced"):
+        f(Q, K, V, table=SLOPES)
+    np.testing.assert_array_equal(f(Q, K, V), wanted)
+
+
+def test_captured_numbers_are_given_anew_unless_they_were_read():
+    scale, power = np.array(2.0, "f4"), np.array(2)
+    f = build(score_mod=lambda s, b, h, i, j: s - scale**2 * abs(i - j))
+    close(f(Q, K, V, scale=np.array(0.5, "f4")), dense(distance([0.25] * 4)))
+    g = build(score_mod=lambda s, b, h, i, j: s - abs(i - j) * sum([1] * int(power)) * power)
+    close(g(Q, K, V), dense(distance([4.0] * 4)))
+    with pytest.raises(ValueError, match="power: its values were read"):
+        g(Q, K, V, power=np.array(3))
+
+
+def test_sizes_that_a_function_used_stay():
+    table = SLOPES
+    f = build(score_mod=lambda s, b, h, i, j: s - table[h % len(table)] * abs(i - j))
+    close(f(Q, K, V, table=SLOPES * 2), dense(distance(SLOPES * 2)))
+    with pytest.raises(ValueError, match=r"table: wanted shape \(4,\) as it was compiled for, got \(3,\)"):
+        f(Q, K, V, table=SLOPES[:3])
+
+
+def test_lists_are_copied_and_arrays_are_not():
+    numbers, array = SLOPES.tolist(), SLOPES.copy()
+    f = build(score_mod=lambda s, b, h, i, j: s - (numbers[h] + array[h]) * abs(i - j))
+    numbers[:] = [0.0] * 4
+    array[:] = 1.0
+    close(f(Q, K, V), dense(distance(SLOPES + 1.0)))
+
+
+def test_lengths_given_anew_are_not_negative():
+    for make, name in ((masks.prefix, "n"), (masks.padding, "lengths")):
+        for value in ([3, 4], np.array([3, 4])):
+            f = build(mask=make(value))
+            close(f(Q, K, V, **{name: [9, 9]}), dense())
+            for other in ([3, -1], np.array([3, -1])):
+                with pytest.raises(ValueError, match=f"{name}: wanted 0 or more, got -1"):
+                    f(Q, K, V, **{name: other})
+
+
+@pytest.mark.parametrize("layout", ["bhld", "blhd"])
+def test_relative_keys_take_the_queries_of_each_call(layout):
+    table = rng.standard_normal((5, 8)).astype("f4")
+    swap = (lambda x: np.swapaxes(x, -2, -3)) if layout == "blhd" else (lambda x: x)
+    f = build(score_mod=scores.relative_keys(swap(Q[:1, :, :4]), table, layout=layout), layout=layout)
+    assert f.arrays == {
+        "q": f"float32 {swap(Q[:1, :, :4]).shape}",
+        "table": "float32 (5, 8)",
+    }
+    for t in (table, table * 2):
+        products = Q.astype(float) @ t.T.astype(float) / np.sqrt(8)
+        places = np.clip(np.arange(9) - np.arange(9)[:, None], -2, 2) + 2
+        bias = np.take_along_axis(products, np.broadcast_to(places, (2, 4, 9, 9)), axis=-1)
+        close(swap(f(swap(Q), swap(K), swap(V), q=swap(Q), table=t)), dense(bias))
+    with pytest.raises(TypeError, match="q: wanted in every call: it holds the queries of one call"):
+        f(swap(Q), swap(K), swap(V))
+    with pytest.raises(ValueError, match=r"q: wanted the queries of the call, of shape \(2, 4, 9, 8\), got"):
+        f(swap(Q), swap(K), swap(V), q=swap(Q)[..., :4])
+    with pytest.raises(ValueError, match=r"table: wanted shape \(5, 8\) as it was compiled for"):
+        f(swap(Q), swap(K), swap(V), q=swap(Q), table=table[:3])
+
+
 def test_what_is_declared_is_given_in_every_call():
     f = build(causal=True, bias=True, sinks=True, kv_lengths=True, q_offset=True)
     assert list(f.arrays) == ["bias", "kv_lengths", "q_offset", "sinks"]
@@ -176,8 +287,8 @@ def test_lengths_without_offsets_are_for_single_queries():
         ({"bias": np.zeros((9, 9))}, "bias: no captured array or declared argument has this name"),
         ({"slopes": SLOPES.astype("f8")}, "slopes: wanted dtype float32 as it was compiled for, got float64"),
         ({"slopes": np.arange(4)}, "slopes: wanted dtype float32 as it was compiled for, got int64"),
-        ({"slopes": SLOPES[:3]}, r"slopes: wanted shape \(4,\) as it was compiled for, got \(3,\)"),
-        ({"slopes": SLOPES[None]}, r"slopes: wanted shape \(4,\) as it was compiled for, got \(1, 4\)"),
+        ({"slopes": SLOPES[None]}, r"slopes: wanted shape \(any,\) as it was compiled for, got \(1, 4\)"),
+        ({"slopes": [[1.0], [2.0, 3.0]]}, "slopes: wanted numbers in equally long rows"),
         ({"slopes": "steep"}, "slopes: wanted an array of float32, got 'steep'"),
         ({"slopes": [True] * 4}, "slopes: wanted an array of float32"),
         ({"slopes": None}, "slopes: wanted an array of float32, got None"),
@@ -233,10 +344,6 @@ def test_calls_are_held_to_what_was_compiled(arguments, message):
         ({"layout": "bhdl"}, "layout: wanted 'bhld' or 'blhd'"),
         ({"mask": 3}, "mask: wanted a mask of anyattn.masks"),
         ({"causal": 1}, "causal: wanted True or False"),
-        (
-            {"score_mod": scores.relative_keys(Q, np.zeros((3, 8), "f4"))},
-            "relative_keys.*holds the queries of one",
-        ),
         (
             {"score_mod": (lambda bias: lambda s, b, h, i, j: s + bias[j])(SLOPES), "bias": True},
             "bias: calls will give attention's bias, and a function captures an array of that name",
@@ -354,7 +461,7 @@ def test_a_backend_refuses_with_its_reasons(generating):
         build(backend="nobody")
 
 
-@pytest.mark.parametrize("name", ["numba", "cupy", "torch"])
+@pytest.mark.parametrize("name", ["cupy", "torch"])
 def test_backends_without_kernels_refuse_as_attention_does(name):
     with pytest.raises(UnsupportedCallError) as caught:
         build(backend=name, causal=True)

@@ -1,9 +1,9 @@
 """Captured arrays by name, so that a compiled function can be given others.
 
 A capture is called what the traced function calls it ("slopes"), or what the entry of the vocabulary calls
-its argument ("slopes" of `scores.alibi`, "ids" of `masks.documents`). Sizes that an expression may have been
-built from stay as they are: an array that takes a captured one's place has its shape, but along axes that
-follow the call (batch entries, query heads).
+its argument ("slopes" of `scores.alibi`, "ids" of `masks.documents`). An array that takes a captured one's
+place has its dtype and rank; where an expression was built from its sizes, these too, but along axes that
+follow the call (batch entries, query heads). Where one was built from its values, no array takes its place.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from anyattn import arrays
-from anyattn.expr.nodes import Aligned, Expr, Load, Table, load, rewrite, walk
+from anyattn.expr.nodes import Aligned, Deferred, Expr, Load, Size, Table, load, rewrite, walk
+from anyattn.expr.tables import check_least
 
-__all__ = ["Capture", "find_captures", "rebind"]
+__all__ = ["Capture", "arrays_of", "find_captures", "rebind"]
 
 # What host numbers become in a call (`Geometry.host_array`); floats take the accumulation dtype.
 _HOST_DTYPES = {"bool": "bool", "int": "int64"}
@@ -32,6 +33,16 @@ class Capture:
     def value(self) -> Any:
         return self.parts[0].value
 
+    @property
+    def fixed(self) -> bool:
+        """Whether expressions were built from the values, so that no other array takes its place."""
+        return any(isinstance(part, Table) and part.fixed == "values" for part in self.parts)
+
+    @property
+    def per_call(self) -> bool:
+        """Whether the values belong to one call: they have an entry for each of its rows."""
+        return any(isinstance(part, Table) and "row" in part.axes for part in self.parts)
+
     def dtype(self, accumulate: str) -> str:
         """The dtype that a kernel was compiled for."""
         part = self.parts[0]
@@ -40,15 +51,21 @@ class Capture:
         return arrays.dtype_name(part.value)
 
 
+def arrays_of(node: Expr) -> tuple[Table | Aligned, ...]:
+    """The arrays that one node of an unbound expression holds."""
+    if isinstance(node, (Load, Size)):
+        return (node.table,)
+    if isinstance(node, Deferred):
+        return node.tables
+    return (node,) if isinstance(node, Aligned) else ()
+
+
 def find_captures(roots: Iterable[Expr]) -> dict[str, Capture]:
     """The captures of unbound expressions by name; a name used for two arrays is told apart by a number."""
     groups: list[tuple[str, list[Table | Aligned]]] = []
     seen: set[int] = set()
     for root in roots:
-        for node in walk(root):
-            if not isinstance(node, (Load, Aligned)):
-                continue
-            part = node.table if isinstance(node, Load) else node
+        for part in (part for node in walk(root) for part in arrays_of(node)):
             name = _name(part)
             if name is None or id(part) in seen:
                 continue
@@ -79,6 +96,12 @@ def rebind(roots: Iterable[Expr | None], values: Mapping[Capture, Any], accumula
     """
     new: dict[int, Any] = {}
     for capture, value in values.items():
+        if capture.fixed:
+            raise ValueError(
+                f"{capture.name}: its values were read while the function was traced (an element, float(), "
+                f"a loop), and another array would leave those in place; index it by index expressions only, "
+                f"or compile again with the other array"
+            )
         for part in capture.parts:
             new[id(part)] = (
                 _other_table(part, value, capture, accumulate)
@@ -89,6 +112,10 @@ def rebind(roots: Iterable[Expr | None], values: Mapping[Capture, Any], accumula
     def change(node: Expr) -> Expr:
         if isinstance(node, Load):
             return load(new.get(id(node.table), node.table), node.indices)
+        if isinstance(node, Size):
+            return replace(node, table=new.get(id(node.table), node.table))
+        if isinstance(node, Deferred):
+            return replace(node, tables=tuple(new.get(id(table), table) for table in node.tables))
         replaced: Expr = new.get(id(node), node)
         return replaced
 
@@ -126,15 +153,19 @@ def _other_table(part: Table, value: Any, capture: Capture, accumulate: str) -> 
         _check_dtype(value, wanted, capture)
     shape, was = tuple(value.shape), tuple(part.value.shape)
     fits = len(shape) == len(was) and all(
-        axis is not None or a == b for a, b, axis in zip(shape, was, part.axes, strict=True)
+        part.fixed != "shape" or axis is not None or a == b
+        for a, b, axis in zip(shape, was, part.axes, strict=True)
     )
     if not fits:
-        free = [str(n) if axis is None else "any" for n, axis in zip(was, part.axes, strict=True)]
+        keeps = part.fixed == "shape"
+        free = [str(n) if keeps and axis is None else "any" for n, axis in zip(was, part.axes, strict=True)]
         raise ValueError(
             f"{capture.name}: wanted shape ({', '.join(free)}{',' if len(free) == 1 else ''}) "
             f"as it was compiled for, got {shape}"
         )
-    return replace(part, value=value, host=host)
+    other = replace(part, value=value, host=host)
+    check_least(other, capture.name)
+    return other
 
 
 def _check_dtype(value: Any, wanted: str, capture: Capture) -> None:
@@ -150,7 +181,10 @@ def _numbers(value: Any, kind: str, wanted: str, capture: Capture) -> Any:
     """A sequence of numbers as host data, where it becomes of the dtype that was compiled for."""
     import numpy
 
-    found = numpy.asarray(value)
+    try:
+        found = numpy.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{capture.name}: wanted numbers in equally long rows, got {value!r}") from error
     fits = found.dtype.kind in {"bool": "b", "int": "iu", "float": "fiu"}[kind]
     if not fits or wanted not in (*_HOST_DTYPES.values(), "float32", "float64"):
         raise TypeError(f"{capture.name}: wanted an array of {wanted}, got {value!r}")
