@@ -128,8 +128,9 @@ class Mask:
 
         Raises
         ------
-        ValueError
-            If the mask hangs on arrays that the host cannot read (on a device, lazy or under a tracer).
+        TypeError, ValueError
+            If an argument is wrong, or if the mask hangs on arrays that the host cannot read (on a device,
+            lazy or under a tracer).
         """
         from anyattn.picture import picture
 

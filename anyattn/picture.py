@@ -21,6 +21,7 @@ from anyattn.call import AttentionCall
 from anyattn.describe import Options, describe
 from anyattn.expr.evaluate import Tile, evaluate
 from anyattn.expr.nodes import Aligned, Const, Expr, I, J, Load, walk
+from anyattn.numbers import integer
 from anyattn.schedule import EMPTY, PARTIAL, Schedule, schedule
 from anyattn.schedule.parts import Readable, Unread, parts_of, readable
 
@@ -126,6 +127,13 @@ def picture(
     tile: tuple[int, int] = (128, 128),
 ) -> Picture:
     """The picture of a mask; `Mask.picture` documents it."""
+    q_len = None if q_len is None else integer(q_len, "picture: q_len", least=0)
+    k_len = None if k_len is None else integer(k_len, "picture: k_len", least=0)
+    if q_offset is not None:
+        q_offset = integer(q_offset, "picture: q_offset")
+    if not isinstance(tile, (tuple, list)) or len(tile) != 2:
+        raise ValueError(f"picture: tile: wanted (rows, keys), got {tile!r}")
+    rows, keys = (integer(size, "picture: tile", least=1) for size in tile)
     shape = _Shape.of(mask.expr)
     if k_len is None:
         k_len = shape.k_len if q_len is None else q_len
@@ -139,11 +147,11 @@ def picture(
             f"picture: {mask!r} hangs on arrays that the host cannot read; wanted concrete arrays on the CPU"
         )
     for name, number, size in (("b", b, parts.batch_size), ("h", h, parts.num_heads)):
-        if not 0 <= number < size:
+        if not 0 <= integer(number, f"picture: {name}") < size:
             raise ValueError(f"picture: {name}: wanted 0 to {size - 1}, got {number}")
     cell = max(1, -(-max(q_len, k_len) // _CELLS))
     cells, density, exact = _shares(read, schedule(parts, cell, cell), b, h)
-    kernel = schedule(parts, *tile)
+    kernel = schedule(parts, rows, keys)
     by_row = schedule(parts, 1, max(k_len, 1))
     offset = int(read.offsets[b if read.offsets.size > 1 else 0])
     return Picture(
@@ -156,7 +164,7 @@ def picture(
         cell=cell,
         density=density,
         exact=exact,
-        tile=tile,
+        tile=(rows, keys),
         tiles_kept=_kept(kernel, b, h),
         blind_rows=_blind(by_row)[by_row.line(0, b, h) // max(q_len, 1)] if q_len else np.zeros(0, bool),
         warnings=(*_blind_rows_warning(by_row), *_leak_warning(mask, q_len, k_len, q_offset, shape)),

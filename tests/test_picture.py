@@ -111,6 +111,32 @@ def test_entries_are_shown_one_at_a_time():
         mask.picture(10, b=2)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"q_len": -1}, ValueError, "picture: q_len: wanted 0 or more, got -1"),
+        ({"q_len": 8.5}, TypeError, "picture: q_len: wanted an integer, got float 8.5"),
+        ({"q_len": 8, "k_len": -2}, ValueError, "picture: k_len: wanted 0 or more, got -2"),
+        ({"k_len": True}, TypeError, "picture: k_len: wanted an integer, got bool"),
+        ({"q_offset": 0.0}, TypeError, "picture: q_offset: wanted an integer, got float"),
+        ({"tile": (0, 1)}, ValueError, "picture: tile: wanted 1 or more, got 0"),
+        ({"tile": (1, 1.5)}, TypeError, "picture: tile: wanted an integer, got float 1.5"),
+        ({"tile": 128}, ValueError, r"picture: tile: wanted \(rows, keys\), got 128"),
+        ({"h": 1}, ValueError, "picture: h: wanted 0 to 0, got 1"),
+        ({"b": 0.0}, TypeError, "picture: b: wanted an integer, got float"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        masks.causal().picture(**arguments)
+
+
+def test_lengths_of_numpy_are_integers():
+    found = masks.causal().picture(np.int64(8), tile=(np.int32(2), 4))
+    assert (found.q_len, found.k_len, found.tile) == (8, 8, (2, 4))
+    assert type(found.q_len) is int
+
+
 class TestWarnings:
     def test_rows_that_see_nothing(self):
         found = (masks.sliding_window(8) & masks.prefix(5)).picture(24)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from anyattn.call import AttentionCall
+from anyattn.numbers import integer
 from anyattn.schedule.axes import Space
 from anyattn.schedule.columns import ColumnLists
 from anyattn.schedule.formula import formula_of
@@ -48,8 +49,7 @@ def schedule(call: AttentionCall | Parts, rows: int = 128, keys: int = 128) -> S
         Size of a tile.
     """
     parts = parts_of(call) if isinstance(call, AttentionCall) else call
-    if rows < 1 or keys < 1:
-        raise ValueError(f"schedule: wanted tiles of at least 1 x 1, got {rows} x {keys}")
+    rows, keys = integer(rows, "schedule: rows", least=1), integer(keys, "schedule: keys", least=1)
     key = key_of(parts, rows, keys)
     with _lock:
         if key in _known:
