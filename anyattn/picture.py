@@ -131,9 +131,10 @@ def picture(
     k_len = None if k_len is None else integer(k_len, "picture: k_len", least=0)
     if q_offset is not None:
         q_offset = integer(q_offset, "picture: q_offset")
-    if not isinstance(tile, (tuple, list)) or len(tile) != 2:
+    sides: Any = tile
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2:
         raise ValueError(f"picture: tile: wanted (rows, keys), got {tile!r}")
-    rows, keys = (integer(size, "picture: tile", least=1) for size in tile)
+    rows, keys = (integer(side, "picture: tile", least=1) for side in sides)
     shape = _Shape.of(mask.expr)
     if k_len is None:
         k_len = shape.k_len if q_len is None else q_len
