@@ -243,14 +243,16 @@ class _Tracing:
 
     def result(self, wanted: str) -> Expr:
         """The expression that the function gives."""
-        unlike = self._definition.refuses(self._names)
-        if unlike is not None:
-            raise self._untraceable(self._definition.place, unlike)
         try:
             found = self._captures.prepare(self._function)(*self._symbols)
         except Exception as error:
             files = self._captures.files
-            raise self._untraceable(place_of(error, files), _message(error, files)) from error
+            place = place_of(error, files)
+            if place is None:  # the function was not entered
+                unlike = self._definition.refuses(self._names)
+                if unlike is not None:
+                    raise self._untraceable(self._definition.place, unlike) from error
+            raise self._untraceable(place, _message(error, place)) from error
         if found is None:
             raise self.wrong_result(f"gives None; wanted {wanted}: is a `return` missing?")
         try:
@@ -278,9 +280,8 @@ def _line(place: Place | None) -> str:
 _REFUSALS = re.compile(r"\b(Symbol|Apply|Load|Const|Aligned|CapturedArray)\b|only integers|must be integers")
 
 
-def _message(error: Exception, files: set[str]) -> str:
+def _message(error: Exception, place: Place | None) -> str:
     """What is wrong where an error arose, and what to write there."""
-    place = place_of(error, files)
     words = None
     if isinstance(error, WholeArrayError):
         words = whole_array(place, error.label)
