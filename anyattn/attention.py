@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from anyattn import dispatch, plan
+from anyattn import dispatch, masks, plan, scores
 from anyattn.arrays import Array
 from anyattn.describe import Options, check_names, describe
 from anyattn.masks import Mask
@@ -111,6 +111,9 @@ def attention(
     anyattn.errors.UnsupportedCallError
         If the backend that was asked for refuses, with its reasons, or if none takes the call.
     """
+    # A function is known by what it gives when it is traced: what it captures may have changed.
+    mask = masks.from_function(mask) if callable(mask) else mask
+    score_mod = scores.from_function(score_mod) if callable(score_mod) else score_mod
     # In the order of `describe.ARGUMENTS`.
     options = (
         causal,

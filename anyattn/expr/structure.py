@@ -66,13 +66,17 @@ def _line(node: Expr, arrays: dict[int, Table | Aligned]) -> str | None:
     if isinstance(node, Apply):
         return f"{node.op} {node.kind}"
     if isinstance(node, Load):
-        arrays.setdefault(id(node.table), node.table)
         table = node.table
-        return f"load {list(arrays).index(id(table))} {table.kind} {table.axes} {table.host}"
+        return f"load {_number(table, arrays)} {table.kind} {table.axes} {table.host}"
     if isinstance(node, Size):
-        arrays.setdefault(id(node.table), node.table)
-        return f"size {list(arrays).index(id(node.table))} {node.axis}"
+        return f"size {_number(node.table, arrays)} {node.axis}"
     if isinstance(node, Aligned):
-        arrays.setdefault(id(node), node)
-        return f"aligned {list(arrays).index(id(node))} {node.kind} {node.block} {node.any_rank}"
+        return f"aligned {_number(node, arrays)} {node.kind} {node.block} {node.any_rank}"
+    if isinstance(node, Deferred) and node.parameters is not None and not node.tables:
+        return f"{node.label} {node.parameters}"
     return None
+
+
+def _number(array: Table | Aligned, arrays: dict[int, Table | Aligned]) -> int:
+    arrays.setdefault(id(array), array)
+    return list(arrays).index(id(array))
