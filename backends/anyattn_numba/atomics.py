@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 
 __all__ = [
     "RAISED",
+    "call_c0",
     "call_c1",
     "call_c2",
     "compare_exchange",
@@ -134,6 +135,12 @@ def invoke(typing: Any, function: Any, arguments: Any, worker: Any) -> Any:
         return builder.select(returned, builder.load(places[0]), _WORD(RAISED))
 
     return types.int64(types.int64, types.int64, types.int64), generate
+
+
+@_intrinsic
+def call_c0(typing: Any, function: Any) -> Any:
+    """Call a C function `int f(void)` by its address."""
+    return types.int32(types.int64), _call_c
 
 
 @_intrinsic

@@ -51,7 +51,9 @@ _FUNCTIONS = {
     workers.UNLOCK: "pthread_mutex_unlock",
     workers.WAIT: "pthread_cond_wait",
     workers.BROADCAST: "pthread_cond_broadcast",
+    workers.CPU: "sched_getcpu",
 }
+_OPTIONAL = {"sched_getcpu"}  # Linux has it
 
 
 def address(dispatcher: Any) -> int:
@@ -172,8 +174,9 @@ class _NativePool:
         words = numpy.zeros((MOST_THREADS + 1) * workers.PART // 8, numpy.int64)
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(words))
         for offset, name in _FUNCTIONS.items():
-            function = ctypes.cast(getattr(self._library, name), ctypes.c_void_p).value
-            words[offset // 8] = function or 0
+            function = getattr(self._library, name, None)
+            if function is not None:
+                words[offset // 8] = ctypes.cast(function, ctypes.c_void_p).value or 0
         words[workers.CLOCK_ID // 8] = time.CLOCK_MONOTONIC
         self._words = words
         self.place = words.ctypes.data
@@ -253,7 +256,7 @@ def _compile(dispatcher: Any, arguments: int) -> None:
 
 def _new_pool() -> _Pool:
     library = None if os.name == "nt" else ctypes.CDLL(None)
-    wanted = (*_FUNCTIONS.values(), "pthread_mutex_init", "pthread_cond_init")
+    wanted = {*_FUNCTIONS.values(), "pthread_mutex_init", "pthread_cond_init"} - _OPTIONAL
     # The clock is read into two words of 64 bits.
     if library is not None and sys.maxsize > 2**32 and all(hasattr(library, name) for name in wanted):
         return _NativePool(library)

@@ -6,8 +6,10 @@ side at a time may change:
     ABSENT -worker-> IDLE -caller-> CLAIMED -caller-> READY -worker-> RUNNING -worker-> DONE -caller-> IDLE
                                                       READY -caller-> IDLE  (taken back, was not begun)
 
-Who waits for a state spins shortly and then sleeps on the worker's condition variable. The C library's
-functions are called by addresses that the head holds, so that one that is missing is found beforehand.
+Who waits for a state spins shortly and then sleeps on the worker's condition variable; at once if it runs on
+the processor of the one it waits for, which a machine with other work brings about: the spin would keep that
+one from running (50 µs lost of each call, measured). The C library's functions are called by addresses that
+the head holds, so that one that is missing is found beforehand.
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ from typing import Any
 
 from numba import njit
 
-from anyattn_numba.atomics import call_c1, call_c2, compare_exchange, exchange, invoke, load, pause, store
+from anyattn_numba.atomics import (
+    call_c0,
+    call_c1,
+    call_c2,
+    compare_exchange,
+    exchange,
+    invoke,
+    load,
+    pause,
+    store,
+)
 
 __all__ = ["OPTIONS", "call", "launch", "serve"]
 
@@ -37,8 +49,8 @@ TURNS = 16
 # threads write lies in different cache lines.
 PART = 512
 COUNT, CLOSED, NEVER = 0, 8, 16
-CLOCK, CLOCK_ID, LOCK, UNLOCK, WAIT, BROADCAST = range(128, 176, 8)
-STATE, FUNCTION, ARGUMENTS, WORKER, STATUS, NEXT = range(0, 48, 8)
+CLOCK, CLOCK_ID, LOCK, UNLOCK, WAIT, BROADCAST, CPU = range(128, 184, 8)
+STATE, FUNCTION, ARGUMENTS, WORKER, STATUS, NEXT, CALLER_CPU, WORKER_CPU = range(0, 64, 8)
 WORKER_SLEEPS, CALLER_SLEEPS = 128, 192  # each a flag, and a place for the time at TIME beyond it
 TIME = 16
 MUTEX, CONDITION = 256, 384
@@ -56,6 +68,14 @@ def now(pool: int, place: int) -> int:
 
 
 @_compiled
+def cpu(pool: int, unknown: int) -> int:
+    """The number of the processor on which this runs, or `unknown`, by which caller and worker differ."""
+    function = load(pool + CPU)
+    number: int = unknown if function == 0 else call_c0(function)
+    return number
+
+
+@_compiled
 def wake(pool: int, worker: int) -> None:
     """Wake who sleeps at a worker's part, after its state or the pool's was set."""
     # Who is about to sleep holds the lock until it sleeps.
@@ -65,17 +85,17 @@ def wake(pool: int, worker: int) -> None:
 
 
 @_compiled
-def wait(pool: int, worker: int, state: int, sleeps: int, stop: int) -> None:
-    """Wait until a worker's part is in a state, or the word at `stop` is not 0."""
+def wait(pool: int, worker: int, state: int, sleeps: int, stop: int, spin: int) -> None:
+    """Wait until a worker's part is in a state, or the word at `stop` is not 0; awake for `spin` ns."""
     end = -1
-    while True:
+    while spin > 0:
         for _ in range(TURNS):
             if load(worker + STATE) == state or load(stop) != 0:
                 return
             pause()
         time = now(pool, sleeps + TIME)
         if end < 0:
-            end = time + SPIN
+            end = time + spin
         elif time > end:
             break
     call_c1(load(pool + LOCK), worker + MUTEX)
@@ -91,11 +111,15 @@ def wait(pool: int, worker: int, state: int, sleeps: int, stop: int) -> None:
 def serve(pool: int, worker: int) -> int:
     """Run tasks until the pool closes: the life of a worker."""
     store(worker + STATE, IDLE)
+    spin = SPIN
     while True:
-        wait(pool, worker, READY, worker + WORKER_SLEEPS, pool + CLOSED)
+        wait(pool, worker, READY, worker + WORKER_SLEEPS, pool + CLOSED, spin)
         if compare_exchange(worker + STATE, READY, RUNNING):
+            caller_cpu = load(worker + CALLER_CPU)
+            store(worker + WORKER_CPU, cpu(pool, -1))
             status = invoke(load(worker + FUNCTION), load(worker + ARGUMENTS), load(worker + WORKER))
             store(worker + STATUS, status)
+            spin = 0 if cpu(pool, -1) == caller_cpu else SPIN
             exchange(worker + STATE, DONE)
             if load(worker + CALLER_SLEEPS) != 0:
                 wake(pool, worker)
@@ -117,6 +141,7 @@ def launch(pool: int, function: int, arguments: int, threads: int) -> int:
                 store(worker + ARGUMENTS, arguments)
                 store(worker + WORKER, number)
                 store(worker + NEXT, claimed)
+                store(worker + CALLER_CPU, cpu(pool, -2))
                 exchange(worker + STATE, READY)
                 if load(worker + WORKER_SLEEPS) != 0:
                     wake(pool, worker)
@@ -130,7 +155,8 @@ def launch(pool: int, function: int, arguments: int, threads: int) -> int:
         claimed = load(worker + NEXT)
         # What did not begin will find nothing to do.
         if not compare_exchange(worker + STATE, READY, IDLE):
-            wait(pool, worker, DONE, worker + CALLER_SLEEPS, pool + NEVER)
+            spin = 0 if load(worker + WORKER_CPU) == cpu(pool, -2) else SPIN
+            wait(pool, worker, DONE, worker + CALLER_SLEEPS, pool + NEVER, spin)
             if status == 0:
                 status = load(worker + STATUS)
             store(worker + STATE, IDLE)
