@@ -1,14 +1,17 @@
 """CPU kernels compiled by Numba, for NumPy arrays and concrete CPU arrays of other libraries.
 
-Dispatch imports this package to read the declaration below, so it imports neither Numba nor NumPy. It has no
-kernels yet: it declares what it will take and refuses every call.
+Dispatch imports this package to read the declaration below, so it imports neither Numba nor NumPy: `engine`
+does, at the first call. From there `work` cuts a call into items, `arguments` lays out what a kernel reads,
+`kernels` finds compiled code (`forward`, its steps in `blocks`, `microkernels` made of `vectors`; `tiles` for
+masks and scores), and `threads` runs it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from anyattn.backend import Backend
+from anyattn.backend import CAPABILITIES, Backend
+from anyattn.call import AttentionCall
 
 __all__ = ["backend"]
 
@@ -20,13 +23,22 @@ class NumbaBackend(Backend):
     arrays = ("numpy.ndarray", "torch.Tensor", "jax.Array")
     dtypes = frozenset({"float16", "bfloat16", "float32", "float64"})
     devices = ("cpu",)
-    capabilities: frozenset[str] = frozenset()
+    capabilities = frozenset(CAPABILITIES) - {
+        "dropout",
+        "gradients",
+        "traced",
+        "deterministic_backward",
+        "weights",
+        "stats",
+    }
     requires = ("numba",)
     extra = "numba"
 
-    def unsupported(self, call: Any) -> tuple[str, ...]:
-        """Return why this backend cannot run `call`."""
-        return ("its CPU kernels are not built yet",)
+    def run(self, call: AttentionCall) -> Any:
+        """Run a call."""
+        from anyattn_numba import engine
+
+        return engine.attend(call)
 
 
 backend = NumbaBackend()

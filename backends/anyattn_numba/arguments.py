@@ -1,0 +1,108 @@
+"""The argument block of a kernel: one row of words, which Python fills and compiled code reads.
+
+A word is an int64, an address, or the bits of a float64. Names are byte offsets. What is the same for every
+call of one signature stands in a template; a call copies it and puts in its addresses.
+"""
+
+from __future__ import annotations
+
+BLOCK_WORDS = 59
+(
+    # Work: the counter that hands out items, the items, and memory for each thread.
+    COUNTER,
+    NUM_ITEMS,
+    ITEMS,
+    SCRATCH,
+    SCRATCH_SIZE,
+    # Lengths.
+    NUM_HEADS,
+    GROUP_SIZE,
+    Q_LEN,
+    K_LEN,
+    HEAD_DIM,
+    V_HEAD_DIM,
+    CHUNK,
+    # Arrays: base address, offsets of the batch entries (address of int64), strides in bytes.
+    Q,
+    Q_BATCH,
+    Q_HEAD,
+    Q_ROW,
+    Q_STEP,
+    K,
+    K_BATCH,
+    K_HEAD,
+    K_ROW,
+    K_STEP,
+    V,
+    V_BATCH,
+    V_HEAD,
+    V_ROW,
+    V_STEP,
+    OUT,
+    OUT_BATCH,
+    OUT_HEAD,
+    OUT_ROW,
+    OUT_STEP,
+    # (B, Hq, Lq), contiguous, of the accumulation type; 0 where not wanted.
+    LSE,
+    # Where rows are split between items: bytes of a part of the result, and rows of a part of lse.
+    PART_SIZE,
+    PART_ROWS,
+    # (Hq,), contiguous, of the accumulation type; 0 for none.
+    SINKS,
+    # A float64.
+    SCALE,
+    # Positions of row 0, int64 for each batch entry.
+    OFFSETS,
+    # Rows asked for, int64, or 0 for all.
+    ROWS,
+    # The schedule (`anyattn.schedule.Spans`); line -1 of an item sees every key.
+    SPAN_STARTS,
+    SPAN_ENDS,
+    SPAN_KINDS,
+    COLUMNS,
+    # Code for scores and masks (`anyattn_numba.tiles`), 0 for none, and what it captures.
+    TILE_CODE,
+    HAS_SCORE,
+    CAPTURED,
+    # Where the parts of a thread's memory begin, in bytes.
+    AT_LANES,
+    AT_STATE,
+    AT_QUERY,
+    AT_SUM,
+    AT_SCORE,
+    AT_STAGE,
+    AT_KEYS,
+    AT_VALUES,
+    AT_SEEN,
+    AT_TILE,
+    # Statistics: arrays of the accumulation type, 0 where not wanted.
+    KEY_MASS,
+    ENTROPY,
+    PEAK,
+) = range(0, 8 * BLOCK_WORDS, 8)
+
+# An item: some queries that share a key/value head. Lane n is number first + n of the head's group_size x
+# q_len queries, row by row, head by head.
+ITEM_WORDS = 8
+ITEM_BATCH, ITEM_HEAD, ITEM_FIRST, ITEM_COUNT, ITEM_LINE, ITEM_KEY, ITEM_KEY_END, ITEM_PART = range(0, 64, 8)
+
+# What tile code is given: the scores, how many keys, the first key or the addresses of int32 keys, the batch
+# index, the lanes, memory for what is the same in a row, and what to do.
+TILE_WORDS = 12
+(
+    TILE_SCORES,
+    TILE_KEYS,
+    TILE_FIRST,
+    TILE_COLUMNS,
+    TILE_BATCH,
+    TILE_LANES,
+    TILE_WIDTH,
+    TILE_ROW_VALUES,
+    TILE_CAPTURED,
+    TILE_ACTION,
+    TILE_SEEN,
+) = range(0, 88, 8)
+
+# Actions of tile code: change the scores; that and hide; tell what is seen (1 or 0) in TILE_SEEN.
+SCORE, SCORE_AND_HIDE, SEEN = range(3)

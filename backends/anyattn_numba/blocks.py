@@ -1,0 +1,203 @@
+"""The steps that all kernels share: the queries of an item, and the scores of some keys against them.
+
+`Steps` holds them compiled for one dtype. Plainly, for the queries of an
+item and keys j of a chunk:
+
+    query[d, lane] = scale * q[b, h, row, d]
+    scores[j, lane] = sum over d of k[b, h // group_size, j, d] query[d, lane], then tile code
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy
+from numba import types
+
+from anyattn_numba import arguments as a
+from anyattn_numba.atomics import invoke
+from anyattn_numba.jit import carray, compiled
+from anyattn_numba.memory import pointer, read_index, read_real, read_word, transpose_kernel, write_word
+from anyattn_numba.microkernels import largest_kernel, score_kernel
+from anyattn_numba.rows import reader
+from anyattn_numba.target import Shape
+
+__all__ = ["ITEMSIZE", "NONE", "WIDTH", "Steps", "steps"]
+
+# A zero of the type of all other arguments: Numba compiles a function anew for a literal.
+NONE = numpy.int64(0)
+# Where in a thread's memory the number of lanes of its item stands: whole vectors.
+WIDTH = 0
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Compiled steps.
+
+    Attributes
+    ----------
+    load_queries(block, item, scratch)
+        Fill the lanes (head, row and position of each query) and the scaled, transposed queries.
+    load_keys(block, item, scratch, first, columns, count), load_values(...)
+        (address, stride) of `count` rows from `first` on, or of those whose numbers are at `columns`: in
+        place where they are contiguous numbers of the accumulation type, else converted.
+    load_scores(block, item, scratch, first, columns, count, masked)
+        Scores of these keys, and the largest of each lane so far.
+    describe_tile(block, item, scratch, first, columns, count, action)
+        Let tile code do something to the scores.
+    """
+
+    load_queries: Any
+    load_keys: Any
+    load_values: Any
+    load_scores: Any
+    describe_tile: Any
+
+
+@lru_cache
+def steps(shape: Shape, dtype: str) -> Steps:
+    """The steps for arrays of a dtype."""
+    lanes, size, rows = shape.lanes, shape.itemsize, shape.rows
+    read = reader(dtype, shape.element)
+    transpose = transpose_kernel(shape.element, lanes)
+    score, score_one = score_kernel(shape, rows), score_kernel(shape, 1)
+    largest_of = largest_kernel(shape)
+    in_place = dtype == shape.element
+    stored = ITEMSIZE[dtype]
+    kind = getattr(types, shape.element)
+
+    @compiled
+    def load_queries(block: int, item: int, scratch: int) -> None:
+        b, head = read_word(item + a.ITEM_BATCH), read_word(item + a.ITEM_HEAD)
+        first, count = read_word(item + a.ITEM_FIRST), read_word(item + a.ITEM_COUNT)
+        width = (count + lanes - 1) // lanes * lanes
+        write_word(scratch + WIDTH, width)
+        q_len, group = read_word(block + a.Q_LEN), read_word(block + a.GROUP_SIZE)
+        where = read_word(block + a.ROWS)
+        position = read_word(read_word(block + a.OFFSETS) + 8 * b)
+        head_dim = read_word(block + a.HEAD_DIM)
+        scale = read_real(block + a.SCALE)
+        base = read_word(block + a.Q) + read_word(read_word(block + a.Q_BATCH) + 8 * b)
+        table = scratch + read_word(block + a.AT_LANES)
+        stage = scratch + read_word(block + a.AT_STAGE)
+        padded = (head_dim + lanes - 1) // lanes * lanes
+        for lane in range(width):
+            h = head * group + (first + min(lane, count - 1)) // q_len
+            row = (first + min(lane, count - 1)) % q_len
+            if where:
+                row = read_word(where + 8 * row)
+            write_word(table + 8 * lane, h)
+            write_word(table + 8 * (width + lane), row)
+            write_word(table + 8 * (2 * width + lane), row + position)
+            target = stage + lane * padded * size
+            if lane < count:
+                source = base + h * read_word(block + a.Q_HEAD) + row * read_word(block + a.Q_ROW)
+                read(source, read_word(block + a.Q_STEP), head_dim, scale, target)
+            else:
+                empty = carray(pointer(target), padded, kind)
+                for n in range(padded):
+                    empty[n] = 0
+        query = scratch + read_word(block + a.AT_QUERY)
+        for d in range(0, padded, lanes):
+            for lane in range(0, width, lanes):
+                transpose(
+                    stage + (lane * padded + d) * size,
+                    padded * size,
+                    query + (d * width + lane) * size,
+                    width * size,
+                )
+
+    @compiled
+    def rows_of(
+        base: int, stride: int, step: int, length: int, room: int, first: int, columns: int, count: int
+    ) -> Any:
+        if in_place and step == stored and columns == 0:
+            return base + first * stride, stride
+        for n in range(count):
+            j = read_index(columns + 4 * n) if columns else first + n
+            read(base + j * stride, step, length, 1.0, room + n * length * size)
+        return room, length * size
+
+    @compiled
+    def load_keys(block: int, item: int, scratch: int, first: int, columns: int, count: int) -> Any:
+        base = read_word(block + a.K) + read_word(
+            read_word(block + a.K_BATCH) + 8 * read_word(item + a.ITEM_BATCH)
+        )
+        base += read_word(item + a.ITEM_HEAD) * read_word(block + a.K_HEAD)
+        stride, step, length = (
+            read_word(block + a.K_ROW),
+            read_word(block + a.K_STEP),
+            read_word(block + a.HEAD_DIM),
+        )
+        return rows_of(
+            base, stride, step, length, scratch + read_word(block + a.AT_KEYS), first, columns, count
+        )
+
+    @compiled
+    def load_values(block: int, item: int, scratch: int, first: int, columns: int, count: int) -> Any:
+        base = read_word(block + a.V) + read_word(
+            read_word(block + a.V_BATCH) + 8 * read_word(item + a.ITEM_BATCH)
+        )
+        base += read_word(item + a.ITEM_HEAD) * read_word(block + a.V_HEAD)
+        stride, step, length = (
+            read_word(block + a.V_ROW),
+            read_word(block + a.V_STEP),
+            read_word(block + a.V_HEAD_DIM),
+        )
+        return rows_of(
+            base, stride, step, length, scratch + read_word(block + a.AT_VALUES), first, columns, count
+        )
+
+    @compiled
+    def describe_tile(
+        block: int, item: int, scratch: int, first: int, columns: int, count: int, action: int
+    ) -> None:
+        tile, width = scratch + read_word(block + a.AT_TILE), read_word(scratch + WIDTH)
+        write_word(tile + a.TILE_SCORES, scratch + read_word(block + a.AT_SCORE))
+        write_word(tile + a.TILE_KEYS, count)
+        write_word(tile + a.TILE_FIRST, first)
+        write_word(tile + a.TILE_COLUMNS, columns)
+        write_word(tile + a.TILE_BATCH, read_word(item + a.ITEM_BATCH))
+        write_word(tile + a.TILE_LANES, scratch + read_word(block + a.AT_LANES))
+        write_word(tile + a.TILE_WIDTH, width)
+        write_word(tile + a.TILE_ROW_VALUES, tile + 8 * a.TILE_WORDS)
+        write_word(tile + a.TILE_CAPTURED, read_word(block + a.CAPTURED))
+        write_word(tile + a.TILE_ACTION, action)
+        write_word(tile + a.TILE_SEEN, scratch + read_word(block + a.AT_SEEN))
+        invoke(read_word(block + a.TILE_CODE), tile, 0)
+
+    @compiled
+    def load_scores(
+        block: int, item: int, scratch: int, first: int, columns: int, count: int, masked: int
+    ) -> None:
+        keys, stride = load_keys(block, item, scratch, first, columns, count)
+        query, head_dim = scratch + read_word(block + a.AT_QUERY), read_word(block + a.HEAD_DIM)
+        scores = scratch + read_word(block + a.AT_SCORE)
+        state = scratch + read_word(block + a.AT_STATE)
+        width = read_word(scratch + WIDTH)
+        vectors = width // lanes
+        coded = masked != 0 or read_word(block + a.HAS_SCORE) != 0
+        # Raw scores have no part in the maximum where tile code changes them; the last state is free then.
+        largest = state + (4 if coded else 1) * width * size
+        n = 0
+        while n + rows <= count:
+            score(vectors, keys + n * stride, stride, query, head_dim, scores + n * width * size, largest)
+            n += rows
+        if n < count and count >= rows:
+            # The last keys once more with some before them: the same scores again.
+            n = count - rows
+            score(vectors, keys + n * stride, stride, query, head_dim, scores + n * width * size, largest)
+            n = count
+        while n < count:
+            score_one(vectors, keys + n * stride, stride, query, head_dim, scores + n * width * size, largest)
+            n += 1
+        if coded:
+            describe_tile(
+                block, item, scratch, first, columns, count, a.SCORE_AND_HIDE if masked else a.SCORE
+            )
+            largest_of(vectors, scores, count, state + width * size)
+
+    return Steps(load_queries, load_keys, load_values, load_scores, describe_tile)

@@ -1,0 +1,101 @@
+"""Kernels by name and dtype, as addresses: compiled once a machine, kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from anyattn.expr.program import Program
+from anyattn.kernels.cache import user_store
+from anyattn.kernels.key import KernelKey, code_digest
+from anyattn.kernels.numba_store import attach, numba_settings, numba_target, numba_versions
+from anyattn.kernels.source import load_source
+from anyattn_numba import threads
+from anyattn_numba.jit import OPTIONS
+from anyattn_numba.target import Shape, host, shape_of
+from anyattn_numba.tiles import tile_source
+
+__all__ = ["kernel_address", "shape_for", "tile_address", "tile_key"]
+
+_lock = threading.Lock()
+_tiles: dict[tuple[str, str], int] = {}
+
+
+@lru_cache
+def shape_for(accumulate: str) -> Shape:
+    """The register tile of this process."""
+    return shape_of(host(), accumulate)
+
+
+@lru_cache
+def kernel_address(kernel: str, dtype: str) -> int:
+    """The address of a task: "forward", "combine", "weights" or "stats"."""
+    accumulate = "float64" if dtype == "float64" else "float32"
+    dispatcher = _factory(kernel)(shape_for(accumulate), dtype)
+    with _lock:
+        attach(dispatcher, _key(kernel, "", dtype, accumulate, code_digest("", _own_modules())), user_store())
+        return threads.address(dispatcher)
+
+
+def _factory(kernel: str) -> Any:
+    from anyattn_numba.forward import forward_kernel
+
+    return {"forward": forward_kernel}[kernel]
+
+
+def tile_key(program: Program, accumulate: str, source: str) -> KernelKey:
+    """The key of the tile code of a program."""
+    return _key("tile", program.text, accumulate, accumulate, code_digest(source, _own_modules()))
+
+
+def tile_address(program: Program, accumulate: str, title: str = "") -> int:
+    """The address of the tile code of a program."""
+    known = (program.key, accumulate)
+    found = _tiles.get(known)
+    if found is None:
+        with _lock:
+            source = tile_source(program, accumulate, title)
+            key = tile_key(program, accumulate, source)
+            store = user_store()
+            module = load_source(key, source, store)
+            attach(module.tile, key, store)
+            found = _tiles[known] = threads.address(module.tile)
+    return found
+
+
+def _key(kernel: str, structure: str, dtype: str, accumulate: str, code: str) -> KernelKey:
+    shape = shape_for(accumulate)
+    return KernelKey(
+        backend="numba",
+        kernel=kernel,
+        structure=structure,
+        dtype=dtype,
+        accumulate=accumulate,
+        head_dim=0,
+        v_head_dim=0,
+        target=numba_target(),
+        tiles={"lanes": shape.lanes, "vectors": shape.vectors, "rows": shape.rows},
+        settings=numba_settings(OPTIONS),
+        versions=numba_versions(),
+        code=code,
+    )
+
+
+@lru_cache
+def _own_modules() -> tuple[ModuleType, ...]:
+    """The modules whose functions end up in machine code."""
+    names = (
+        "arguments",
+        "atomics",
+        "blocks",
+        "captured",
+        "forward",
+        "memory",
+        "microkernels",
+        "rows",
+        "vectors",
+    )
+    return tuple(import_module(f"anyattn_numba.{name}") for name in names)

@@ -1,0 +1,245 @@
+"""The two products of attention, and the softmax between them, on one tile held in registers.
+
+A lane is a query: a block has its queries side by side in vectors, its keys one below the other. Then K and V
+are read as they lie in memory, a number of theirs at a time against all queries, nothing of them is packed or
+transposed, and the softmax has no reduction across lanes: maximum and sum run down the keys.
+
+    score    S[j, :]  = sum over d of K[j, d] Q[d, :]           largest[:] = max(largest[:], S[j, :])
+    soften   P[j, :]  = exp(S[j, :] - largest[:]), its sum, and the factor for what was summed before
+    weigh    O[c, :]  = factor[:] O[c, :] + sum over j of V[j, c] P[j, :]
+
+Q (head_dim, queries), S and P (keys, queries) and O (v_head_dim, queries) are contiguous in the caller's
+scratch memory. All addresses are int64, all strides bytes.
+
+Each takes the number of vectors of queries first; there is one piece of code for each number, kept out of the
+callers, which would be optimised as often as they are compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from anyattn_numba.jit import cgutils, intrinsic
+from anyattn_numba.target import Shape
+from anyattn_numba.vectors import INT64, Vectors, offset
+
+__all__ = ["largest_kernel", "score_kernel", "soften_kernel", "weigh_kernel"]
+
+
+@lru_cache
+def score_kernel(shape: Shape, rows: int) -> Any:
+    """score(vectors, key, key_stride, query, head_dim, out, largest) for `rows` keys.
+
+    The numbers of a key are contiguous.
+    """
+    lanes = Vectors(shape.element, shape.lanes)
+
+    def code(builder: Any, vectors: int, arguments: list[Any]) -> None:
+        key, key_stride, query, head_dim, out, largest = arguments
+        width = vectors * lanes.nbytes
+        sums = _accumulators(builder, lanes, rows, vectors)
+        for row in sums:
+            for sum_ in row:
+                builder.store(lanes.constant(0.0), sum_)
+        starts = [builder.add(key, builder.mul(key_stride, ir.Constant(INT64, r))) for r in range(rows)]
+        with cgutils.for_range(builder, head_dim, intp=INT64) as loop:
+            here = builder.add(query, builder.mul(loop.index, ir.Constant(INT64, width)))
+            values = [lanes.load(builder, offset(builder, here, v * lanes.nbytes)) for v in range(vectors)]
+            step = builder.mul(loop.index, ir.Constant(INT64, lanes.itemsize))
+            for start, row in zip(starts, sums, strict=True):
+                factor = lanes.broadcast(builder, builder.add(start, step))
+                for sum_, value in zip(row, values, strict=True):
+                    builder.store(lanes.muladd(builder, factor, value, builder.load(sum_)), sum_)
+        for v in range(vectors):
+            top_at = offset(builder, largest, v * lanes.nbytes)
+            top = lanes.load(builder, top_at)
+            for r, row in enumerate(sums):
+                value = builder.load(row[v])
+                lanes.store(builder, value, offset(builder, out, r * width + v * lanes.nbytes))
+                top = lanes.maximum(builder, value, top)
+            lanes.store(builder, top, top_at)
+
+    call = _by_vectors(f"score_{rows}", shape, 6, code)
+
+    @intrinsic
+    def score(
+        typing_context: Any,
+        vectors: Any,
+        key: Any,
+        key_stride: Any,
+        query: Any,
+        head_dim: Any,
+        out: Any,
+        largest: Any,
+    ) -> Any:
+        return types.void(*[types.int64] * 7), call
+
+    return score
+
+
+@lru_cache
+def weigh_kernel(shape: Shape, rows: int) -> Any:
+    """weigh(vectors, value, value_stride, weights, keys, factor, out) for `rows` channels.
+
+    The numbers of a value are contiguous.
+    """
+    lanes = Vectors(shape.element, shape.lanes)
+
+    def code(builder: Any, vectors: int, arguments: list[Any]) -> None:
+        value, value_stride, weights, keys, factor, out = arguments
+        width = vectors * lanes.nbytes
+        sums = _accumulators(builder, lanes, rows, vectors)
+        for v in range(vectors):
+            decay = lanes.load(builder, offset(builder, factor, v * lanes.nbytes))
+            for r, row in enumerate(sums):
+                before = lanes.load(builder, offset(builder, out, r * width + v * lanes.nbytes))
+                builder.store(builder.fmul(before, decay), row[v])
+        with cgutils.for_range(builder, keys, intp=INT64) as loop:
+            here = builder.add(weights, builder.mul(loop.index, ir.Constant(INT64, width)))
+            values = [lanes.load(builder, offset(builder, here, v * lanes.nbytes)) for v in range(vectors)]
+            start = builder.add(value, builder.mul(loop.index, value_stride))
+            for r, row in enumerate(sums):
+                channel = lanes.broadcast(builder, offset(builder, start, r * lanes.itemsize))
+                for sum_, weight in zip(row, values, strict=True):
+                    builder.store(lanes.muladd(builder, channel, weight, builder.load(sum_)), sum_)
+        for r, row in enumerate(sums):
+            for v, sum_ in enumerate(row):
+                lanes.store(builder, builder.load(sum_), offset(builder, out, r * width + v * lanes.nbytes))
+
+    call = _by_vectors(f"weigh_{rows}", shape, 6, code)
+
+    @intrinsic
+    def weigh(
+        typing_context: Any,
+        vectors: Any,
+        value: Any,
+        value_stride: Any,
+        weights: Any,
+        keys: Any,
+        factor: Any,
+        out: Any,
+    ) -> Any:
+        return types.void(*[types.int64] * 7), call
+
+    return weigh
+
+
+@lru_cache
+def soften_kernel(shape: Shape) -> Any:
+    """soften(vectors, scores, keys, before, largest, total, factor).
+
+    `before` is the largest score until now and becomes `largest`; `total` is the sum of weights. A query
+    whose largest score is -inf has seen nothing.
+    """
+    lanes = Vectors(shape.element, shape.lanes)
+
+    def code(builder: Any, vectors: int, arguments: list[Any]) -> None:
+        scores, keys, before, largest, total, factor = arguments
+        width = vectors * lanes.nbytes
+        bases, sums = [], [cgutils.alloca_once(builder, lanes.type) for _ in range(vectors)]
+        for v, sum_ in enumerate(sums):
+            at = v * lanes.nbytes
+            top = lanes.load(builder, offset(builder, largest, at))
+            # -inf - -inf is NaN.
+            none = builder.fcmp_ordered("==", top, lanes.constant(float("-inf")))
+            base = builder.select(none, lanes.constant(0.0), top)
+            old = lanes.load(builder, offset(builder, before, at))
+            decay = lanes.exp(builder, builder.fsub(old, base))
+            lanes.store(builder, decay, offset(builder, factor, at))
+            lanes.store(builder, top, offset(builder, before, at))
+            summed = lanes.load(builder, offset(builder, total, at))
+            builder.store(builder.fmul(summed, decay), sum_)
+            bases.append(base)
+        with cgutils.for_range(builder, keys, intp=INT64) as loop:
+            here = builder.add(scores, builder.mul(loop.index, ir.Constant(INT64, width)))
+            for v, sum_ in enumerate(sums):
+                at = offset(builder, here, v * lanes.nbytes)
+                weight = lanes.exp(builder, builder.fsub(lanes.load(builder, at), bases[v]))
+                lanes.store(builder, weight, at)
+                builder.store(builder.fadd(builder.load(sum_), weight), sum_)
+        for v, sum_ in enumerate(sums):
+            lanes.store(builder, builder.load(sum_), offset(builder, total, v * lanes.nbytes))
+
+    call = _by_vectors("soften", shape, 6, code)
+
+    @intrinsic
+    def soften(
+        typing_context: Any,
+        vectors: Any,
+        scores: Any,
+        keys: Any,
+        before: Any,
+        largest: Any,
+        total: Any,
+        factor: Any,
+    ) -> Any:
+        return types.void(*[types.int64] * 7), call
+
+    return soften
+
+
+@lru_cache
+def largest_kernel(shape: Shape) -> Any:
+    """largest_of(vectors, scores, keys, largest): the maximum of `largest` and of each lane's scores."""
+    lanes = Vectors(shape.element, shape.lanes)
+
+    def code(builder: Any, vectors: int, arguments: list[Any]) -> None:
+        scores, keys, largest = arguments
+        (tops,) = _accumulators(builder, lanes, 1, vectors)
+        for v, top in enumerate(tops):
+            builder.store(lanes.load(builder, offset(builder, largest, v * lanes.nbytes)), top)
+        with cgutils.for_range(builder, keys, intp=INT64) as loop:
+            here = builder.mul(loop.index, ir.Constant(INT64, vectors * lanes.nbytes))
+            here = builder.add(scores, here)
+            for v, top in enumerate(tops):
+                value = lanes.load(builder, offset(builder, here, v * lanes.nbytes))
+                builder.store(lanes.maximum(builder, value, builder.load(top)), top)
+        for v, top in enumerate(tops):
+            lanes.store(builder, builder.load(top), offset(builder, largest, v * lanes.nbytes))
+
+    call = _by_vectors("largest", shape, 3, code)
+
+    @intrinsic
+    def largest_of(typing_context: Any, vectors: Any, scores: Any, keys: Any, largest: Any) -> Any:
+        return types.void(*[types.int64] * 4), call
+
+    return largest_of
+
+
+def _accumulators(builder: Any, lanes: Vectors, rows: int, vectors: int) -> list[list[Any]]:
+    return [[cgutils.alloca_once(builder, lanes.type) for _ in range(vectors)] for _ in range(rows)]
+
+
+def _by_vectors(
+    name: str, shape: Shape, count: int, code: Callable[[Any, int, list[Any]], None]
+) -> Callable[[Any, Any, Any, Any], Any]:
+    """The call of a function of its own that runs `code` for the number of vectors that it is given."""
+
+    def call(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [INT64] * (count + 1))
+        label = f"anyattn_{name}_{shape.element}_{shape.lanes}x{shape.vectors}"
+        function = builder.module.globals.get(label)
+        if function is None:
+            function = ir.Function(builder.module, kind, label)
+            function.linkage = "linkonce_odr"
+            function.attributes.add("noinline")
+            function.attributes.add("nounwind")
+            inner = ir.IRBuilder(function.append_basic_block("entry"))
+            done = function.append_basic_block("done")
+            ir.IRBuilder(done).ret_void()
+            choice = inner.switch(function.args[0], done)
+            for vectors in range(1, shape.vectors + 1):
+                body = function.append_basic_block(f"vectors_{vectors}")
+                choice.add_case(ir.Constant(INT64, vectors), body)
+                inner.position_at_end(body)
+                code(inner, vectors, list(function.args[1:]))
+                inner.branch(done)
+        builder.call(function, arguments)
+        return context.get_dummy_value()
+
+    return call
