@@ -181,6 +181,7 @@ def test_arrays_of_other_lengths_compile_nothing():
     ("score", "table"),
     [
         (lambda table: lambda s, b, h, i, j: s + table[h] * table[0], SLOPES),
+        (lambda table: lambda s, b, h, i, j: s + table[h] * table[0] * len(table), SLOPES),
         (lambda table: lambda s, b, h, i, j: s + table[h] * table[-1], SLOPES.tolist()),
         (lambda table: lambda s, b, h, i, j: s + table[h] * float(table.max()), SLOPES),
         (lambda table: lambda s, b, h, i, j: s + table[h] + sum(table), SLOPES),

@@ -330,6 +330,7 @@ class TestRefusals:
                 "PAIR[h] is read while the kernel runs and has no .max",
             ),
             (lambda s, b, h, i, j: s + (SLOPES * 2)[h], "outside the function, or write SLOPES[h] * 2"),
+            (lambda s, b, h, i, j: s + (SLOPES * SLOPES[0])[h], "or write SLOPES[h] * SLOPES[0]"),
             (lambda s, b, h, i, j: s + (-NAMED.slopes)[h], "or write -NAMED.slopes[h]"),
             (lambda s, b, h, i, j: s + abs(PAIR + 1)[h, j], "or write abs(PAIR[h, j] + 1)"),
             (lambda s, b, h, i, j: s + PAIR[-1, j], "write PAIR[PAIR.shape[0] - 1, j]"),
