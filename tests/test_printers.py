@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import inspect
 import itertools
+import re
 import shutil
 import subprocess
 import textwrap
@@ -183,18 +184,25 @@ class TestArrayApi:
         np.testing.assert_array_equal(found, [0, 0, len(x) - 1, len(x) - 1, 7])
 
 
+# What `anyattn_numba.vector_math` computes.
+FUNCTIONS = {"exp": np.exp, "log": np.log, "tanh": np.tanh, "sigmoid": lambda x: 1 / (1 + np.exp(-x))}
+
+
 def load_module(source, path, wrap=None):
     """The module of a Numba source, kept in a file; with `wrap`, its functions are wrapped in it instead."""
     if wrap is not None:
         line = 'inline = numba.njit(forceinline=True, error_model="numpy")'
         assert line in source
         source = source.replace(line, "inline = WRAP").replace("import numba\n", "")
+        source = re.sub(r"from anyattn_numba.*\n", "", source)
         source = source.replace("from numba import types\n", "").replace("CAPTURED = ", "CAPTURED = lambda: ")
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     if wrap is not None:
         module.WRAP = wrap
+        for dtype in ("float32", "float64"):
+            vars(module).update({f"{name}_{dtype}": f for name, f in FUNCTIONS.items()})
     spec.loader.exec_module(module)
     return module
 
@@ -219,18 +227,25 @@ class TestAlignedView:
 class TestNumbaText:
     """The generated module as plain Python over NumPy scalars."""
 
-    @pytest.mark.parametrize(("dtype", "split"), [("float32", False), ("float64", True)])
-    def test_values(self, dtype, split, tmp_path):
+    @pytest.mark.parametrize(
+        ("dtype", "split", "index", "seeds"),
+        [
+            ("float32", False, "int64", SEEDS),
+            ("float64", True, "int64", SEEDS),
+            ("float64", False, "int32", SEEDS[:50]),
+        ],
+    )
+    def test_values(self, dtype, split, index, seeds, tmp_path):
         compare = Comparison(dtype)
-        for seed in SEEDS:
+        for seed in seeds:
             program = drawn(seed)[2]
-            module = load_module(
-                numba_source(program, dtype, split=split), tmp_path / f"m{seed}.py", wrap=lambda f: f
-            )
-            captured = numba_arguments(program, dtype, views(program))
+            source = numba_source(program, dtype, index=index, split=split)
+            module = load_module(source, tmp_path / f"m{seed}.py", wrap=lambda f: f)
+            captured = numba_arguments(program, dtype, views(program), index)
+            at, scores = entries(seed, dtype)
             seen, changed = [], []
             with np.errstate(all="ignore"):
-                for (b, h, row, i, j), s in zip(*entries(seed, dtype), strict=True):
+                for (b, h, row, i, j), s in zip(at.astype(index), scores, strict=True):
                     first = [(), ()]
                     if split:
                         rows = (module.visible_row, module.score_row)
@@ -238,7 +253,7 @@ class TestNumbaText:
                     seen.append(module.visible(*first[0], b, h, row, i, j, *captured))
                     changed.append(module.score(s, *first[1], b, h, row, i, j, *captured))
             compare(seed, seen, changed)
-        compare.finish(SEEDS)
+        compare.finish(seeds)
 
     def test_parts_of_a_row_read_no_key_and_shared_parts_have_names(self):
         for seed in SEEDS:
@@ -267,7 +282,7 @@ class TestNumbaText:
 class TestNumba:
     """The generated module, compiled."""
 
-    def kernel(self, module, dtype, split=False):
+    def kernel(self, module, dtype, split=False, index="int64"):
         numba = pytest.importorskip("numba", reason="numba is not installed")
         visible, score = module.visible, module.score
         if split:
@@ -287,29 +302,35 @@ class TestNumba:
                     seen[n] = visible(b, h, row, i, j, *captured)
                     changed[n] = score(scores[n], b, h, row, i, j, *captured)
 
-        real = getattr(numba.types, dtype)[::1]
-        arguments = (numba.int64[:, ::1], real, numba.boolean[::1], real, numba.types.Tuple(module.CAPTURED))
+        real, integer = getattr(numba.types, dtype)[::1], getattr(numba.types, index)[:, ::1]
+        arguments = (integer, real, numba.boolean[::1], real, numba.types.Tuple(module.CAPTURED))
         return numba.njit(numba.void(*arguments), error_model="numpy")(run)
 
     @pytest.mark.parametrize(
-        ("dtype", "split", "seeds"), [("float32", False, SEEDS[:20]), ("float64", True, SEEDS[20:28])]
+        ("dtype", "split", "index", "seeds"),
+        [
+            ("float32", False, "int64", SEEDS[:20]),
+            ("float64", True, "int64", SEEDS[20:28]),
+            ("float32", True, "int32", SEEDS[28:34]),
+        ],
     )
-    def test_values(self, dtype, split, seeds, tmp_path):
+    def test_values(self, dtype, split, index, seeds, tmp_path):
         pytest.importorskip("numba", reason="numba is not installed")
         compare = Comparison(dtype)
         helpers = {}
         for seed in seeds:
             program = drawn(seed)[2]
-            module = load_module(numba_source(program, dtype, split=split), tmp_path / f"m{seed}.py")
+            source = numba_source(program, dtype, index=index, split=split)
+            module = load_module(source, tmp_path / f"m{seed}.py")
             for name, function in list(vars(module).items()):
                 # Helpers of equal text are compiled once.
                 if name.startswith("_") and hasattr(function, "py_func"):
                     text = inspect.getsource(function.py_func)
                     setattr(module, name, helpers.setdefault(text, function))
-            captured = numba_arguments(program, dtype, views(program))
+            captured = numba_arguments(program, dtype, views(program), index)
             at, s = entries(seed, dtype)
             seen, changed = np.zeros(len(at), bool), np.zeros(len(at), dtype)
-            self.kernel(module, dtype, split)(at, s, seen, changed, captured)
+            self.kernel(module, dtype, split, index)(at.astype(index), s, seen, changed, captured)
             compare(seed, seen, changed)
         compare.finish(seeds)
 
@@ -336,18 +357,25 @@ class TestNumba:
         assert len(kernel.signatures) == 1
         assert numba.extending.is_jitted(kernel)
 
-    def test_loops_over_keys_become_vector_instructions(self, tmp_path):
+    @pytest.mark.parametrize("index", ["int64", "int32"])
+    def test_loops_over_keys_become_vector_instructions(self, index, tmp_path):
+        """Of integers of the wanted size: Numba makes int64 of int32 wherever the text lets it."""
         numba = pytest.importorskip("numba", reason="numba is not installed")
-        module = load_module(numba_source(flagship_program(), "float32"), tmp_path / "m.py")
-        visible = module.visible
+        module = load_module(numba_source(flagship_program(), "float32", index=index), tmp_path / "m.py")
+        visible, score, integer = module.visible, module.score, getattr(np, index)
 
-        def run(i, seen, captured):
-            for j in range(len(seen)):
-                seen[j] = visible(0, 0, i, i, j, *captured)
+        def run(h, i, scores, seen, captured):
+            for n in range(len(seen)):
+                j = integer(n)
+                seen[n] = visible(h, h, i, i, j, *captured)
+                scores[n] = score(scores[n], h, h, i, i, j, *captured)
 
-        arguments = (numba.int64, numba.boolean[::1], numba.types.Tuple(module.CAPTURED))
+        kind = getattr(numba.types, index)
+        arguments = (kind, kind, numba.float32[::1], numba.boolean[::1], numba.types.Tuple(module.CAPTURED))
         kernel = numba.njit(numba.void(*arguments), error_model="numpy")(run)
-        assert "vector.body" in kernel.inspect_llvm(kernel.signatures[0])
+        text = kernel.inspect_llvm(kernel.signatures[0])
+        compared = re.findall(r"icmp (?:samesign )?\w+ <\d+ x i(\d+)>", text)
+        assert set(compared) == {index[3:]}
 
     def test_special_values(self, tmp_path):
         pytest.importorskip("numba", reason="numba is not installed")

@@ -2,10 +2,11 @@
 
 The text depends on the structure alone, so it may be kept under the program's key. Written for LLVM to turn
 that loop into vector instructions: no branch (`_where` has both values at hand and becomes a select), no
-exception (error model "numpy"), no wrap-around of negative indices (they are unsigned by then). No fast-math
+exception (error model "numpy"), no wrap-around of negative indices (they are unsigned by then), and no call
+of the C library for exp, log, tanh and sigmoid, which are those of `anyattn_numba.vector_math`. No fast-math
 flag is set, because all of them that help here let NaN or infinity be assumed away; NaN at a seen key must
-arrive. Integers are int64; 16-bit floats arrive as their bits, which every processor can convert with integer
-operations. With NUMBA_DISABLE_JIT=1 the module is plain Python over NumPy scalars and can be stepped through.
+arrive. 16-bit floats arrive as their bits, which every processor can convert with integer operations. With
+NUMBA_DISABLE_JIT=1 the module is plain Python over NumPy scalars and can be stepped through.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import textwrap
 from typing import Any
 
 from anyattn.arrays import Array
-from anyattn.expr.nodes import Expr
+from anyattn.expr.nodes import Apply, Expr
 from anyattn.expr.program import AlignedSlot, LoadSlot, Program
 from anyattn.expr.statements import Body, aligned_slots, body, table_slots
 from anyattn.expr.writer import ATOM, Form, Text, Writer, called
@@ -26,11 +27,13 @@ _WIDTH = 100
 _BITS = {"float16": "uint16", "bfloat16": "uint16"}
 
 
-def numba_source(program: Program, accumulate: str, *, split: bool = False, title: str = "") -> str:
+def numba_source(
+    program: Program, accumulate: str, *, index: str = "int64", split: bool = False, title: str = ""
+) -> str:
     """A Python module with the functions `visible` and `score` of a program, where it has them.
 
     `visible(b, h, row, i, j, *captured)` tells whether the key is seen,
-    `score(s, b, h, row, i, j, *captured)` what becomes of the score s. Indices are int64. `captured` are the
+    `score(s, b, h, row, i, j, *captured)` what becomes of the score s. `captured` are the
     values of `numba_arguments`, of the types `CAPTURED` of the module: parameters p0, ..., tables t0, ...,
     aligned arrays a0, ...
 
@@ -39,27 +42,42 @@ def numba_source(program: Program, accumulate: str, *, split: bool = False, titl
     program : Program
     accumulate : {"float32", "float64"}
         The dtype in which floats are computed; the score has it.
+    index : {"int64", "int32"}
+        The dtype of the indices, in which integers are computed. Integers are int64 in meaning; "int32", of
+        which a vector holds twice as many, is right only where the caller has proved that no integer of the
+        program, on the way too, leaves 32 bits.
     split : bool, default False
         Write each function as two: `visible_row(b, h, row, i, *captured)` gives a tuple of what is the same
         for all keys of a row, and `visible(r, b, h, row, i, j, *captured)` takes it first.
     title : str
         A line for the reader at the top of the module, such as the mask that it was made for.
     """
-    writer = _Writer(accumulate)
+    writer = _Writer(accumulate, index)
     captured = _captured_names(program)
     functions = []
     for name, root in (("visible", program.visible), ("score", program.score)):
         if root is not None:
             functions.append(writer.function(name, body(root), captured, split))
-    helpers = [text.format(float=accumulate) for text in called(_HELPERS, functions)]
-    head = [f'"""{_docstring(program, accumulate, title)}"""', "", "from __future__ import annotations", ""]
+    table = _HELPERS | (_HELPERS_OF_INT32 if index == "int32" else {})
+    helpers = [text.format(float=accumulate) for text in called(table, functions)]
+    imported = ", ".join(called({name: name for name in _functions(accumulate).values()}, functions))
+    types = _types(program, accumulate, index)
+    head = [
+        f'"""{_docstring(program, accumulate, index, title)}"""',
+        "",
+        "from __future__ import annotations",
+        "",
+    ]
     head += ["import numba", "import numpy as np", "from numba import types", ""]
-    head += ["# Types of the captured arguments, in order.", f"CAPTURED = {_types(program, accumulate)}", ""]
+    head += [f"from anyattn_numba.vector_math import {imported}", ""] if imported else []
+    head += ["# Types of the captured arguments, in order.", f"CAPTURED = {types}", ""]
     head += ['inline = numba.njit(forceinline=True, error_model="numpy")']
     return "\n".join(head) + "\n\n\n" + "\n\n\n".join([*helpers, *functions]) + "\n"
 
 
-def numba_arguments(program: Program, accumulate: str, aligned: tuple[Array, ...]) -> tuple[Any, ...]:
+def numba_arguments(
+    program: Program, accumulate: str, aligned: tuple[Array, ...], index: str = "int64"
+) -> tuple[Any, ...]:
     """The captured arguments of the functions of a program whose arrays are NumPy arrays.
 
     `aligned` are its aligned arrays as `aligned_view` gives them. Nothing is copied; arrays are read-only
@@ -67,7 +85,7 @@ def numba_arguments(program: Program, accumulate: str, aligned: tuple[Array, ...
     """
     import numpy
 
-    kinds = {"bool": numpy.bool_, "int": numpy.int64, "float": getattr(numpy, accumulate)}
+    kinds = {"bool": numpy.bool_, "int": getattr(numpy, index), "float": getattr(numpy, accumulate)}
     numbers = [kinds[k](p) for k, p in zip(program.parameter_kinds, program.parameters, strict=True)]
     found = [(slot.dtype, x) for slot, x in zip(table_slots(program), program.tables, strict=True)]
     found += [(slot.dtype, x) for slot, x in zip(aligned_slots(program), aligned, strict=True)]
@@ -122,23 +140,23 @@ _FORMS: dict[str, Form | str] = {
     "xor": Form("{} ^ {}", _XOR, (_XOR, _XOR)),
     "not": Form("not {}", _TERNARY, (_COMPARISON,)),
     "where": "_where",
-    "exp": "np.exp",
-    "log": "np.log",
-    "tanh": "np.tanh",
     "sqrt": "np.sqrt",
-    "sigmoid": "_sigmoid",
     "floor": "np.floor",
 }
 
 
+_WIDENED = ("add", "sub", "mul", "floordiv", "mod", "pow", "neg")
+
+
 class _Writer(Writer):
-    forms = _FORMS
     half = "_half"
     bfloat = "_bfloat"
 
-    def __init__(self, accumulate: str):
+    def __init__(self, accumulate: str, index: str):
         self.float = f"np.{accumulate}"
-        super().__init__(accumulate, {"int": "np.int64", "float": self.float}, ("int64", accumulate))
+        self.int = f"np.{index}"
+        self.forms = _FORMS | _functions(accumulate)
+        super().__init__(accumulate, {"int": self.int, "float": self.float}, (index, accumulate))
 
     def function(self, name: str, parts: Body, captured: list[str], split: bool) -> str:
         self.names = {}
@@ -165,6 +183,12 @@ class _Writer(Writer):
         line = f"{name} = {self.whole(node)}"
         self.names[id(node)] = name
         return line
+
+    def apply(self, node: Apply) -> Text:
+        found = super().apply(node)
+        # Numba gives int64 to these; the compiler takes that back where it sees the conversion.
+        narrows = self.int == "np.int32" and node.kind == "int" and node.op in _WIDENED
+        return Text(f"{self.int}({found.text})") if narrows else found
 
     def constant(self, value: float, kind: str) -> Text:
         if kind != "float":
@@ -269,13 +293,21 @@ def _power(x, n):
 @inline
 def _power_float(x, y):
     return np.{float}(x**y)""",
-    "_sigmoid": '''\
-@inline
-def _sigmoid(x):
-    """1 / (1 + exp(-x)), where exp(-x) may be too large."""
-    t = np.exp(x if x < 0 else -x)
-    return (t if x < 0 else np.{float}(1)) / (np.{float}(1) + t)''',
 }
+
+_HELPERS_OF_INT32 = {
+    "_inside": '''\
+@inline
+def _inside(index, size):
+    """The nearest index of an axis."""
+    last = np.int32(min(size - 1, 0x7FFFFFFF))
+    return np.uintp(min(max(index, np.int32(0)), last))''',
+}
+
+
+def _functions(accumulate: str) -> dict[str, str]:
+    """Names in `anyattn_numba.vector_math`, by operation."""
+    return {name: f"{name}_{accumulate}" for name in ("exp", "log", "tanh", "sigmoid")}
 
 
 def _function(name: str, arguments: list[str], lines: list[str]) -> str:
@@ -293,8 +325,8 @@ def _captured_names(program: Program) -> list[str]:
     ]
 
 
-def _types(program: Program, accumulate: str) -> str:
-    kinds = {"bool": "boolean", "int": "int64", "float": accumulate}
+def _types(program: Program, accumulate: str, index: str) -> str:
+    kinds = {"bool": "boolean", "int": index, "float": accumulate}
     found = [f"types.{kinds[k]}" for k in program.parameter_kinds]
     arrays = [(slot.dtype, slot.ndim) for slot in table_slots(program)]
     arrays += [(slot.dtype, 4) for slot in aligned_slots(program)]
@@ -306,8 +338,10 @@ def _types(program: Program, accumulate: str) -> str:
     return "(\n    " + ",\n    ".join(found) + ",\n)"
 
 
-def _docstring(program: Program, accumulate: str, title: str) -> str:
+def _docstring(program: Program, accumulate: str, index: str, title: str) -> str:
     lines = [f"Scalar functions of program {program.key}, floats in {accumulate}."]
+    if index != "int64":
+        lines[0] = f"{lines[0][:-1]}, integers in {index}."
     if title:
         lines += ["", title]
     lines += [
