@@ -161,7 +161,6 @@ class AttentionCall:
 
 def canonical(x: Array, layout: str) -> Array:
     """`x` as a view (..., H, L, D)."""
-    xp = arrays.namespace(x)
     if x.ndim == 2:
-        return xp.expand_dims(x, axis=0)
-    return xp.moveaxis(x, -3, -2) if layout == "blhd" else x
+        return arrays.namespace(x).expand_dims(x, axis=0)
+    return arrays.namespace(x).moveaxis(x, -3, -2) if layout == "blhd" else x

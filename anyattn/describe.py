@@ -189,6 +189,8 @@ def _check_tensors(tensors: dict[str, Any]) -> None:
             )
     q = tensors["q"]
     for name, x in tensors.items():
+        if x is q:
+            continue
         arrays.check_beside(x, name, q, "q")
         if arrays.dtype_name(x) != arrays.dtype_name(q):
             raise TypeError(f"{name}: wanted dtype {arrays.dtype_name(q)} like q, got {arrays.dtype_name(x)}")
@@ -196,9 +198,9 @@ def _check_tensors(tensors: dict[str, Any]) -> None:
 
 def _check_shapes(views: dict[str, Array], tensors: dict[str, Array]) -> tuple[int, ...]:
     """The broadcast batch shape of consistent q, k and v."""
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+    shapes = _Shapes(tensors)
     for name, x in tensors.items():
-        if any(isinstance(n, float) for n in x.shape):
+        if float in map(type, x.shape):
             raise ValueError(
                 f"{name}: wanted known sizes, got shape {tuple(x.shape)} (dask: compute_chunk_sizes())"
             )
@@ -231,6 +233,16 @@ def _check_shapes(views: dict[str, Array], tensors: dict[str, Array]) -> tuple[i
             joined.append(b if a == 1 else a)
         batch = joined
     return tuple(batch)
+
+
+class _Shapes:
+    """Prints the shapes of arrays, which only an error wants to know."""
+
+    def __init__(self, tensors: dict[str, Array]):
+        self._tensors = tensors
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {tuple(x.shape)}" for name, x in self._tensors.items())
 
 
 def _check_flags(options: Options) -> None:

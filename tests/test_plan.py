@@ -322,6 +322,8 @@ def test_arrays_of_another_kind_have_plans_of_their_own(planner):
     for n, call in enumerate(others):
         np.testing.assert_array_equal(aa.attention(*call), aa.attention(*call, backend="reference"))
         assert planner.prepared == n + 1
+    with pytest.raises(TypeError, match="q: wanted dtype"):
+        aa.attention(*(x.view("i4") for x in (q, k, v)))
     with pytest.raises(ValueError, match="k: wanted 4 features"):
         aa.attention(q, k[..., :3], v)
 

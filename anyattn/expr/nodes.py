@@ -375,24 +375,32 @@ def _only(node: Apply | Load) -> Expr:
 def walk(root: Expr) -> Iterator[Expr]:
     """Every node under `root` once, children before parents."""
     seen: set[int] = set()
-    stack: list[tuple[Expr, bool]] = [(root, False)]
+    stack: list[Any] = [root]
     while stack:
-        node, ready = stack.pop()
-        if ready:
-            yield node
+        node = stack.pop()
+        if type(node) is tuple:  # its children are done
+            yield node[0]
         elif id(node) not in seen:
             seen.add(id(node))
-            stack.append((node, True))
-            stack.extend((child, False) for child in reversed(node.children))
+            children = node.children
+            if children:
+                stack.append((node,))
+                stack.extend(reversed(children))
+            else:
+                yield node
 
 
 def rewrite(root: Expr, change: Callable[[Expr], Expr]) -> Expr:
     """`root` with `change` applied to every node, children first; shared nodes are changed once."""
     done: dict[int, Expr] = {}
     for node in walk(root):
-        children = tuple(done[id(c)] for c in node.children)
-        same = all(a is b for a, b in zip(children, node.children, strict=True))
-        done[id(node)] = change(node if same else node.rebuild(children))
+        children = node.children
+        if children:
+            new = tuple([done[id(c)] for c in children])
+            if any(a is not b for a, b in zip(new, children, strict=True)):
+                done[id(node)] = change(node.rebuild(new))
+                continue
+        done[id(node)] = change(node)
     return done[id(root)]
 
 
