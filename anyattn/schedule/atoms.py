@@ -18,22 +18,30 @@ from anyattn.schedule.grid import FACTOR, Grid, Tiles
 from anyattn.schedule.matches import Matches
 from anyattn.schedule.verdicts import ANY, EMPTY, FULL, NOT, PARTIAL
 
-__all__ = ["Atom", "Blocks", "Bounds", "Compare", "Hidden", "Line", "Opposite"]
+__all__ = ["Atom", "Blocks", "Bounds", "Compare", "Hidden", "Line", "Opposite", "columns_of_tiles"]
 
 NDArray = np.ndarray[Any, Any]
 Bounds = tuple[NDArray, NDArray]
 
 
 class Atom(Protocol):
-    """What the formula asks of a condition."""
+    """What the formula asks of a condition; `cost` orders atoms by the time that asking takes."""
+
+    @property
+    def cost(self) -> int: ...
 
     def verdicts(self, tiles: Tiles) -> NDArray: ...
+
+    def columns(self, tiles: Tiles) -> NDArray:
+        """Verdicts that each column of leaf tiles may have (tiles, keys)."""
 
     def values(self, group: NDArray, row: NDArray, key: NDArray) -> Bounds: ...
 
 
 class Line:
     """A condition that changes in one direction only: its values along it, counted."""
+
+    cost = 0
 
     def __init__(self, space: Space, expr: Expr, direction: str):
         self.space, self.direction = space, direction
@@ -56,6 +64,16 @@ class Line:
         found[empties > 0] |= EMPTY
         found[fulls > 0] |= FULL
         return found
+
+    def columns(self, tiles: Tiles) -> NDArray:
+        # The rows of a column are one stretch along every direction, or one place.
+        row, key = _rows_and_keys(tiles)
+        ends = [self.space.place(self.direction, r, key) for r in (row[:, :1], row[:, -1:])]
+        first, end = np.minimum(*ends), np.maximum(*ends) + 1
+        group: Any = tiles.group[:, None] if len(self.count) > 1 else 0
+        seen = self.count[group, end] - self.count[group, first]
+        found = np.where(seen == 0, EMPTY, np.where(seen == end - first, FULL, PARTIAL)).astype(np.uint8)
+        return np.broadcast_to(found, key.shape)
 
     def values(self, group: NDArray, row: NDArray, key: NDArray) -> Bounds:
         at = self.space.place(self.direction, row, key)
@@ -125,6 +143,18 @@ class Line:
         return low, ((q1 - 1) * grid.rows + (k1 - 1) * grid.keys) // step
 
 
+def _rows_and_keys(tiles: Tiles) -> tuple[NDArray, NDArray]:
+    """The rows (tiles, rows) and the keys (tiles, keys) of leaf tiles."""
+    row = tiles.row_range[0][:, None] + np.arange(tiles.grid.rows)
+    return row, tiles.key_range[0][:, None] + np.arange(tiles.grid.keys)
+
+
+def columns_of_tiles(verdicts: NDArray, tiles: Tiles) -> NDArray:
+    """What is known of columns where no more is known than of their tiles."""
+    found = np.where(verdicts & PARTIAL, ANY, verdicts).astype(np.uint8)
+    return np.broadcast_to(found[:, None], (len(tiles), tiles.grid.keys))
+
+
 def _running(seen: NDArray) -> NDArray:
     """How many of each row are True before every place, and in all."""
     total = np.zeros((len(seen), seen.shape[1] + 1), np.int32)
@@ -148,6 +178,7 @@ class Compare:
         self.op = op
         self.x, self.y = Extremes(x, ROW), Extremes(y, KEY)
         self._matches: dict[Grid, Matches] = {}
+        self.cost = 2 if op == "eq" else 0
 
     def verdicts(self, tiles: Tiles) -> NDArray:
         (x0, x1), (y0, y1) = self.x.of(tiles), self.y.of(tiles)
@@ -165,6 +196,19 @@ class Compare:
             found[at] = np.where(self._matches[tiles.grid].may_meet(tiles.chosen(at)), undecided, EMPTY)
         return found
 
+    def columns(self, tiles: Tiles) -> NDArray:
+        row, key = _rows_and_keys(tiles)
+        group = tiles.group[:, None]
+        x = self.x.values[group if len(self.x.values) > 1 else 0, row]
+        y = self.y.values[group if len(self.y.values) > 1 else 0, key]
+        low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
+        if self.op == "eq":
+            full = (low == y) & (high == y)
+            some = (x[:, :, None] == y[:, None, :]).any(axis=1)
+        else:
+            full, some = (high < y, low < y) if self.op == "lt" else (high <= y, low <= y)
+        return np.where(full, FULL, np.where(some, PARTIAL, EMPTY)).astype(np.uint8)
+
     def values(self, group: NDArray, row: NDArray, key: NDArray) -> Bounds:
         x = self.x.values[group if len(self.x.values) > 1 else 0, row]
         y = self.y.values[group if len(self.y.values) > 1 else 0, key]
@@ -174,6 +218,8 @@ class Compare:
 
 class Blocks:
     """A boolean array over rows and keys, one entry for `block` of each."""
+
+    cost = 0
 
     def __init__(self, space: Space, read: Load, block: int):
         self.space, self.read, self.block = space, read, block
@@ -205,6 +251,9 @@ class Blocks:
         undecided = PARTIAL if tiles.level == 0 else ANY
         full = seen == (r1 - r0) * (c1 - c0)
         return np.where(seen == 0, EMPTY, np.where(full, FULL, undecided)).astype(np.uint8)
+
+    def columns(self, tiles: Tiles) -> NDArray:
+        return columns_of_tiles(self.verdicts(tiles), tiles)
 
     def values(self, group: NDArray, row: NDArray, key: NDArray) -> Bounds:
         seen = self.array[self.leads[self.lead[group]], row // self.block, key // self.block]
@@ -244,8 +293,13 @@ class Blocks:
 class Hidden:
     """A condition on values that may not be read: anything is possible."""
 
+    cost = 0
+
     def verdicts(self, tiles: Tiles) -> NDArray:
         return np.full(len(tiles), ANY, np.uint8)
+
+    def columns(self, tiles: Tiles) -> NDArray:
+        return columns_of_tiles(self.verdicts(tiles), tiles)
 
     def values(self, group: NDArray, row: NDArray, key: NDArray) -> Bounds:
         shape = np.broadcast_shapes(group.shape, row.shape, key.shape)
@@ -257,9 +311,14 @@ class Opposite:
 
     def __init__(self, atom: Atom):
         self.atom = atom
+        self.cost = atom.cost
 
     def verdicts(self, tiles: Tiles) -> NDArray:
         found: NDArray = NOT[self.atom.verdicts(tiles)]
+        return found
+
+    def columns(self, tiles: Tiles) -> NDArray:
+        found: NDArray = NOT[self.atom.columns(tiles)]
         return found
 
     def values(self, group: NDArray, row: NDArray, key: NDArray) -> Bounds:

@@ -15,8 +15,7 @@ from anyattn.schedule.atoms import Line
 from anyattn.schedule.axes import DIFFERENCE, KEY, ROW, SUM, Space
 from anyattn.schedule.formula import Formula
 from anyattn.schedule.grid import Tiles
-from anyattn.schedule.keyed import KeyConditions
-from anyattn.schedule.verdicts import ANY, EMPTY, FULL, PARTIAL
+from anyattn.schedule.verdicts import EMPTY, FULL, PARTIAL
 
 __all__ = ["Decision", "decide"]
 
@@ -39,9 +38,7 @@ class Decision:
         self.by_evaluation = 0
 
 
-def decide(
-    formula: Formula, conditions: KeyConditions, space: Space, tiles: Tiles, possible: NDArray
-) -> Decision:
+def decide(formula: Formula, space: Space, tiles: Tiles, possible: NDArray) -> Decision:
     """The verdicts of leaf tiles of which `possible` sets of verdicts are known."""
     decision = Decision(possible.copy())
     open_ = np.flatnonzero(possible & (possible - 1))
@@ -64,25 +61,16 @@ def decide(
     step = max(1, _CHUNK // area)
     for start in range(0, len(rest), step):
         part = rest[start : start + step]
-        decision.verdicts[part] = _evaluated(formula, conditions, tiles.chosen(part))
+        decision.verdicts[part] = _evaluated(formula, tiles.chosen(part))
     return decision
 
 
-def _evaluated(formula: Formula, conditions: KeyConditions, tiles: Tiles) -> NDArray:
-    """The verdicts of tiles, of which those columns are evaluated that conditions on keys leave open."""
+def _evaluated(formula: Formula, tiles: Tiles) -> NDArray:
+    """The verdicts of tiles, of which those columns are evaluated that no condition settles."""
     grid = tiles.grid
-    if conditions.useful:
-        signatures, which = conditions.signatures(tiles, np.arange(len(tiles)))
-        outcomes = conditions.outcomes(grid, signatures)
-        possible = np.empty((len(tiles), grid.keys), np.uint8)
-        for n, signature in enumerate(signatures):
-            at = which == n
-            said = conditions.said(grid, conditions.group(signature))
-            possible[at] = outcomes[n][said[tiles.k[at]]]
-    else:
-        possible = np.full((len(tiles), grid.keys), ANY, np.uint8)
-    seen, hidden = (possible == FULL).any(axis=1), (possible == EMPTY).any(axis=1)
-    open_ = (possible != EMPTY) & (possible != FULL)
+    possible = formula.columns(tiles, {})
+    seen, hidden = (possible & EMPTY == 0).any(axis=1), (possible & FULL == 0).any(axis=1)
+    open_ = possible & (possible - 1) != 0
     tile, column = np.nonzero(open_ & ~(seen & hidden)[:, None])
     step = max(1, _CHUNK // grid.rows)
     for start in range(0, len(tile), step):

@@ -18,7 +18,18 @@ from anyattn.schedule.atoms import Atom, Blocks, Bounds, Compare, Hidden, Line, 
 from anyattn.schedule.axes import KEY, MIXED, NONE, ROW, UNREAD, Space, directions
 from anyattn.schedule.grid import Tiles
 from anyattn.schedule.mixed import Mixed
-from anyattn.schedule.verdicts import AND, AND_APART, NOT, OR, OR_APART, XOR, XOR_APART
+from anyattn.schedule.verdicts import (
+    AND,
+    AND_APART,
+    ANY,
+    EMPTY,
+    FULL,
+    NOT,
+    OR,
+    OR_APART,
+    XOR,
+    XOR_APART,
+)
 
 __all__ = ["Formula", "Leaf", "formula_of"]
 
@@ -26,16 +37,36 @@ NDArray = np.ndarray[Any, Any]
 
 
 class Formula:
-    """Base of the nodes; `verdicts` are the sets of verdicts that leaf tiles of a tile may have."""
+    """Base of the nodes; `verdicts` are the sets of verdicts that leaf tiles of a tile may have.
+
+    They are asked for where they matter (`where`, all tiles if None) and are ANY elsewhere. `cost` is that of
+    asking a tile.
+    """
 
     children: tuple[Formula, ...] = ()
+    cost: int
 
-    def verdicts(self, tiles: Tiles) -> NDArray:
-        if id(self) not in tiles.known:
-            tiles.known[id(self)] = self.judge(tiles)
-        return tiles.known[id(self)]
+    def verdicts(self, tiles: Tiles, where: NDArray | None = None) -> NDArray:
+        found, asked = tiles.known.get(id(self), (None, None))
+        missing = np.ones(len(tiles), bool) if where is None else where
+        if asked is not None:
+            missing = missing & ~asked
+        if found is None or missing.any():
+            fresh = self.judge(tiles, missing)
+            found = fresh if found is None else np.where(missing, fresh, found)
+            tiles.known[id(self)] = found, missing if asked is None else asked | missing
+        return found
 
-    def judge(self, tiles: Tiles) -> NDArray:
+    def judge(self, tiles: Tiles, where: NDArray) -> NDArray:
+        raise NotImplementedError
+
+    def columns(self, tiles: Tiles, known: dict[int, NDArray]) -> NDArray:
+        """Verdicts that the columns of leaf tiles may have (tiles, keys); `known` are those of nodes."""
+        if id(self) not in known:
+            known[id(self)] = self.judge_columns(tiles, known)
+        return known[id(self)]
+
+    def judge_columns(self, tiles: Tiles, known: dict[int, NDArray]) -> NDArray:
         raise NotImplementedError
 
     def values(self, group: NDArray, row: NDArray, key: NDArray) -> Bounds:
@@ -59,9 +90,18 @@ class Leaf(Formula):
 
     def __init__(self, atom: Atom, direction: str):
         self.atom, self.direction = atom, direction
+        self.cost = atom.cost
 
-    def judge(self, tiles: Tiles) -> NDArray:
-        return self.atom.verdicts(tiles)
+    def judge(self, tiles: Tiles, where: NDArray) -> NDArray:
+        if where.all():
+            return self.atom.verdicts(tiles)
+        found = np.full(len(tiles), ANY, np.uint8)
+        if where.any():
+            found[where] = self.atom.verdicts(tiles.chosen(where))
+        return found
+
+    def judge_columns(self, tiles: Tiles, known: dict[int, NDArray]) -> NDArray:
+        return self.atom.columns(tiles)
 
     def values(self, group: NDArray, row: NDArray, key: NDArray) -> Bounds:
         return self.atom.values(group, row, key)
@@ -72,9 +112,14 @@ class Not(Formula):
 
     def __init__(self, inner: Formula):
         self.children = (inner,)
+        self.cost = inner.cost
 
-    def judge(self, tiles: Tiles) -> NDArray:
-        found: NDArray = NOT[self.children[0].verdicts(tiles)]
+    def judge(self, tiles: Tiles, where: NDArray) -> NDArray:
+        found: NDArray = NOT[self.children[0].verdicts(tiles, where)]
+        return found
+
+    def judge_columns(self, tiles: Tiles, known: dict[int, NDArray]) -> NDArray:
+        found: NDArray = NOT[self.children[0].columns(tiles, known)]
         return found
 
     def values(self, group: NDArray, row: NDArray, key: NDArray) -> Bounds:
@@ -86,19 +131,26 @@ class Join(Formula):
     """All of ("and") or one of ("or") some parts."""
 
     def __init__(self, op: str, children: tuple[Formula, ...]):
-        self.op, self.children = op, children
-        self.table, self.apart = (AND, AND_APART) if op == "and" else (OR, OR_APART)
-
-    def judge(self, tiles: Tiles) -> NDArray:
         # A condition on rows and one on keys go first: as long as nothing else has joined, they are free of
-        # each other.
-        sides = [c for c in self.children if isinstance(c, Leaf) and c.direction in (ROW, KEY)]
-        rest = [c for c in self.children if not any(c is s for s in sides)]
-        parts = []
-        if sides:
-            parts.append(reduce(lambda x, c: self.apart[x, c], [c.verdicts(tiles) for c in sides]))
-        parts += [c.verdicts(tiles) for c in rest]
-        found: NDArray = reduce(lambda x, c: self.table[x, c], parts)
+        # each other. What is cheap to ask then spares asking the rest where it settles all.
+        sides = [c for c in children if isinstance(c, Leaf) and c.direction in (ROW, KEY)]
+        rest = [c for c in children if not any(c is s for s in sides)]
+        self.op, self.children = op, (*sides, *sorted(rest, key=lambda c: c.cost))
+        self.sides = len(sides)
+        self.cost = max(c.cost for c in children)
+        self.table, self.apart, self.final = (AND, AND_APART, EMPTY) if op == "and" else (OR, OR_APART, FULL)
+
+    def judge(self, tiles: Tiles, where: NDArray) -> NDArray:
+        found = self.children[0].verdicts(tiles, where)
+        for n, child in enumerate(self.children[1:], 1):
+            table = self.apart if n < self.sides else self.table
+            found = table[found, child.verdicts(tiles, where & (found != self.final))]
+        return found
+
+    def judge_columns(self, tiles: Tiles, known: dict[int, NDArray]) -> NDArray:
+        found: NDArray = reduce(
+            lambda x, y: self.table[x, y], (c.columns(tiles, known) for c in self.children)
+        )
         return found
 
     def values(self, group: NDArray, row: NDArray, key: NDArray) -> Bounds:
@@ -111,12 +163,18 @@ class Xor(Formula):
 
     def __init__(self, left: Formula, right: Formula):
         self.children = (left, right)
+        self.cost = max(left.cost, right.cost)
 
-    def judge(self, tiles: Tiles) -> NDArray:
+    def judge(self, tiles: Tiles, where: NDArray) -> NDArray:
         left, right = self.children
         sides = {c.direction for c in self.children if isinstance(c, Leaf)}
         table = XOR_APART if sides == {ROW, KEY} else XOR
-        found: NDArray = table[left.verdicts(tiles), right.verdicts(tiles)]
+        found: NDArray = table[left.verdicts(tiles, where), right.verdicts(tiles, where)]
+        return found
+
+    def judge_columns(self, tiles: Tiles, known: dict[int, NDArray]) -> NDArray:
+        left, right = (c.columns(tiles, known) for c in self.children)
+        found: NDArray = XOR[left, right]
         return found
 
     def values(self, group: NDArray, row: NDArray, key: NDArray) -> Bounds:

@@ -72,8 +72,8 @@ class Tiles:
     group: NDArray
     q: NDArray
     k: NDArray
-    # What has been found out of these tiles, by formula.
-    known: dict[int, NDArray] = field(default_factory=dict)
+    # What has been found out of these tiles, by formula, and of which.
+    known: dict[int, tuple[NDArray, NDArray]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.q)

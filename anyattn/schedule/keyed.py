@@ -47,8 +47,10 @@ class KeyConditions:
         conditions on keys are the same in all groups.
         """
         code = tiles.group[which] if self.varied else np.zeros(len(which), np.int64)
+        wanted = np.zeros(len(tiles), bool)
+        wanted[which] = True
         for leaf in self.others:
-            code = code * 8 + leaf.verdicts(tiles)[which]
+            code = code * 8 + leaf.verdicts(tiles, wanted)[which]
         found, of = np.unique(code, return_inverse=True)
         return found, of.reshape(-1)
 
@@ -60,12 +62,13 @@ class KeyConditions:
         """Possible verdicts of a column, by signature and by what is said of it (signatures, 2 ** lines)."""
         said, of = np.meshgrid(np.arange(1 << len(self.lines)), np.arange(len(signatures)))
         zero = np.zeros(said.size, np.int64)
-        columns = Tiles(grid, 0, zero, zero, zero)
+        columns, asked = Tiles(grid, 0, zero, zero, zero), np.ones(said.size, bool)
         for n, leaf in enumerate(self.by_key):
-            columns.known[id(leaf)] = np.where(said.reshape(-1) >> n & 1, FULL, EMPTY).astype(np.uint8)
+            verdict = np.where(said.reshape(-1) >> n & 1, FULL, EMPTY)
+            columns.known[id(leaf)] = verdict.astype(np.uint8), asked
         for n, leaf in enumerate(self.others):
             verdict = signatures[of.reshape(-1)] >> 3 * (len(self.others) - 1 - n) & 7
-            columns.known[id(leaf)] = verdict.astype(np.uint8)
+            columns.known[id(leaf)] = verdict.astype(np.uint8), asked
         return self.formula.verdicts(columns).reshape(said.shape)
 
     def said(self, grid: Grid, group: int) -> NDArray:

@@ -65,7 +65,7 @@ def search(
             continue
         verdicts = formula.verdicts(tiles)
         if tiles.level == 0:
-            decision = decide(formula, conditions, space, tiles, verdicts)
+            decision = decide(formula, space, tiles, verdicts)
             verdicts = decision.verdicts
             found.by_witness += decision.by_witness
             found.by_evaluation += decision.by_evaluation
