@@ -9,6 +9,7 @@ import pytest
 import random_expressions as rx
 from brute_force import dense, parts, tiled
 
+import anyattn as aa
 from anyattn import masks
 from anyattn.expr import nodes
 from anyattn.expr.nodes import B, H, I, J, Table, load
@@ -180,6 +181,22 @@ def test_congruences_settle_what_intervals_do_not():
         made = build(parts(mask, 313, 313), 16, 16)
         assert (made.num_full, made.num_partial) == (full, 0)
         assert made.stats.by_evaluation == made.stats.by_witness == 0
+
+
+@pytest.mark.parametrize("shown", [0, 39])
+def test_an_index_that_may_be_nan_may_read_the_first_entry(shown):
+    """A NaN index reads entry 0, which lies outside the bounds of the index where it is a number."""
+    table = np.zeros(40)
+    table[shown] = 1
+    mask = masks.from_function(
+        lambda b, h, i, j: table[aa.floor(aa.maximum(aa.sqrt(200.0 - i * j), 5.0))] > 0.5
+    )
+    p = parts(mask, 70, 90)
+    for level, possible, true in possible_and_true(p, 8, 8):
+        assert true & ~possible == 0, level
+    made = build(p, 8, 8)
+    assert np.array_equal(made.verdicts(), tiled(dense(p)[0, 0], 8, 8))
+    assert bool(made.num_partial) == (shown == 0)
 
 
 def test_the_grid_covers_every_tile_once():

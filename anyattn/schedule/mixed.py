@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from anyattn.expr.nodes import Apply, Expr, Load, walk
-from anyattn.schedule.atoms import Bounds
+from anyattn.schedule.atoms import Bounds, columns_of_tiles
 from anyattn.schedule.axes import KEY, NONE, ROW, Space
 from anyattn.schedule.extremes import Extremes
 from anyattn.schedule.grid import Tiles
@@ -22,6 +22,8 @@ NDArray = np.ndarray[Any, Any]
 class Mixed:
     """A condition on the row and the key together."""
 
+    cost = 1
+
     def __init__(self, space: Space, expr: Expr, directions: dict[int, str]):
         self.space, self.expr = space, expr
         self.directions = directions
@@ -34,6 +36,9 @@ class Mixed:
         assert isinstance(truth, Truth)
         found = np.where(~truth.true, EMPTY, np.where(~truth.false, FULL, ANY)).astype(np.uint8)
         return np.broadcast_to(found, (len(tiles),))
+
+    def columns(self, tiles: Tiles) -> NDArray:
+        return columns_of_tiles(self.verdicts(tiles), tiles)
 
     def values(self, group: NDArray, row: NDArray, key: NDArray) -> Bounds:
         shape = np.broadcast_shapes(group.shape, row.shape, key.shape)
@@ -121,10 +126,9 @@ class RangeTable:
         if index is None or self.size == 1:
             low, high = np.zeros(1, np.int64), np.full(1, self.size - 1)
         else:
-            low, high = (
-                np.where(index.nan, edge, np.clip(end, 0, self.size - 1)).astype(np.int64)
-                for end, edge in ((index.low, 0), (index.high, self.size - 1))
-            )
+            # NaN reads the first entry, whatever the bounds of the numbers are.
+            low = np.where(index.nan, 0, np.clip(index.low, 0, self.size - 1)).astype(np.int64)
+            high = np.clip(index.high, 0, self.size - 1).astype(np.int64)
         level = np.frexp((high - low + 1).astype(np.float64))[1] - 1
         least = np.empty(level.shape, self.low[0].dtype)
         most = np.empty_like(least)
