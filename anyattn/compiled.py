@@ -188,8 +188,11 @@ class CompiledAttention:
         generated: str | None = self._chosen.source(self._call)
         if generated is not None:
             return generated
+        how = "shows no code of its own; it computes this"
+        if self.backend == "reference":
+            how = "evaluates this with array-API calls, a block of keys at a time"
         head = (
-            f"# {self.backend} evaluates this with array-API calls, a block of keys at a time.\n"
+            f"# {self.backend} {how}.\n"
             f"# q, k: {self.dtype} (..., {self.head_dim}); v: (..., {self.v_head_dim}); "
             f"scores and sums: {self._accumulate}\n"
         )

@@ -455,6 +455,16 @@ def test_a_backend_gives_its_own_source_and_key(generating):
     assert f.cache_key == KernelKey("generating", "forward", "none", "float32", "float32", 8, 5, "here")
 
 
+def test_a_backend_without_code_of_its_own(generating, monkeypatch):
+    monkeypatch.delattr(Generating, "source")
+    monkeypatch.delattr(Generating, "kernel_key")
+    f = build(backend="generating", causal=True)
+    head, _, rest = f.source.partition("\n")
+    assert head == "# generating shows no code of its own; it computes this."
+    assert "visible = j <= i" in rest
+    assert (f.cache_key.backend, f.cache_key.structure) == ("generating", f.program.text)
+
+
 def test_a_backend_refuses_with_its_reasons(generating):
     with pytest.raises(UnsupportedCallError, match=r"'generating' .*has no softcap"):
         build(backend="generating", softcap=1.0)
