@@ -96,6 +96,7 @@ def _own_modules() -> tuple[ModuleType, ...]:
         "memory",
         "microkernels",
         "rows",
+        "vector_math",
         "vectors",
     )
     return tuple(import_module(f"anyattn_numba.{name}") for name in names)
