@@ -117,8 +117,8 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
     offset, offset_host = _offset(options.q_offset, place, lengths, lengths_host, positional)
 
     geometry = replace(place, offset_host=offset_host)
-    visible = None if visible is None else bind(visible, geometry)
-    score = None if score is None else bind(score, geometry)
+    visible = None if visible is None else bind(visible, geometry, "q_offset" if mask is None else "mask")
+    score = None if score is None else bind(score, geometry, "score_mod")
     sinks = _sinks(options.sinks, geometry)
     rows = _rows(options.rows, geometry)
 

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import anyattn as aa
 from anyattn import masks, scores
+from anyattn.describe import Options, describe
 from anyattn.expr import bounds, nodes
 from anyattn.expr.bounds import check_constants, check_integers, fits, index_ranges
 from anyattn.expr.functions import floor, where
@@ -179,8 +181,13 @@ class TestFits:
         ids = np.repeat(np.arange(4), 300)
         mask = masks.causal() & masks.sliding_window(512) | masks.global_tokens(64) | masks.documents(ids)
         score = scores.alibi(8).then(scores.relative_bias(np.zeros((8, 33), "f4")))
-        sizes = SimpleNamespace(batch_shape=(2,), num_heads=8, q_len=1200, k_len=1200, offset_host=0)
-        assert fits(lower(mask.expr, score.expr), index_ranges(sizes))
+        x = np.zeros((2, 8, 1200, 4), "f4")
+        call = describe(
+            "attention", x, x, x, Options(mask=mask, score_mod=score, kv_lengths=[7, 9], q_offset=0)
+        )
+        program = lower(call.visible, call.score)
+        assert fits(program, index_ranges(call))
+        assert not fits(program, index_ranges(call), bits=11)
 
     @pytest.mark.parametrize(
         ("expr", "expected"),
@@ -233,3 +240,205 @@ def test_constants_of_the_code_are_held_to_its_indices(expr):
     check_constants(program, 64)
     assert "Index" in cuda_source(program, "float32")
     assert "Index" in cuda_source(lower(I % INT32 > J, None), "float32", index="int")
+
+
+X = np.random.default_rng(0).standard_normal((1, 1, 64, 4)).astype("f4")
+WIDE = np.array([2**63 + 5] * 64, "u8")
+
+
+def bound(x=X, **options):
+    call = describe("attention", x, x, x, Options(**options))
+    return call.visible if call.score is None else call.score
+
+
+class TestCalls:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                {"mask": lambda b, h, i, j: i + (2**63 - 1) >= j},
+                r"mask: \(i \+ 9223372036854775807\) may be 9223372036854775807 to 9223372036854775870 in",
+            ),
+            (
+                {"score_mod": lambda s, b, h, i, j: s + i**99},
+                r"score_mod: \(i \*\* 99\) may be 0 to 2\*\*256 in",
+            ),
+            ({"score_mod": lambda s, b, h, i, j: s * -(i**11)}, r"\(i \*\* 11\) may be 0 to 2\*\*65 in"),
+            ({"mask": lambda b, h, i, j: WIDE[j] > i}, r"mask: WIDE\[j\] may be 9223372036854775813 in"),
+            ({"window": (5, None), "q_offset": 2**62 + 100}, r"q_offset: \(i - j\) may be "),
+            (
+                {"mask": lambda b, h, i, j: (i + i + i + i + i + i + i + i + i + i + i + i + i) * 2**60 > j},
+                r"mask: \(\.\.\. \* 1152921504606846976\) may be",
+            ),
+        ],
+    )
+    def test_integers_beyond_int64_are_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            bound(**options)
+
+    def test_the_error_names_the_limit(self):
+        with pytest.raises(ValueError, match="may be") as caught:
+            bound(mask=lambda b, h, i, j: i * 2**57 >= j)
+        assert str(caught.value) == (
+            "mask: (i * 144115188075855872) may be 0 to 9079256848778919936 in this call; wanted integers "
+            "from -4611686018427387904 to 4611686018427387904, as the indices of numpy have 64 bits"
+        )
+
+    def test_a_table_is_held_to_its_values_not_to_its_dtype(self):
+        ids = np.arange(64)
+        steps = ids.astype("u8")
+        bound(mask=lambda b, h, i, j: steps[j] * 2**50 > i * ids[i])
+        ids[3] = 2**60
+        with pytest.raises(ValueError, match=r"mask: \(i \* ids\[i\]\) may be 0 to 2\*\*65 in"):
+            bound(mask=lambda b, h, i, j: steps[j] * 2**50 > i * ids[i])
+        bound(mask=lambda b, h, i, j: ids[i] == ids[j])
+        hashes = np.array([2**63 - 1, -(2**63)] * 32)
+        assert aa.attention_weights(X, X, mask=masks.documents(hashes))[0, 0, 0, 1::2].max() == 0
+
+    @pytest.mark.parametrize(
+        ("condition", "seen"),
+        [
+            (lambda b, h, i, j: (j < 2**70) & (i >= -(2**70)) & (j < 2**70) & (i >= -(2**70)), True),
+            (lambda b, h, i, j: (j > 2**70) | (i <= -(2**70)) | (j == 2**70) | (i > 2**70), False),
+            (lambda b, h, i, j: (j != 2**70) & (j != 2**70), True),
+        ],
+    )
+    def test_a_constant_beyond_all_indices_compares_as_it_should(self, condition, seen):
+        weights = aa.attention_weights(X, X, mask=condition)
+        assert bool((weights > 0).all()) is seen
+        assert bool((weights == 0).all()) is not seen
+
+    def test_the_largest_entries_of_a_table_are_not_beyond_constants(self):
+        ends = np.array([2**63 - 1, -(2**63)] * 32)
+        seen = aa.attention_weights(X, X, mask=lambda b, h, i, j: ends[j] > 2**80) > 0
+        assert not seen.any()
+        seen = aa.attention_weights(X, X, mask=lambda b, h, i, j: ends[j] <= -(2**63)) > 0
+        np.testing.assert_array_equal(seen[0, 0], np.broadcast_to(ends < 0, (64, 64)))
+
+    def test_an_index_beyond_all_reads_the_edge(self):
+        t = np.array([1.0, 2.0, 5.0])
+
+        def score(s, b, h, i, j):
+            return s * 0 + aa.where(j > 0, t[aa.minimum(j, 0) + 2**61], t[j - 2**61])
+
+        np.testing.assert_allclose(
+            aa.attention_weights(X, X, score_mod=score)[0, 0, 3, :2],
+            np.exp([1, 5]) / (np.e + 63 * np.exp(5)),
+            1e-6,
+        )
+
+    def test_schedules_hold_up_to_the_limit(self):
+        far = 2**62 - 64
+        for mask in (
+            lambda b, h, i, j: i + far >= j + far,
+            lambda b, h, i, j: i - far >= j - far,
+            lambda b, h, i, j: i * (2**56) - j * (2**56) >= 0,
+            lambda b, h, i, j: (i + far) - far >= j,
+        ):
+            np.testing.assert_allclose(
+                aa.attention(X, X, X, mask=mask, backend="reference"),
+                aa.attention(X, X, X, causal=True, backend="reference"),
+                rtol=1e-6,
+            )
+
+
+class TestJax:
+    @pytest.fixture(autouse=True)
+    def jax(self):
+        jax = pytest.importorskip("jax", reason="JAX is not installed")
+        if jax.config.jax_enable_x64:
+            pytest.skip("the indices of JAX have 64 bits here")
+        return jax
+
+    @pytest.mark.parametrize(
+        ("mask", "message"),
+        [
+            (
+                lambda b, h, i, j: i * 40_000_000 >= j,
+                r"mask: \(i \* 40000000\) may be 0 to 2520000000 in this call; wanted integers from",
+            ),
+            (
+                lambda b, h, i, j: (i * 100_000) * (j + 30_000) % 5 < 2,
+                r"mask: \(\(i \* 100000\) \* \(j \+ 30000\)\)",
+            ),
+            (lambda b, h, i, j: j % 2**40 < i, r"mask: 1099511627776 in \(j % 1099511627776\); wanted"),
+            (
+                masks.documents([2**40] * 64),
+                "documents: ids: wanted integers of 32 bits, as the indices of jax",
+            ),
+        ],
+    )
+    def test_integers_beyond_int32_are_refused(self, jax, mask, message):
+        with pytest.raises(ValueError, match=message):
+            bound(jax.numpy.asarray(X), mask=mask)
+        with pytest.raises(ValueError, match=message):
+            jax.jit(lambda x: aa.attention(x, x, x, mask=mask))(X)
+
+    def test_the_error_names_the_limit(self, jax):
+        with pytest.raises(ValueError, match="may be") as caught:
+            bound(jax.numpy.asarray(X), score_mod=lambda s, b, h, i, j: s + i**6)
+        assert str(caught.value) == (
+            "score_mod: (i ** 6) may be 0 to 62523502209 in this call; wanted integers from -2147483647 to "
+            "2147483647, as the indices of jax have 32 bits; jax_enable_x64 gives them 64"
+        )
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            lambda b, h, i, j: (i * 100_000 * 300 + j) % 7 < 3,
+            lambda b, h, i, j: (i * 1000) * (j + 30_000) % 5 < 2,
+            lambda b, h, i, j: i * 34_000_000 >= j * 34_000_000,
+        ],
+    )
+    def test_what_is_taken_means_what_it_means_in_int64(self, jax, mask):
+        x = jax.numpy.asarray(X)
+        weights = aa.attention_weights(X, X, mask=mask)
+        np.testing.assert_allclose(aa.attention_weights(x, x, mask=mask), weights, atol=1e-6)
+        np.testing.assert_allclose(aa.attention(x, x, x, mask=mask), weights @ X, atol=1e-5)
+
+    def test_unsigned_tables_are_held_to_their_values(self, jax):
+        large = jax.numpy.full(64, 4_000_000_000, "uint32")
+        x = jax.numpy.asarray(X)
+        with pytest.raises(ValueError, match=r"mask: large\[j\] may be 4000000000 in this call"):
+            bound(x, mask=lambda b, h, i, j: large[j] > i)
+        small = jax.numpy.arange(64, dtype="uint32")
+        seen = aa.attention_weights(x, x, mask=lambda b, h, i, j: small[j] * 30_000_000 > i) > 0
+        np.testing.assert_array_equal(seen[0, 0], np.broadcast_to(np.arange(64) > 0, (64, 64)))
+
+    def test_what_cannot_be_read_is_trusted(self, jax):
+        x = jax.numpy.asarray(X)
+
+        def out(ids, offset):
+            return aa.attention(x, x, x, mask=lambda b, h, i, j: ids[j] * 1000 + i >= j, q_offset=offset)
+
+        ids = np.arange(64, dtype="i4")
+        expected = aa.attention(X, X, X, mask=lambda b, h, i, j: ids[j] * 1000 + i >= j, q_offset=-3)
+        np.testing.assert_allclose(jax.jit(out)(ids, -3), expected, atol=1e-5)
+
+    def test_positions_that_cannot_be_read_are_those_about_the_keys(self, jax):
+        x = jax.numpy.asarray(X)
+
+        def out(offset, factor):
+            return aa.attention(x, x, x, mask=lambda b, h, i, j: i * factor >= j, q_offset=offset)
+
+        jax.jit(lambda offset: out(offset, 16_000_000))(0)
+        with pytest.raises(ValueError, match=r"\(i \* 17000000\) may be -1088000000 to 2159000000"):
+            jax.jit(lambda offset: out(offset, 17_000_000))(0)
+
+    def test_wide_numbers_beside_floats_are_floats(self, jax):
+        x = jax.numpy.asarray(X)
+
+        def score(s, b, h, i, j):
+            return aa.where(s < 2**50, s + j / 2**35, s - 2**40)
+
+        np.testing.assert_allclose(
+            aa.attention_weights(x, x, score_mod=score),
+            aa.attention_weights(X, X, score_mod=score),
+            atol=1e-6,
+        )
+
+    def test_a_table_longer_than_the_indices_is_refused(self, jax):
+        long = np.broadcast_to(np.zeros(1, "f4"), (2**31 + 1,))
+        table = Table(long, "float", 1, (None,), "long", host=True)
+        with pytest.raises(ValueError, match=r"long: wanted at most 2\*\*31 entries"):
+            bound(jax.numpy.asarray(X), score_mod=scores.Score(SCORE + load(table, (J,)), "long"))

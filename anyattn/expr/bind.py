@@ -7,11 +7,13 @@ call, and host data becomes arrays beside the queries.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from anyattn import arrays
 from anyattn.arrays import Array, Namespace
+from anyattn.expr.bounds import check_integers, holds
 from anyattn.expr.nodes import (
     COMPARISONS,
     Aligned,
@@ -27,6 +29,7 @@ from anyattn.expr.nodes import (
     rewrite,
     walk,
 )
+from anyattn.expr.statements import computed_in
 
 if TYPE_CHECKING:
     import numpy
@@ -77,10 +80,13 @@ class Geometry:
         return self.xp.asarray(data, dtype=dtype, device=self.device)
 
 
-def bind(root: Expr, geometry: Geometry) -> Expr:
-    """`root` with deferred parts settled and every captured array checked and beside the queries."""
+def bind(root: Expr, geometry: Geometry, argument: str) -> Expr:
+    """`root` with deferred parts settled and every captured array checked and beside the queries.
+
+    No integer of it leaves the index dtype of the call: errors of those that may name `argument`.
+    """
     tables: dict[int, Table] = {}
-    largest = int(geometry.xp.iinfo(arrays.index_dtype(geometry.xp, geometry.device)).max)
+    bits = int(geometry.xp.iinfo(arrays.index_dtype(geometry.xp, geometry.device)).bits)
 
     def settle(node: Expr) -> Expr:
         if isinstance(node, Size):
@@ -95,21 +101,15 @@ def bind(root: Expr, geometry: Geometry) -> Expr:
     def place(node: Expr) -> Expr:
         if isinstance(node, Load):
             if id(node.table) not in tables:
-                tables[id(node.table)] = _bind_table(node.table, geometry)
-            return load(tables[id(node.table)], node.indices)
+                tables[id(node.table)] = _bind_table(node.table, geometry, bits)
+            return load(tables[id(node.table)], tuple(_nearest(index, bits) for index in node.indices))
         if isinstance(node, Aligned):
             return _bind_aligned(node, geometry)
-        if isinstance(node, Apply) and node.op in COMPARISONS:
-            # A bound beyond all indices bounds nothing, in every integer dtype.
-            return node.rebuild(tuple(_within(a, largest) for a in node.args))
-        if isinstance(node, Apply) and any(_within(a, largest) is not a for a in node.args):
-            raise ValueError(
-                f"{node!r} in a mask or score: wanted integers of at most {largest}, which the indices of "
-                f"{geometry.library} hold"
-            )
-        return node
+        return _without_wide_constants(node, bits) if isinstance(node, Apply) else node
 
-    return rewrite(settled(root), place)
+    bound = rewrite(settled(root), place)
+    check_integers(bound, geometry, bits, argument, geometry.library)
+    return bound
 
 
 def captured_arrays(root: Expr | None) -> list[Array]:
@@ -135,11 +135,40 @@ def batch_indices(shape: tuple[int, ...], full: tuple[int, ...]) -> tuple[Expr, 
     return tuple(reversed(indices))
 
 
-def _within(node: Expr, largest: int) -> Expr:
-    """`node`, an integer constant moved into the range of the indices."""
-    if isinstance(node, Const) and node.kind == "int" and abs(node.value) > largest:
-        return Const(largest if node.value > 0 else -largest, "int")
+def _without_wide_constants(node: Apply, bits: int) -> Expr:
+    """`node` without integers that the indices do not hold, where it has a meaning without them."""
+    if not any(_is_wide(arg, bits) for arg in node.args):
+        return node
+    if computed_in(node) == "float":
+        return node.rebuild(tuple(_real(arg) if _is_wide(arg, bits) else arg for arg in node.args))
+    if node.op in COMPARISONS:
+        # What is beyond all indices compares with each of them as with 0.
+        x, y = (arg.value if isinstance(arg, Const) else 0 for arg in node.args)
+        return Const(bool(getattr(operator, node.op)(x, y)), "bool")
     return node
+
+
+def _is_wide(node: Expr, bits: int) -> bool:
+    if not (isinstance(node, Const) and node.kind == "int"):
+        return False
+    value = int(node.value)
+    return not holds(value, value, bits)
+
+
+def _nearest(index: Expr, bits: int) -> Expr:
+    """An index into a table, moved into the range of the indices."""
+    if isinstance(index, Const) and _is_wide(index, bits):
+        return Const(2 ** (bits - 1) - 1 if index.value > 0 else 0, "int")
+    return index
+
+
+def _real(node: Expr) -> Const:
+    """A constant as a float."""
+    assert isinstance(node, Const)
+    try:
+        return Const(float(node.value), "float")
+    except OverflowError:
+        return Const(math.copysign(math.inf, node.value), "float")
 
 
 def check_same_place(value: Array, label: str, geometry: Geometry) -> None:
@@ -147,7 +176,7 @@ def check_same_place(value: Array, label: str, geometry: Geometry) -> None:
     arrays.check_beside(value, label, geometry.like, "q")
 
 
-def _bind_table(table: Table, geometry: Geometry) -> Table:
+def _bind_table(table: Table, geometry: Geometry, bits: int) -> Table:
     if 0 in table.value.shape and 0 not in geometry.result_shape():
         raise ValueError(
             f"{table.label}: wanted at least one entry on every axis, got shape {tuple(table.value.shape)}"
@@ -159,6 +188,18 @@ def _bind_table(table: Table, geometry: Geometry) -> Table:
             raise ValueError(
                 f"{table.label}: wanted one entry for each of {wanted} {what}, "
                 f"got shape {tuple(table.value.shape)}"
+            )
+    if not holds(0, math.prod(table.value.shape) - 1, bits):
+        raise ValueError(
+            f"{table.label}: wanted at most 2**{bits - 1} entries, as the indices of {geometry.library} "
+            f"have {bits} bits, got shape {tuple(table.value.shape)}"
+        )
+    if table.host and table.kind == "int" and table.value.size:
+        least, most = int(table.value.min()), int(table.value.max())
+        if not holds(least, most, bits):
+            raise ValueError(
+                f"{table.label}: wanted integers of {bits} bits, as the indices of {geometry.library} have, "
+                f"got {least} to {most}"
             )
     if table.host:
         return replace(table, value=geometry.host_array(table.value), host=False)

@@ -23,7 +23,7 @@ from anyattn.arrays import Array
 from anyattn.expr.nodes import Aligned, Apply, Const, Expr, Load, Symbol, walk
 from anyattn.expr.program import AlignedSlot, LoadSlot, Parameter, Program
 
-__all__ = ["Range", "check_constants", "check_integers", "fits", "index_ranges"]
+__all__ = ["Range", "check_constants", "check_integers", "fits", "holds", "index_ranges"]
 
 Range = tuple[int, int]
 
@@ -163,6 +163,11 @@ def fits(program: Program, ranges: Mapping[str, Range], *, bits: int = 32) -> bo
         if all(_beyond(root, ranges, stored, bits, program) for stored in (_of_dtype, of_values)):
             return False
     return True
+
+
+def holds(least: int, most: int, bits: int) -> bool:
+    """Whether signed integers of so many bits hold all from `least` to `most`."""
+    return -_largest(bits) - 1 <= least and most <= _largest(bits)
 
 
 def check_constants(program: Program, bits: int) -> None:

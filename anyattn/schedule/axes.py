@@ -34,7 +34,8 @@ NONE, ROW, KEY, DIFFERENCE, SUM, MIXED, UNREAD = (
 
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 
-# Slopes from which on products with an index below 2**40 may leave int64.
+# What is computed is within 2**62 wherever the call asks for it (`expr.bounds`). A comparison is moved along
+# its line, where its sides change by at most this slope times an index below 2**40, and stay in int64.
 _STEEP = 1 << 20
 
 # Points evaluated at once: bounds the temporaries, of which an expression of ten nodes has ten.
