@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from typing import Any
 
 import numpy
 
-from anyattn import settings
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
 from anyattn.expr.program import lower
@@ -19,6 +17,7 @@ from anyattn_numba import threads
 from anyattn_numba.hostarrays import as_numpy, empty_like, from_numpy
 from anyattn_numba.kernels import kernel_address, shape_for, tile_address
 from anyattn_numba.target import Shape
+from anyattn_numba.thread_count import thread_count
 from anyattn_numba.tiles import capture, row_values
 from anyattn_numba.work import Work, items_of
 
@@ -33,7 +32,7 @@ _PAIRS_FOR_THREADS = 1 << 21
 def attend(call: AttentionCall) -> tuple[Array, Array | None]:
     """(out, lse) of a call of "attention"."""
     shape = shape_for(call.accumulate)
-    wanted = settings.current().threads or os.cpu_count() or 1
+    wanted = thread_count()
     work = items_of(call, shape, wanted)
     q, k, v = (as_numpy(x, call.library) for x in (call.q, call.k, call.v))
     result = (*call.batch_shape, call.num_heads, call.q_len, call.v_head_dim)
