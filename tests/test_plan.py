@@ -266,6 +266,10 @@ DIFFERENT = {
         {"score_mod": lambda s, b, h, i, j: s * (i - j)},
         {"score_mod": lambda s, b, h, i, j: s * (j - i)},
     ),
+    "shared": (
+        {"score_mod": lambda s, b, h, i, j: s + (i - j) * (i + j) - (i - j)},
+        {"score_mod": lambda s, b, h, i, j: s + (i - j) * (i + j) - (i + j)},
+    ),
     "captured-number": ({"score_mod": scaled(2)}, {"score_mod": scaled(3)}),
     "table": ({"score_mod": alibi([0.5, 0.25])}, {"score_mod": alibi([0.5, 0.125])}),
     "captured": ({"score_mod": times([0.5, 0.25])}, {"score_mod": times([0.5, 0.125])}),
