@@ -109,6 +109,17 @@ def tests(session: nox.Session, backend: str) -> None:
     session.run(python, "-m", "pytest", *PARALLEL, *session.posargs, external=True)
 
 
+@nox.session
+def nvrtc(session: nox.Session) -> None:
+    """The generated CUDA, compiled by NVRTC of CUDA 13; it needs no GPU and some 130 MB of wheels."""
+    if sys.platform == "darwin":
+        session.skip("NVRTC has no wheels for macOS")
+    session.install(*CONSTRAINTS, "-e", ".[testing]", "ml-dtypes", "cupy-cuda13x", "nvidia-cuda-nvrtc")
+    # Without NVRTC the test would skip.
+    session.run("python", "-c", "from cupy.cuda import nvrtc; print('NVRTC', *nvrtc.getVersion())")
+    session.run("pytest", "tests/test_printers.py", "-k", "nvrtc", *session.posargs)
+
+
 @nox.session(venv_backend="none")
 @nox.parametrize("library", [nox.param(name, id=name) for name in LIBRARIES])
 def conformance(session: nox.Session, library: str) -> None:
