@@ -84,11 +84,12 @@ def steps(shape: Shape, dtype: str) -> Steps:
         table = scratch + read_word(block + a.AT_LANES)
         stage = scratch + read_word(block + a.AT_STAGE)
         padded = (head_dim + lanes - 1) // lanes * lanes
+        # Counted on: a division takes some 20 cycles.
+        h, number = head * group + first // q_len, first % q_len
         for lane in range(width):
-            h = head * group + (first + min(lane, count - 1)) // q_len
-            row = (first + min(lane, count - 1)) % q_len
-            if where:
-                row = read_word(where + 8 * row)
+            if number == q_len:
+                h, number = h + 1, 0
+            row = read_word(where + 8 * number) if where else number
             write_word(table + 8 * lane, h)
             write_word(table + 8 * (width + lane), row)
             write_word(table + 8 * (2 * width + lane), row + position)
@@ -100,6 +101,9 @@ def steps(shape: Shape, dtype: str) -> Steps:
                 empty = carray(pointer(target), padded, kind)
                 for n in range(padded):
                     empty[n] = 0
+            # Lanes without a query repeat the last one's indices, so that tile code reads nothing beyond.
+            if lane + 1 < count:
+                number += 1
         query = scratch + read_word(block + a.AT_QUERY)
         for d in range(0, padded, lanes):
             for lane in range(0, width, lanes):

@@ -171,9 +171,10 @@ def forward_kernel(shape: Shape, dtype: str) -> Any:
         heads = read_word(block + a.NUM_HEADS)
         lse, part = read_word(block + a.LSE), read_word(item + a.ITEM_PART)
         base = read_word(block + a.OUT) + read_word(read_word(block + a.OUT_BATCH) + 8 * b)
+        h, row = head * read_word(block + a.GROUP_SIZE) + first // q_len, first % q_len
         for lane in range(read_word(item + a.ITEM_COUNT)):
-            h = head * read_word(block + a.GROUP_SIZE) + (first + lane) // q_len
-            row = (first + lane) % q_len
+            if row == q_len:
+                h, row = h + 1, 0
             total, source = state[2, lane], stage + lane * padded * size
             if total == 0:
                 out = carray(pointer(source), v_head_dim, kind)
@@ -189,6 +190,7 @@ def forward_kernel(shape: Shape, dtype: str) -> Any:
                 where = (max(part, 0) * read_word(block + a.PART_ROWS) + (b * heads + h) * q_len + row) * size
                 value = kind(-math.inf) if total == 0 else state[0, lane] + kind(math.log(total))
                 carray(pointer(lse + where), 1, kind)[0] = value
+            row += 1
 
     @compiled
     def forward(block: int, worker: int) -> int:
