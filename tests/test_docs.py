@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from inspect import signature
 from pathlib import Path
@@ -82,3 +83,16 @@ def test_every_entry_is_listed(module: str) -> None:
     entries = {name for name in getattr(aa, module).__all__ if name[0].islower()}
     assert entries
     assert {name for name in entries if f"`{name}(" not in text} == set()
+
+
+def test_listings_are_what_the_printers_give() -> None:
+    spec = importlib.util.spec_from_file_location("listings", DOCS / "listings.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (DOCS / "compiler.md").read_text(encoding="utf-8")
+    for name, text in module.listings().items():
+        assert f"_listings/{name}" in page
+        shown = (DOCS / "_listings" / name).read_text(encoding="utf-8")
+        assert shown == text, f"run python docs/listings.py, {name} is of another printer"
