@@ -237,7 +237,8 @@ def _torch_signature(x: Array) -> tuple[Any, ...] | None:
 
 
 def _jax_signature(x: Array) -> tuple[Any, ...]:
-    return type(x), x.shape, x.dtype, x.sharding
+    # Without x64, integers have 32 bits, and other masks are refused.
+    return type(x), x.shape, x.dtype, x.sharding, sys.modules["jax"].config.jax_enable_x64
 
 
 def _no_signature(x: Array) -> None:

@@ -564,6 +564,9 @@ def test_jax_arrays_are_planned_and_tracers_are_not(planner):
         assert (planner.prepared, planner.ran) == (1, n + 1)
     jitted = jax.jit(lambda x: aa.attention(x, k, v, causal=True))(q)
     np.testing.assert_allclose(to_host(jitted), wanted, rtol=1e-5, atol=1e-6)
+    with jax.enable_x64(not jax.config.jax_enable_x64):
+        aa.attention(q, k, v, causal=True)
+    assert (planner.prepared, planner.ran) == (2, 3)
     gradient = jax.grad(lambda x: aa.attention(x, k, v, causal=True).sum())(q)
     assert float(abs(gradient).sum()) > 0
-    assert planner.ran == 2
+    assert planner.ran == 3
