@@ -552,6 +552,20 @@ def test_functions_are_shown_by_name_or_by_what_they_compute():
     assert repr(aa.scores.from_function(lambda s, b, h, i, j: power(s))) == "from_function(<lambda>)"
 
 
+def test_a_power_of_one_half_is_a_square_root_in_every_library():
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    x = np.zeros((1, 2, 4), "f4")
+    roots = np.array([-np.inf, 4.0], "f4")
+    found = [
+        aa.attention_weights(
+            a, a, score_mod=lambda s, b, h, i, j, t=t: s + aa.where(t[j] ** 0.5 > -1, 1.0, 2.0)
+        )
+        for a, t in ((x, roots), (jax.numpy.asarray(x), jax.numpy.asarray(roots)))
+    ]
+    np.testing.assert_allclose(found[0][0, 0], [np.e / (np.e + 1), 1 / (np.e + 1)], rtol=1e-6)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+
+
 def test_walk_visits_shared_nodes_once():
     shared = nodes.I + nodes.J
     root = shared * shared

@@ -325,8 +325,11 @@ def as_expr(value: Any) -> Expr:
 
 def apply(op: str, *values: Any) -> Expr:
     """The operation `op` on nodes or numbers, its kinds checked."""
-    rule = OPERATIONS[op]
     args = tuple(as_expr(v) for v in values)
+    if op == "pow" and isinstance(args[1], Const) and args[1].value == 0.5:
+        # Of -inf, NumPy's power is NaN and that of C and XLA is inf.
+        op, args = "sqrt", args[:1]
+    rule = OPERATIONS[op]
     for a in args:
         # A bound beyond all indices bounds nothing, and compares rightly.
         if isinstance(a, Const) and a.kind == "int" and abs(a.value) > _LARGEST and op not in COMPARISONS:
