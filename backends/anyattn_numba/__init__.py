@@ -40,5 +40,11 @@ class NumbaBackend(Backend):
 
         return engine.attend(call)
 
+    def prepare(self, call: AttentionCall) -> Any:
+        """What serves calls like this one, or None."""
+        from anyattn_numba import engine
+
+        return engine.prepare(call)
+
 
 backend = NumbaBackend()

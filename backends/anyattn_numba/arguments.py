@@ -8,11 +8,18 @@ from __future__ import annotations
 
 BLOCK_WORDS = 59
 (
-    # Work: the counter that hands out items, the items, and memory for each thread.
+    # What each call sets: the counter that hands out items, memory for the threads, and arrays. lse is
+    # (B, Hq, Lq), contiguous, of the accumulation type; 0 where it is not wanted.
     COUNTER,
+    SCRATCH,
+    Q,
+    K,
+    V,
+    OUT,
+    LSE,
+    # Work: the items, and how much memory a thread has.
     NUM_ITEMS,
     ITEMS,
-    SCRATCH,
     SCRATCH_SIZE,
     # Lengths.
     NUM_HEADS,
@@ -22,29 +29,23 @@ BLOCK_WORDS = 59
     HEAD_DIM,
     V_HEAD_DIM,
     CHUNK,
-    # Arrays: base address, offsets of the batch entries (address of int64), strides in bytes.
-    Q,
+    # Arrays: offsets of the batch entries (address of int64), strides in bytes.
     Q_BATCH,
     Q_HEAD,
     Q_ROW,
     Q_STEP,
-    K,
     K_BATCH,
     K_HEAD,
     K_ROW,
     K_STEP,
-    V,
     V_BATCH,
     V_HEAD,
     V_ROW,
     V_STEP,
-    OUT,
     OUT_BATCH,
     OUT_HEAD,
     OUT_ROW,
     OUT_STEP,
-    # (B, Hq, Lq), contiguous, of the accumulation type; 0 where not wanted.
-    LSE,
     # Where rows are split between items: bytes of a part of the result, and rows of a part of lse.
     PART_SIZE,
     PART_ROWS,

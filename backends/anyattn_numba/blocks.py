@@ -1,4 +1,4 @@
-"""The steps that all kernels share: the queries of an item, and the scores of some keys against them.
+"""The steps that all kernels share: the queries of an item, the keys it visits, and the scores of these.
 
 `Steps` holds them compiled for one dtype. Plainly, for the queries of an
 item and keys j of a chunk:
@@ -16,15 +16,24 @@ from typing import Any
 import numpy
 from numba import types
 
+from anyattn.schedule import GATHERED, MASKED
 from anyattn_numba import arguments as a
 from anyattn_numba.atomics import invoke
 from anyattn_numba.jit import carray, compiled
-from anyattn_numba.memory import pointer, read_index, read_real, read_word, transpose_kernel, write_word
+from anyattn_numba.memory import (
+    pointer,
+    read_byte,
+    read_index,
+    read_real,
+    read_word,
+    transpose_kernel,
+    write_word,
+)
 from anyattn_numba.microkernels import largest_kernel, score_kernel
 from anyattn_numba.rows import reader
 from anyattn_numba.target import Shape
 
-__all__ = ["ITEMSIZE", "NONE", "WIDTH", "Steps", "steps"]
+__all__ = ["ITEMSIZE", "NONE", "WIDTH", "Steps", "steps", "walker"]
 
 # A zero of the type of all other arguments: Numba compiles a function anew for a literal.
 NONE = numpy.int64(0)
@@ -205,3 +214,42 @@ def steps(shape: Shape, dtype: str) -> Steps:
             largest_of(vectors, scores, count, state + width * size)
 
     return Steps(load_queries, load_keys, load_values, load_scores, describe_tile)
+
+
+def walker(visit: Any) -> Any:
+    """walk(block, item, scratch), which visits what the schedule opens, within the keys of the item.
+
+    visit(block, item, scratch, first, columns, count, masked) takes up to a chunk of keys: those from `first`
+    on, or those whose numbers are at the address `columns`; all are seen where `masked` is 0.
+    """
+
+    @compiled
+    def visit_all(
+        block: int, item: int, scratch: int, first: int, end: int, columns: int, masked: int
+    ) -> None:
+        chunk = read_word(block + a.CHUNK)
+        for start in range(first, end, chunk):
+            count = min(chunk, end - start)
+            visit(block, item, scratch, start, columns + 4 * start if columns else NONE, count, masked)
+
+    @compiled
+    def walk(block: int, item: int, scratch: int) -> None:
+        first, end = read_word(item + a.ITEM_KEY), read_word(item + a.ITEM_KEY_END)
+        line = read_word(item + a.ITEM_LINE)
+        if line < 0:
+            visit_all(block, item, scratch, first, end, NONE, NONE)
+            return
+        starts, ends = read_word(block + a.SPAN_STARTS), read_word(block + a.SPAN_ENDS)
+        kinds, columns = read_word(block + a.SPAN_KINDS), read_word(block + a.COLUMNS)
+        for n in range(read_word(starts + 8 * line), read_word(starts + 8 * line + 8)):
+            kind_of = read_byte(kinds + n)
+            low, high = read_word(ends + 16 * n), read_word(ends + 16 * n + 8)
+            masked = kind_of & MASKED
+            if kind_of & GATHERED:
+                # The first item of a row that is split gathers its columns.
+                if read_word(item + a.ITEM_PART) <= 0:
+                    visit_all(block, item, scratch, low, high, columns, masked)
+            else:
+                visit_all(block, item, scratch, max(low, first), min(high, end), NONE, masked)
+
+    return walk

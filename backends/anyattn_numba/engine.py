@@ -21,42 +21,69 @@ from anyattn_numba.thread_count import thread_count
 from anyattn_numba.tiles import capture, row_values
 from anyattn_numba.work import Work, items_of
 
-__all__ = ["attend"]
+__all__ = ["Prepared", "attend", "prepare"]
 
 NDArray = numpy.ndarray[Any, Any]
 
-# Work that another thread is worth: entering it takes microseconds, waking it up some tens.
-_PAIRS_FOR_THREADS = 1 << 21
+# The words that a call sets, at the beginning of the block.
+_ADDRESSES = 7
+# Products of a pair and a channel that another thread is worth: entering it takes microseconds, waking it up
+# some tens.
+_WORK_FOR_THREADS = 1 << 21
 
 
 def attend(call: AttentionCall) -> tuple[Array, Array | None]:
     """(out, lse) of a call of "attention"."""
-    shape = shape_for(call.accumulate)
-    wanted = thread_count()
-    work = items_of(call, shape, wanted)
-    q, k, v = (as_numpy(x, call.library) for x in (call.q, call.k, call.v))
-    result = (*call.batch_shape, call.num_heads, call.q_len, call.v_head_dim)
-    out = empty_like(q.dtype, result, call.layout == "blhd" and call.has_heads)
-    kind = numpy.dtype(call.accumulate)
-    lse = numpy.empty(result[:-1], kind) if call.return_lse else None
-    block, kept = argument_block(call, shape, work, {"Q": q, "K": k, "V": v, "OUT": out})
-    block[a.LSE // 8] = address_of(lse) if lse is not None else 0
-    number = 1 if work.pairs * (call.head_dim + call.v_head_dim) < _PAIRS_FOR_THREADS else wanted
-    run("forward", call.dtype, block, number)
-    del kept
-    return from_numpy(out, call.q, call.library), None if lse is None else from_numpy(
-        lse, call.q, call.library
-    )
+    return Prepared(call)(call.q, call.k, call.v)
 
 
-def run(kernel: str, dtype: str, block: NDArray, number: int) -> None:
-    """Run a kernel on so many threads; an error there is one here."""
-    size = int(block[a.SCRATCH_SIZE // 8])
-    block[a.SCRATCH // 8] = scratch(size * number)
-    block[a.COUNTER // 8] = 0
-    status = threads.run(kernel_address(kernel, dtype), address_of(block), number)
-    if status:
-        raise RuntimeError(f"numba: the kernel {kernel!r} for {dtype} ended with status {status}")
+def prepare(call: AttentionCall) -> Prepared | None:
+    """What serves all calls of a signature: calls without arrays besides q, k and v."""
+    return None if call.others else Prepared(call)
+
+
+class Prepared:
+    """A call of "attention" with all that does not depend on the addresses of q, k, v and the results.
+
+    Called with such arrays it gives (out, lse). Of the call's arrays it keeps those that the mask and the
+    score read, and sinks.
+    """
+
+    def __init__(self, call: AttentionCall):
+        shape = shape_for(call.accumulate)
+        work = items_of(call, shape, thread_count())
+        self.library = call.library
+        q, k, v = (as_numpy(x, call.library) for x in (call.q, call.k, call.v))
+        self.dtype = q.dtype
+        self.shape = (*call.batch_shape, call.num_heads, call.q_len, call.v_head_dim)
+        self.swapped = call.layout == "blhd" and call.has_heads
+        self.lse_dtype = numpy.dtype(call.accumulate) if call.return_lse else None
+        out = empty_like(q.dtype, self.shape, self.swapped)
+        self.block, self.kept = argument_block(call, shape, work, {"Q": q, "K": k, "V": v, "OUT": out})
+        small = work.pairs * (call.head_dim + call.v_head_dim) < _WORK_FOR_THREADS
+        self.most_threads = 1 if small else max(len(work.items), 1)
+        self.scratch = int(self.block[a.SCRATCH_SIZE // 8])
+        self.kernel = kernel_address("forward", call.dtype)
+
+    def __call__(self, q: Array, k: Array, v: Array) -> tuple[Array, Array | None]:
+        library = self.library
+        out = empty_like(self.dtype, self.shape, self.swapped)
+        lse = None if self.lse_dtype is None else numpy.empty(self.shape[:-1], self.lse_dtype)
+        number = 1 if self.most_threads == 1 else min(thread_count(), self.most_threads)
+        block = self.block.copy()
+        block[:_ADDRESSES] = (
+            0,
+            scratch(self.scratch * number),
+            address_of(as_numpy(q, library)),
+            address_of(as_numpy(k, library)),
+            address_of(as_numpy(v, library)),
+            address_of(out),
+            0 if lse is None else address_of(lse),
+        )
+        status = threads.run(self.kernel, address_of(block), number)
+        if status:
+            raise RuntimeError(f"numba: the kernel ended with status {status}")
+        return from_numpy(out, q, library), None if lse is None else from_numpy(lse, q, library)
 
 
 def argument_block(
@@ -81,7 +108,8 @@ def argument_block(
     put(a.HEAD_DIM, call.head_dim)
     put(a.V_HEAD_DIM, call.v_head_dim)
     for name, x in tensors.items():
-        _put_array(put, getattr(a, name), x, call.batch_shape)
+        put(getattr(a, name), address_of(x))
+        _put_strides(put, getattr(a, f"{name}_BATCH"), x, call.batch_shape)
     batch = math.prod(call.batch_shape)
     if call.sinks is not None:
         put(a.SINKS, numpy.ascontiguousarray(as_numpy(call.sinks, call.library), call.accumulate))
@@ -120,18 +148,17 @@ def argument_block(
     return block, kept
 
 
-def _put_array(put: Any, place: int, x: NDArray, batch_shape: tuple[int, ...]) -> None:
-    """Address, offsets of the batch entries, and strides of an array (..., H, L, D)."""
-    put(place, address_of(x))
+def _put_strides(put: Any, place: int, x: NDArray, batch_shape: tuple[int, ...]) -> None:
+    """Offsets of the batch entries and strides of an array (..., H, L, D)."""
     offsets = numpy.zeros(batch_shape, numpy.int64)
     lead = x.shape[:-3]
     for axis, (size, stride) in enumerate(zip(lead, x.strides[: len(lead)], strict=True)):
         if size > 1:
             index = numpy.arange(size, dtype=numpy.int64) * stride
             offsets += index.reshape(-1, *[1] * (len(lead) - axis - 1))
-    put(place + 8, numpy.ascontiguousarray(offsets.reshape(-1)))
+    put(place, numpy.ascontiguousarray(offsets.reshape(-1)))
     for n, stride in enumerate(x.strides[-3:]):
-        put(place + 16 + 8 * n, stride)
+        put(place + 8 + 8 * n, stride)
 
 
 def _lay_out(put: Any, call: AttentionCall, shape: Shape, chunk: int, held: int) -> None:

@@ -23,12 +23,11 @@ from typing import Any
 
 from numba import types
 
-from anyattn.schedule import GATHERED, MASKED
 from anyattn_numba import arguments as a
 from anyattn_numba.atomics import fetch_add
-from anyattn_numba.blocks import NONE, WIDTH, steps
+from anyattn_numba.blocks import WIDTH, steps, walker
 from anyattn_numba.jit import carray, compiled
-from anyattn_numba.memory import pointer, read_byte, read_word, transpose_kernel
+from anyattn_numba.memory import pointer, read_word, transpose_kernel
 from anyattn_numba.microkernels import soften_kernel, weigh_kernel
 from anyattn_numba.rows import all_finite, writer
 from anyattn_numba.target import Shape
@@ -120,35 +119,7 @@ def forward_kernel(shape: Shape, dtype: str) -> Any:
             weigh_one(vectors, values + c * size, stride, weights, count, factor, sums + c * width * size)
             c += 1
 
-    @compiled
-    def visit_all(
-        block: int, item: int, scratch: int, first: int, end: int, columns: int, masked: int
-    ) -> None:
-        chunk = read_word(block + a.CHUNK)
-        for start in range(first, end, chunk):
-            count = min(chunk, end - start)
-            visit(block, item, scratch, start, columns + 4 * start if columns else NONE, count, masked)
-
-    @compiled
-    def walk(block: int, item: int, scratch: int) -> None:
-        """Visit what the schedule opens, within the keys of the item."""
-        first, end = read_word(item + a.ITEM_KEY), read_word(item + a.ITEM_KEY_END)
-        line = read_word(item + a.ITEM_LINE)
-        if line < 0:
-            visit_all(block, item, scratch, first, end, NONE, NONE)
-            return
-        starts, ends = read_word(block + a.SPAN_STARTS), read_word(block + a.SPAN_ENDS)
-        kinds, columns = read_word(block + a.SPAN_KINDS), read_word(block + a.COLUMNS)
-        for n in range(read_word(starts + 8 * line), read_word(starts + 8 * line + 8)):
-            kind_of = read_byte(kinds + n)
-            low, high = read_word(ends + 16 * n), read_word(ends + 16 * n + 8)
-            masked = kind_of & MASKED
-            if kind_of & GATHERED:
-                # The first item of a row that is split gathers its columns.
-                if read_word(item + a.ITEM_PART) <= 0:
-                    visit_all(block, item, scratch, low, high, columns, masked)
-            else:
-                visit_all(block, item, scratch, max(low, first), min(high, end), NONE, masked)
+    walk = walker(visit)
 
     @compiled
     def finish(block: int, item: int, scratch: int) -> None:

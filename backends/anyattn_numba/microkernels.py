@@ -28,7 +28,7 @@ from anyattn_numba.jit import cgutils, intrinsic
 from anyattn_numba.target import Shape
 from anyattn_numba.vectors import INT64, Vectors, offset
 
-__all__ = ["largest_kernel", "score_kernel", "soften_kernel", "weigh_kernel"]
+__all__ = ["accumulators", "by_vectors", "largest_kernel", "score_kernel", "soften_kernel", "weigh_kernel"]
 
 
 @lru_cache
@@ -42,7 +42,7 @@ def score_kernel(shape: Shape, rows: int) -> Any:
     def code(builder: Any, vectors: int, arguments: list[Any]) -> None:
         key, key_stride, query, head_dim, out, largest = arguments
         width = vectors * lanes.nbytes
-        sums = _accumulators(builder, lanes, rows, vectors)
+        sums = accumulators(builder, lanes, rows, vectors)
         for row in sums:
             for sum_ in row:
                 builder.store(lanes.constant(0.0), sum_)
@@ -64,7 +64,7 @@ def score_kernel(shape: Shape, rows: int) -> Any:
                 top = lanes.maximum(builder, value, top)
             lanes.store(builder, top, top_at)
 
-    call = _by_vectors(f"score_{rows}", shape, 6, code)
+    call = by_vectors(f"score_{rows}", shape, 6, code)
 
     @intrinsic
     def score(
@@ -93,7 +93,7 @@ def weigh_kernel(shape: Shape, rows: int) -> Any:
     def code(builder: Any, vectors: int, arguments: list[Any]) -> None:
         value, value_stride, weights, keys, factor, out = arguments
         width = vectors * lanes.nbytes
-        sums = _accumulators(builder, lanes, rows, vectors)
+        sums = accumulators(builder, lanes, rows, vectors)
         for v in range(vectors):
             decay = lanes.load(builder, offset(builder, factor, v * lanes.nbytes))
             for r, row in enumerate(sums):
@@ -111,7 +111,7 @@ def weigh_kernel(shape: Shape, rows: int) -> Any:
             for v, sum_ in enumerate(row):
                 lanes.store(builder, builder.load(sum_), offset(builder, out, r * width + v * lanes.nbytes))
 
-    call = _by_vectors(f"weigh_{rows}", shape, 6, code)
+    call = by_vectors(f"weigh_{rows}", shape, 6, code)
 
     @intrinsic
     def weigh(
@@ -165,7 +165,7 @@ def soften_kernel(shape: Shape) -> Any:
         for v, sum_ in enumerate(sums):
             lanes.store(builder, builder.load(sum_), offset(builder, total, v * lanes.nbytes))
 
-    call = _by_vectors("soften", shape, 6, code)
+    call = by_vectors("soften", shape, 6, code)
 
     @intrinsic
     def soften(
@@ -190,7 +190,7 @@ def largest_kernel(shape: Shape) -> Any:
 
     def code(builder: Any, vectors: int, arguments: list[Any]) -> None:
         scores, keys, largest = arguments
-        (tops,) = _accumulators(builder, lanes, 1, vectors)
+        (tops,) = accumulators(builder, lanes, 1, vectors)
         for v, top in enumerate(tops):
             builder.store(lanes.load(builder, offset(builder, largest, v * lanes.nbytes)), top)
         with cgutils.for_range(builder, keys, intp=INT64) as loop:
@@ -202,7 +202,7 @@ def largest_kernel(shape: Shape) -> Any:
         for v, top in enumerate(tops):
             lanes.store(builder, builder.load(top), offset(builder, largest, v * lanes.nbytes))
 
-    call = _by_vectors("largest", shape, 3, code)
+    call = by_vectors("largest", shape, 3, code)
 
     @intrinsic
     def largest_of(typing_context: Any, vectors: Any, scores: Any, keys: Any, largest: Any) -> Any:
@@ -211,11 +211,12 @@ def largest_kernel(shape: Shape) -> Any:
     return largest_of
 
 
-def _accumulators(builder: Any, lanes: Vectors, rows: int, vectors: int) -> list[list[Any]]:
+def accumulators(builder: Any, lanes: Vectors, rows: int, vectors: int) -> list[list[Any]]:
+    """Places for `rows` x `vectors` sums, which become registers."""
     return [[cgutils.alloca_once(builder, lanes.type) for _ in range(vectors)] for _ in range(rows)]
 
 
-def _by_vectors(
+def by_vectors(
     name: str, shape: Shape, count: int, code: Callable[[Any, int, list[Any]], None]
 ) -> Callable[[Any, Any, Any, Any], Any]:
     """The call of a function of its own that runs `code` for the number of vectors that it is given."""

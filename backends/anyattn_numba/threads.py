@@ -20,7 +20,6 @@ Without POSIX threads (Windows) a pool of Python threads does the same, more slo
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import os
 import sys
@@ -43,7 +42,6 @@ __all__ = ["MOST_THREADS", "address", "run", "warm_up"]
 MOST_THREADS = 1024
 """A call never gets more than these."""
 
-_SECONDS_AT_EXIT = 1.0
 # Functions of the C library, by the place in the pool's head that holds their address.
 _FUNCTIONS = {
     workers.CLOCK: "clock_gettime",
@@ -119,8 +117,6 @@ class _Pool(Protocol):
 
     def grow(self, threads: int) -> None: ...
 
-    def close(self) -> None: ...
-
 
 class _NativePool:
     """Workers that wait in compiled code."""
@@ -133,38 +129,18 @@ class _NativePool:
         self._lock = threading.Lock()
         self._workers: list[threading.Thread] = []
         self._words = numpy.empty(0, numpy.int64)
-        self._closed = False
 
     def grow(self, threads: int) -> None:
         with self._lock:
             if self.place == 0:
                 self._open()
-            if not self._closed:
-                try:
-                    for number in range(len(self._workers) + 1, min(threads, MOST_THREADS)):
-                        self._start(number)
-                except RuntimeError as error:  # the system has no more threads, or the interpreter ends
-                    say(f"kernels run on {len(self._workers)} threads instead of {threads}: {error}")
+            try:
+                for number in range(len(self._workers) + 1, min(threads, MOST_THREADS)):
+                    self._start(number)
+            except RuntimeError as error:  # the system has no more threads, or the interpreter ends
+                say(f"kernels run on {len(self._workers)} threads instead of {threads}: {error}")
             # As asked, so that nothing is tried again for each call.
             self.threads = max(self.threads, threads)
-
-    def close(self) -> None:
-        """Let idle workers return before the interpreter goes; one in a task stays in compiled code."""
-        with self._lock:
-            self._closed = True
-            if self.place == 0:
-                return
-            self._words[workers.COUNT // 8] = 0
-            self._words[workers.CLOSED // 8] = 1
-            for number in range(1, len(self._workers) + 1):
-                part = self.place + number * workers.PART
-                self._library.pthread_mutex_lock(ctypes.c_void_p(part + workers.MUTEX))
-                self._library.pthread_mutex_unlock(ctypes.c_void_p(part + workers.MUTEX))
-                self._library.pthread_cond_broadcast(ctypes.c_void_p(part + workers.CONDITION))
-            end = time.monotonic() + _SECONDS_AT_EXIT
-            for worker in self._workers:
-                if worker.is_alive():
-                    worker.join(max(0.0, end - time.monotonic()))
 
     def _open(self) -> None:
         _compile(workers.launch, 4)
@@ -206,21 +182,17 @@ class _PythonPool:
         self._lock = threading.Lock()
         self.launch: Any = self._launch
         self._executor: ThreadPoolExecutor | None = None
-        self._closed = False
 
     def grow(self, threads: int) -> None:
         with self._lock:
             _compile(workers.call, 3)
-            if not self._closed and threads > 1:
+            if threads > 1:
                 self._executor = ThreadPoolExecutor(min(threads, MOST_THREADS) - 1, "anyattn")
             self.threads = max(self.threads, threads)
 
-    def close(self) -> None:
-        self._closed = True
-
     def _launch(self, place: int, function: int, arguments: int, threads: int) -> int:
         others: list[Future[int]] = []
-        if threads > 1 and self._executor is not None and not self._closed:
+        if threads > 1 and self._executor is not None:
             for number in range(1, min(threads, MOST_THREADS)):
                 try:
                     others.append(self._executor.submit(workers.call, function, arguments, number))
@@ -278,4 +250,3 @@ if hasattr(os, "register_at_fork"):
         before=compiler.acquire, after_in_parent=compiler.release, after_in_child=compiler.release
     )
     os.register_at_fork(after_in_child=_forget)
-atexit.register(lambda: _pool.close())

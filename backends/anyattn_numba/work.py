@@ -52,13 +52,15 @@ class Work:
 
 
 def items_of(call: AttentionCall, shape: Shape, threads: int) -> Work:
-    """The work of a call of "attention" on some threads."""
+    """The work of a call on some threads; of the rows that it asks for without a schedule."""
     batch = math.prod(call.batch_shape)
     q_len, k_len, group = call.q_len, call.k_len, call.group_size
+    q_len = q_len if call.rows is None else len(call.rows)
     block = _block_rows(q_len, shape)
     spans = None
-    together = group > 1 and q_len < shape.queries
-    if call.visible is not None and q_len > 0:
+    # Statistics add up the rows of one head.
+    together = group > 1 and q_len < shape.queries and call.operation != "stats"
+    if call.visible is not None and call.rows is None and q_len > 0:
         made = schedule(call, rows=q_len if together else block, keys=TILE_KEYS)
         if together and made.groups[1] > 1:
             together = False

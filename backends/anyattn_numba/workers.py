@@ -48,7 +48,7 @@ TURNS = 16
 # The pool is one block of memory: a head and as much for each worker. Offsets in bytes; what different
 # threads write lies in different cache lines.
 PART = 512
-COUNT, CLOSED, NEVER = 0, 8, 16
+COUNT = 0
 CLOCK, CLOCK_ID, LOCK, UNLOCK, WAIT, BROADCAST, CPU = range(128, 184, 8)
 STATE, FUNCTION, ARGUMENTS, WORKER, STATUS, NEXT, CALLER_CPU, WORKER_CPU = range(0, 64, 8)
 WORKER_SLEEPS, CALLER_SLEEPS = 128, 192  # each a flag, and a place for the time at TIME beyond it
@@ -85,12 +85,12 @@ def wake(pool: int, worker: int) -> None:
 
 
 @_compiled
-def wait(pool: int, worker: int, state: int, sleeps: int, stop: int, spin: int) -> None:
-    """Wait until a worker's part is in a state, or the word at `stop` is not 0; awake for `spin` ns."""
+def wait(pool: int, worker: int, state: int, sleeps: int, spin: int) -> None:
+    """Wait until a worker's part is in a state; awake for `spin` nanoseconds."""
     end = -1
     while spin > 0:
         for _ in range(TURNS):
-            if load(worker + STATE) == state or load(stop) != 0:
+            if load(worker + STATE) == state:
                 return
             pause()
         time = now(pool, sleeps + TIME)
@@ -101,19 +101,22 @@ def wait(pool: int, worker: int, state: int, sleeps: int, stop: int, spin: int) 
     call_c1(load(pool + LOCK), worker + MUTEX)
     # Sequentially consistent, as is the setting of the state: one of both sees the other's.
     exchange(sleeps, 1)
-    while load(worker + STATE) != state and load(stop) == 0:
+    while load(worker + STATE) != state:
         call_c2(load(pool + WAIT), worker + CONDITION, worker + MUTEX)
     store(sleeps, 0)
     call_c1(load(pool + UNLOCK), worker + MUTEX)
 
 
 @_compiled
-def serve(pool: int, worker: int) -> int:
-    """Run tasks until the pool closes: the life of a worker."""
+def serve(pool: int, worker: int) -> None:
+    """Run tasks for ever: the life of a worker.
+
+    It never goes back to Python, and so never into an interpreter that ends.
+    """
     store(worker + STATE, IDLE)
     spin = SPIN
     while True:
-        wait(pool, worker, READY, worker + WORKER_SLEEPS, pool + CLOSED, spin)
+        wait(pool, worker, READY, worker + WORKER_SLEEPS, spin)
         if compare_exchange(worker + STATE, READY, RUNNING):
             caller_cpu = load(worker + CALLER_CPU)
             store(worker + WORKER_CPU, cpu(pool, -1))
@@ -123,8 +126,6 @@ def serve(pool: int, worker: int) -> int:
             exchange(worker + STATE, DONE)
             if load(worker + CALLER_SLEEPS) != 0:
                 wake(pool, worker)
-        elif load(pool + CLOSED) != 0:
-            return 0
 
 
 @_compiled
@@ -156,7 +157,7 @@ def launch(pool: int, function: int, arguments: int, threads: int) -> int:
         # What did not begin will find nothing to do.
         if not compare_exchange(worker + STATE, READY, IDLE):
             spin = 0 if load(worker + WORKER_CPU) == cpu(pool, -2) else SPIN
-            wait(pool, worker, DONE, worker + CALLER_SLEEPS, pool + NEVER, spin)
+            wait(pool, worker, DONE, worker + CALLER_SLEEPS, spin)
             if status == 0:
                 status = load(worker + STATUS)
             store(worker + STATE, IDLE)
