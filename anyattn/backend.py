@@ -106,14 +106,14 @@ class Backend:
         `call.others`, and gives what `run` gives. It serves `call` and, without `unsupported` being asked
         again, all later calls of the same signature: their arrays have the types, shapes, strides, alignment,
         dtypes and devices of this call's and coincide where these do, their options and settings (`use`,
-        ANYATTN_BACKEND) are the same. Constants and arrays of expressions that `call.others` does not list
-        are the same too.
+        ANYATTN_BACKEND) are the same. Numbers in expressions, and arrays in them that `call.others` does not
+        list, are the same too: they were made for `call` and may be kept.
 
         The values in arrays are not, so none may be read here; what a backend derives from the values of
         `others` (which tiles to visit) it derives in every call. Nor is what a library lets its users switch
         (autocast, its number of threads) part of a signature.
 
-        The function is kept while there is room: it holds on to neither `call` nor one of its arrays.
+        The function is kept while there is room: it holds on to none of the caller's arrays, nor to `call`.
         No call that is traced or takes part in automatic differentiation is prepared, nor one without query
         heads.
         """

@@ -132,11 +132,10 @@ class AttentionCall:
 
     @cached_property
     def others(self) -> tuple[Array, ...]:
-        """The arrays besides q, k and v whose values a call of the same signature may change.
+        """The arrays besides q, k and v that are other ones in the next call of the same signature.
 
         They are lengths, offsets and sinks as above, then the arrays of mask, score_mod and bias that the
-        caller gave, as they stand in `visible` and `score`; integer tables are left out, which belong to the
-        signature.
+        caller gave, as they stand in `visible` and `score`.
         """
         found = [x for x in (self.kv_lengths, self.offset, self.sinks) if arrays.is_array(x)]
         for part in (self.mask, self.score_mod):

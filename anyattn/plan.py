@@ -14,7 +14,7 @@ plans.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from anyattn.arrays import Array
 from anyattn.call import AttentionCall
 from anyattn.describe import ARGUMENTS
 from anyattn.expr.bounds import check_integers
-from anyattn.expr.structure import is_given, structure
+from anyattn.expr.structure import is_given, is_read, structure
 from anyattn.masks import Mask
 from anyattn.scores import Score
 
@@ -138,9 +138,9 @@ def _read_expression(value: Any, given: list[Array]) -> Hashable:
         parts.append(own)
         if is_given(array):
             given.append(array.value)
-        elif arrays.library(array.value) != "numpy" or array.value.nbytes > _MOST_CONTENTS:
-            return None
-        else:
+        if is_read(array):
+            if arrays.library(array.value) != "numpy" or array.value.nbytes > _MOST_CONTENTS:
+                return None
             parts.append(array.value.tobytes())
     return tuple(parts)
 
@@ -154,8 +154,9 @@ _ARRAY_READERS: dict[str, _Reader] = {
     "q_offset": _read_integers,
 }
 
-# From the arrays of a call by argument to one of `AttentionCall.others`; None where a value fails a check.
-_Feed = Callable[[dict[str, list[Array]]], Array | None]
+# Gives one of `AttentionCall.others`, from the arrays of a call by argument and the others before it; None
+# where a value fails a check.
+_Feed = Callable[[dict[str, list[Array]], list[Array]], Array | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +173,12 @@ class Plan:
 
     def __call__(self, q: Array, k: Array, v: Array, given: dict[str, list[Array]]) -> Any:
         """What `attention` returns, or None where the values of an array need a description of the call."""
-        others: Sequence[Array | None] = ()
-        if self.feeds:
-            others = [feed(given) for feed in self.feeds]
-            if any(x is None for x in others):
+        others: list[Array] = []
+        for feed in self.feeds:
+            other = feed(given, others)
+            if other is None:
                 return None
+            others.append(other)
         if not self.has_heads:
             q, k, v = q[None], k[None], v[None]
         elif self.swapped:
@@ -236,8 +238,7 @@ def _feeds(known: Signature, call: AttentionCall) -> tuple[_Feed, ...] | None:
     if {"kv_lengths", "q_offset"} & known.given.keys() and not isinstance(call.offset, int):
         if not (arrays.is_array(call.offset) and _takes_any_offset(call)):
             return None
-        by_lengths = "q_offset" not in known.given
-        feeds.append(_last(feeds[0]) if by_lengths else _offset(call))
+        feeds.append(_offset(call) if "q_offset" in known.given else _last)
     elif "q_offset" in known.given:
         return None  # the call holds the value of an array without axes as a number
     elif arrays.is_array(call.offset):
@@ -250,15 +251,15 @@ def _feeds(known: Signature, call: AttentionCall) -> tuple[_Feed, ...] | None:
 
 
 def _always(value: Array) -> _Feed:
-    return lambda given: value
+    return lambda given, before: value
 
 
 def _nth(name: str, n: int) -> _Feed:
-    return lambda given: given[name][n]
+    return lambda given, before: given[name][n]
 
 
 def _sinks(xp: Any, dtype: Any) -> _Feed:
-    return lambda given: arrays.cast(xp, given["sinks"][0], dtype)
+    return lambda given, before: arrays.cast(xp, given["sinks"][0], dtype)
 
 
 def _lengths(call: AttentionCall) -> _Feed:
@@ -271,7 +272,7 @@ def _offset(call: AttentionCall) -> _Feed:
 
 
 def _between(name: str, least: int, most: int, dtype: Any) -> _Feed:
-    def feed(given: dict[str, list[Array]]) -> Array | None:
+    def feed(given: dict[str, list[Array]], before: list[Array]) -> Array | None:
         value = given[name][0].copy()
         within = not value.size or (value.min() >= least and value.max() <= most)
         return value.astype(dtype, copy=False) if within else None
@@ -279,12 +280,9 @@ def _between(name: str, least: int, most: int, dtype: Any) -> _Feed:
     return feed
 
 
-def _last(lengths: _Feed) -> _Feed:
-    def feed(given: dict[str, list[Array]]) -> Array | None:
-        found = lengths(given)
-        return None if found is None else found - 1
-
-    return feed
+def _last(given: dict[str, list[Array]], before: list[Array]) -> Array:
+    """The position of the only query, from the lengths, which come first."""
+    return before[0] - 1
 
 
 def _takes_any_offset(call: AttentionCall) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import gc
 import threading
 import weakref
@@ -196,6 +197,28 @@ def test_arrays_that_change_in_place_are_read_again(planner):
         np.testing.assert_array_equal(after, aa.attention(q, k, v, backend="reference", **options))
     # Integers in expressions belong to the signature.
     assert planner.prepared == 2
+
+
+def test_integers_of_an_expression_are_those_of_the_call(planner):
+    """A plan of the same integers must not read them in the array of the call that it was made for."""
+    q, k, v = tensors(np.random.default_rng(28))
+    ids = np.array([0, 0, 1, 1, 1, 2, 2])
+    same = ids.copy()
+    wanted = aa.attention(q, k, v, mask=documents(ids))
+    ids[:] = 0
+    assert not np.array_equal(aa.attention(q, k, v, mask=documents(ids)), wanted)
+    np.testing.assert_array_equal(aa.attention(q, k, v, mask=documents(same)), wanted)
+    assert (planner.prepared, planner.ran) == (2, 3)
+
+
+def test_numbers_of_an_expression_do_not_change(planner):
+    q, k, v = tensors(np.random.default_rng(29))
+    slopes = array.array("d", [0.5, 0.25])
+    held = alibi(slopes)
+    wanted = aa.attention(q, k, v, score_mod=held)
+    slopes[0] = 9.0
+    np.testing.assert_array_equal(aa.attention(q, k, v, score_mod=held), wanted)
+    np.testing.assert_array_equal(aa.attention(q, k, v, score_mod=held, backend="reference"), wanted)
 
 
 def test_a_change_of_shape_or_dtype_in_place_is_seen(planner):

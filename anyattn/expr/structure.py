@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from anyattn.expr.nodes import Aligned, Apply, Const, Deferred, Expr, Load, Size, Symbol, Table, walk
 
-__all__ = ["Structure", "is_given", "structure"]
+__all__ = ["Structure", "is_given", "is_read", "structure"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +35,16 @@ def structure(root: Expr) -> Structure:
 
 
 def is_given(array: Table | Aligned) -> bool:
-    """Whether an array of an expression is given anew in every call.
+    """Whether an array of an expression is the caller's, who may give another in every call."""
+    return isinstance(array, Aligned) or not array.host
 
-    Integers are not: the bounds of indices that are computed from them are checked when the call is
-    described, so their values belong to the signature, as do those of host data.
+
+def is_read(array: Table | Aligned) -> bool:
+    """Whether the description of a call depends on the values of an array.
+
+    It holds host data, and checks the bounds of indices that are computed from integers.
     """
-    return isinstance(array, Aligned) or not (array.host or array.kind == "int")
+    return isinstance(array, Table) and (array.host or array.kind == "int")
 
 
 def _structure(root: Expr) -> Structure:

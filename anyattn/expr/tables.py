@@ -31,7 +31,7 @@ def table_of(
 
         host = True
         try:
-            value = numpy.asarray(value)
+            value = numpy.array(value)  # a copy: such numbers do not change
         except ValueError as error:
             raise ValueError(f"{label}: wanted numbers in equally long rows, got {value!r}") from error
         if value.size == 0:
