@@ -175,8 +175,10 @@ def test_groups_hold_what_they_depend_on_and_no_more():
             assert check(p, rows, keys).groups == groups, mask
 
 
-def test_equal_values_are_looked_up_where_pairs_are_many(monkeypatch):
+@pytest.mark.parametrize("many", [matches._MANY, 3])
+def test_equal_values_are_looked_up_where_pairs_are_many(monkeypatch, many):
     monkeypatch.setattr(matches, "_MOST_PAIRS", -1)
+    monkeypatch.setattr(matches, "_MANY", many)
     rng = np.random.default_rng(0)
     for ids in (rng.integers(0, 9, 333), rng.integers(0, 90, 333), rng.permutation(333)):
         for shape in ((), (3,)):
@@ -228,11 +230,20 @@ def test_only_tiles_that_cheap_conditions_leave_open_are_asked(monkeypatch):
         ((masks.documents(ids) | masks.global_tokens(3)) & masks.sliding_window(0), 128),
         # The structure of the two decides which of them the canonical form has first.
         *((equal(ids.astype(dtype)) & band, 256) for dtype in ("i1", "f4")),
+        *((~equal(ids.astype(dtype)) & band, 256) for dtype in ("i1", "f4")),
     ):
         asked.clear()
         check(parts(mask, 2048, 2048), 16, 16)
         leaves = [n for level, n in asked if level == 0]
         assert sum(leaves) <= most, mask
+
+
+def test_what_one_part_of_a_mask_asked_is_known_to_the_next():
+    same = masks.documents(np.arange(333))
+    mask = same & masks.sliding_window(100, 100) | same & masks.prefix(96)
+    stats = check(parts(mask, 333, 333), 16, 16).stats
+    # The diagonal ones among the prefix: each part opens them partially, together they might fill them.
+    assert stats.by_witness + stats.by_evaluation == 96 // 16
 
 
 def test_groups_are_taken_in_rounds(monkeypatch):
