@@ -140,6 +140,38 @@ def test_status_of_any_worker_comes_back(process):
     """)
 
 
+def test_compiled_callers_share_workers(process):
+    """No Python between two calls: every moment in which two callers can meet comes up."""
+    process("""
+        from anyattn_numba import workers
+
+        @njit(nogil=True)
+        def calls(pool, function, arguments, count, rounds):
+            wrong = 0
+            for _ in range(rounds):
+                atomics.store(arguments, 0)
+                atomics.store(arguments + 24, 0)
+                status = workers.launch(pool, function, arguments, count)
+                if status != 0 or atomics.load(arguments + 24) != 10:
+                    wrong += 1
+            return wrong
+
+        call(4)
+        blocks = [block(5) for _ in range(4)]
+        wrong = []
+        def caller(words):
+            wrong.append(calls(threads._pool.place, ADDRESS, words.ctypes.data, 3, 20_000))
+        calls(threads._pool.place, ADDRESS, blocks[0].ctypes.data, 3, 0)
+        callers = [threading.Thread(target=caller, args=(words,)) for words in blocks]
+        for thread in callers: thread.start()
+        for thread in callers: thread.join()
+        assert wrong == [0] * 4, wrong
+        by_worker = sum(words[8:] for words in blocks)
+        assert by_worker[0] == 4 * 20_000 and by_worker[1] > 0 and not by_worker[3:].any(), by_worker
+        until_shared(4)
+    """)
+
+
 def test_a_task_returns_a_status(process):
     process("""
         @njit
@@ -265,7 +297,7 @@ class TestEitherPool:
             if {state == "asleep"}:
                 time.sleep(0.1)
             if {state == "in a task"}:
-                words = block(2000, 1_000_000)
+                words = block(300, 1_000_000)
                 run = lambda: threads.run(ADDRESS, words.ctypes.data, 2)
                 threading.Thread(target=run, daemon=True).start()
                 while words[0] < 2: pass
@@ -346,13 +378,17 @@ def test_interrupts_leave_the_pool_whole(process):
     assert out == ["20"]
 
 
-def test_interrupted_start_of_workers(process):
-    process("""
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_interrupted_start_of_workers(process, moment):
+    process(f"""
         start = threading.Thread.start
         def interrupted(thread):
+            if {moment == "after"}:
+                start(thread)
             if thread.name == "anyattn-2":
                 raise KeyboardInterrupt
-            start(thread)
+            if {moment == "before"}:
+                start(thread)
         threading.Thread.start = interrupted
         try:
             call(4)
@@ -364,6 +400,8 @@ def test_interrupted_start_of_workers(process):
         for _ in range(100):
             call(4)
         until_shared(3)
+        parts = {{thread._args[1] for thread in threading.enumerate() if thread.name.startswith("anyattn-")}}
+        assert len(parts) == threading.active_count() - 1, "two workers have one part"
     """)
 
 
@@ -385,11 +423,14 @@ def test_no_more_threads_in_the_system(process):
 def test_idle_workers_use_no_time(process):
     process("""
         until_shared(4)
-        time.sleep(0.05)
-        before = time.process_time()
-        time.sleep(0.5)
-        spent = time.process_time() - before
-        assert spent < 0.02, spent
+        spent = 0
+        for _ in range(10):
+            call(4, 16, 1000)
+            before = time.process_time()
+            time.sleep(0.05)
+            spent += time.process_time() - before
+        assert spent < 0.05, spent
+        until_shared(4)  # they wake up again
     """)
 
 

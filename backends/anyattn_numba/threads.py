@@ -70,10 +70,9 @@ def address(dispatcher: Any) -> int:
     """
     dispatcher.compile(types.int64(types.int64, types.int64))
     result = dispatcher.overloads[types.int64, types.int64]
+    # Another type where it was compiled before, by a call that said nothing about the result.
     returned = result.signature.return_type
-    if (
-        getattr(returned, "literal_type", returned) != types.int64
-    ):  # it was compiled before, without a word about what it returns
+    if getattr(returned, "literal_type", returned) != types.int64:
         raise TypeError(f"dispatcher: wanted int64 returned, {dispatcher.__name__} returns {returned}")
     found: int = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
     _libraries[found] = result.library
