@@ -14,7 +14,7 @@ from anyattn.expr.program import lower
 from anyattn.expr.statements import aligned_slots, aligned_view
 from anyattn_numba import arguments as a
 from anyattn_numba import threads
-from anyattn_numba.hostarrays import as_numpy, empty_like, from_numpy
+from anyattn_numba.hostarrays import address_of, as_numpy, empty_like, from_numpy
 from anyattn_numba.kernels import kernel_address, shape_for, tile_address
 from anyattn_numba.target import Shape
 from anyattn_numba.thread_count import thread_count
@@ -58,7 +58,7 @@ class Prepared:
         self.shape = (*call.batch_shape, call.num_heads, call.q_len, call.v_head_dim)
         self.swapped = call.layout == "blhd" and call.has_heads
         self.lse_dtype = numpy.dtype(call.accumulate) if call.return_lse else None
-        out = empty_like(q.dtype, self.shape, self.swapped)
+        out = empty_like(q.dtype, self.shape, self.swapped, call.library)
         self.block, self.kept = argument_block(call, shape, work, {"Q": q, "K": k, "V": v, "OUT": out})
         small = work.pairs * (call.head_dim + call.v_head_dim) < _WORK_FOR_THREADS
         self.most_threads = 1 if small else max(len(work.items), 1)
@@ -67,7 +67,7 @@ class Prepared:
 
     def __call__(self, q: Array, k: Array, v: Array) -> tuple[Array, Array | None]:
         library = self.library
-        out = empty_like(self.dtype, self.shape, self.swapped)
+        out = empty_like(self.dtype, self.shape, self.swapped, library)
         lse = None if self.lse_dtype is None else numpy.empty(self.shape[:-1], self.lse_dtype)
         number = 1 if self.most_threads == 1 else min(thread_count(), self.most_threads)
         block = self.block.copy()
@@ -184,18 +184,14 @@ def _lay_out(put: Any, call: AttentionCall, shape: Shape, chunk: int, held: int)
     put(a.SCRATCH_SIZE, at)
 
 
-def address_of(x: NDArray) -> int:
-    """Where the numbers of an array begin."""
-    found: int = x.__array_interface__["data"][0]
-    return found
-
-
 _local = threading.local()
 
 
 def scratch(nbytes: int) -> int:
     """The address of memory of this Python thread, at a multiple of 64; the same memory in its next call."""
-    room = getattr(_local, "room", None)
-    if room is None or len(room) < nbytes + 64:
-        room = _local.room = numpy.empty(nbytes + 64, numpy.uint8)
-    return -(-address_of(room) // 64) * 64
+    size, address, _ = getattr(_local, "scratch", (-1, 0, None))
+    if size < nbytes:
+        room = numpy.empty(nbytes + 64, numpy.uint8)
+        address = -(-address_of(room) // 64) * 64
+        _local.scratch = nbytes, address, room
+    return int(address)
