@@ -9,6 +9,7 @@ item and keys j of a chunk:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -48,6 +49,8 @@ class Steps:
 
     Attributes
     ----------
+    begin(block, item, scratch)
+        Load the queries, and set what is summed up over the keys to that of no key.
     load_queries(block, item, scratch)
         Fill the lanes (head, row and position of each query) and the scaled, transposed queries.
     load_keys(block, item, scratch, first, columns, count), load_values(...)
@@ -59,6 +62,7 @@ class Steps:
         Let tile code do something to the scores.
     """
 
+    begin: Any
     load_queries: Any
     load_keys: Any
     load_values: Any
@@ -122,6 +126,29 @@ def steps(shape: Shape, dtype: str) -> Steps:
                     query + (d * width + lane) * size,
                     width * size,
                 )
+
+    @compiled
+    def begin(block: int, item: int, scratch: int) -> None:
+        """largest = -inf, total = 0, out = 0; a sink is a key that has been seen and has no value."""
+        load_queries(block, item, scratch)
+        width = read_word(scratch + WIDTH)
+        state = carray(pointer(scratch + read_word(block + a.AT_STATE)), (5, width), kind)
+        sums = carray(
+            pointer(scratch + read_word(block + a.AT_SUM)), read_word(block + a.V_HEAD_DIM) * width, kind
+        )
+        heads = carray(pointer(scratch + read_word(block + a.AT_LANES)), width, types.int64)
+        sinks = read_word(block + a.SINKS)
+        for lane in range(width):
+            largest, total = kind(-math.inf), kind(0)
+            # A row that is split between items meets its sink in the first of them.
+            if sinks != 0 and read_word(item + a.ITEM_PART) <= 0:
+                largest = carray(pointer(sinks + size * heads[lane]), 1, kind)[0]
+                total = kind(0) if largest == -math.inf else kind(1)
+            state[0, lane] = largest
+            state[1, lane] = largest
+            state[2, lane] = total
+        for n in range(len(sums)):
+            sums[n] = 0
 
     @compiled
     def rows_of(
@@ -213,7 +240,7 @@ def steps(shape: Shape, dtype: str) -> Steps:
             )
             largest_of(vectors, scores, count, state + width * size)
 
-    return Steps(load_queries, load_keys, load_values, load_scores, describe_tile)
+    return Steps(begin, load_queries, load_keys, load_values, load_scores, describe_tile)
 
 
 def walker(visit: Any) -> Any:

@@ -41,7 +41,7 @@ def forward_kernel(shape: Shape, dtype: str) -> Any:
     lanes, size, rows = shape.lanes, shape.itemsize, shape.rows
     kind = getattr(types, shape.element)
     step = steps(shape, dtype)
-    load_queries, load_scores, load_values = step.load_queries, step.load_scores, step.load_values
+    begin, load_scores, load_values = step.begin, step.load_scores, step.load_values
     describe_tile = step.describe_tile
     soften = soften_kernel(shape)
     weigh = weigh_kernel(shape, rows)
@@ -50,29 +50,6 @@ def forward_kernel(shape: Shape, dtype: str) -> Any:
     transpose = transpose_kernel(shape.element, lanes)
     write = writer(dtype, shape.element)
     write_part = writer(shape.element, shape.element)
-
-    @compiled
-    def begin(block: int, item: int, scratch: int) -> None:
-        """largest = -inf, total = 0, out = 0; a sink is a key that has been seen and has no value."""
-        load_queries(block, item, scratch)
-        width = read_word(scratch + WIDTH)
-        state = carray(pointer(scratch + read_word(block + a.AT_STATE)), (5, width), kind)
-        sums = carray(
-            pointer(scratch + read_word(block + a.AT_SUM)), read_word(block + a.V_HEAD_DIM) * width, kind
-        )
-        heads = carray(pointer(scratch + read_word(block + a.AT_LANES)), width, types.int64)
-        sinks = read_word(block + a.SINKS)
-        for lane in range(width):
-            largest, total = kind(-math.inf), kind(0)
-            # A row that is split between items meets its sink in the first of them.
-            if sinks != 0 and read_word(item + a.ITEM_PART) <= 0:
-                largest = carray(pointer(sinks + size * heads[lane]), 1, kind)[0]
-                total = kind(0) if largest == -math.inf else kind(1)
-            state[0, lane] = largest
-            state[1, lane] = largest
-            state[2, lane] = total
-        for n in range(len(sums)):
-            sums[n] = 0
 
     @compiled
     def weigh_seen(scratch: int, block: int, values: int, stride: int, count: int) -> None:
