@@ -14,7 +14,7 @@ plans.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,10 +60,13 @@ def signature(q: Any, k: Any, v: Any, options: tuple[Any, ...], backend: Any) ->
     if kinds.readers:
         values = list(options)
         for n, read in kinds.readers:
-            values[n] = part = read(options[n], given.setdefault(ARGUMENTS[n], []))
+            loose: list[Array] = []
+            values[n] = part = read(options[n], loose)
             if part is None:
                 return None
-        same = [id(x) for loose in given.values() for x in loose]
+            if loose:
+                given[ARGUMENTS[n]] = loose
+        same = [id(x) for part in given.values() for x in part]
         # Which arrays are one and the same, so that a backend may tell arrays of a call apart by identity.
         values = (*values, *map(same.index, same))
     key = (*tensors, values, kinds, backend, settings.signature(), registry.generation())
@@ -97,7 +100,9 @@ def _find_readers(types: tuple[type, ...]) -> tuple[tuple[int, _Reader], ...] | 
             found.append((n, _read_float))
         elif cls is tuple and name == "window":
             found.append((n, _read_window))
-        elif name in _ARRAY_READERS and cls is not tuple and cls is not list:
+        elif cls in (tuple, list) and name in ("sinks", "kv_lengths", "q_offset"):
+            found.append((n, _read_numbers))
+        elif cls not in (tuple, list) and name in _ARRAY_READERS:
             found.append((n, _ARRAY_READERS[name]))
         else:
             return None
@@ -110,6 +115,10 @@ def _read_float(value: float, given: list[Array]) -> Hashable:
 
 def _read_window(value: tuple[Any, ...], given: list[Array]) -> Hashable:
     return value if all(type(side) in (int, type(None)) for side in value) else None
+
+
+def _read_numbers(value: Sequence[Any], given: list[Array]) -> Hashable:
+    return repr(value) if all(type(number) in (int, float) for number in value) else None
 
 
 def _read_array(value: Any, given: list[Array]) -> Hashable:
@@ -206,7 +215,7 @@ def run(known: Signature | None, q: Array, k: Array, v: Array) -> Any:
 
 def make(known: Signature | None, call: AttentionCall, backend: Any) -> bool:
     """Keep a plan of a call that `backend` takes, where there can be one."""
-    if known is None or call.features & {"traced", "gradients"} or call.num_heads == 0:
+    if known is None or call.num_heads == 0:
         return False
     # Duck-typed backends may do without.
     prepare = getattr(backend, "prepare", None)
@@ -244,7 +253,8 @@ def _feeds(known: Signature, call: AttentionCall) -> tuple[_Feed, ...] | None:
     elif arrays.is_array(call.offset):
         feeds.append(_always(call.offset))
     if call.sinks is not None:
-        feeds.append(_sinks(call.xp, call.sinks.dtype))
+        by_array = "sinks" in known.given
+        feeds.append(_sinks(call.xp, call.sinks.dtype) if by_array else _always(call.sinks))
     for name in ("mask", "score_mod", "bias"):
         feeds += [_nth(name, n) for n in range(len(known.given.get(name, ())))]
     return tuple(feeds)

@@ -106,6 +106,12 @@ SAME_KIND = {
     "sinks": lambda rng: {"sinks": floats(rng, HEADS).astype("f8"), "return_lse": True},
     "lengths": lambda rng: {"kv_lengths": rng.integers(0, K_LEN + 1, 3)},
     "lengths-int32": lambda rng: {"kv_lengths": rng.integers(0, K_LEN + 1, 3).astype("i4")},
+    "lists": lambda rng: {
+        "kv_lengths": [3, 7, 0],
+        "q_offset": (0, 1, -1),
+        "sinks": [0.5, -1],
+        "mask": random_blocks(2, 2, 7),
+    },
     "one-length": lambda rng: {"kv_lengths": np.array(rng.integers(1, K_LEN))},
     "length": lambda rng: {"kv_lengths": 4, "q_offset": 2, "causal": True},
     "offsets": lambda rng: {"q_offset": rng.integers(-3, K_LEN, 3), "causal": True},
@@ -284,6 +290,8 @@ DIFFERENT = {
     "offset": ({"causal": True, "q_offset": 0}, {"causal": True, "q_offset": 1}),
     "length": ({"kv_lengths": 3}, {"kv_lengths": 4}),
     "constant": ({"mask": sliding_window(1)}, {"mask": sliding_window(2)}),
+    "sinks": ({"sinks": [0.0, 1.0]}, {"sinks": [0.0, 2.0]}),
+    "offsets": ({"q_offset": [0, 1, 2], "causal": True}, {"q_offset": [2, 1, 0], "causal": True}),
     "operator": ({"mask": causal() & prefix(2)}, {"mask": causal() | prefix(2)}),
     "operands": (
         {"score_mod": lambda s, b, h, i, j: s * (i - j)},
@@ -321,6 +329,8 @@ def test_calls_that_differ_have_plans_of_their_own(planner, kind):
         ({"window": (1, 0)}, {"window": (1.0, 0)}),
         ({"softcap": 1}, {"softcap": True}),
         ({"q_offset": 1}, {"q_offset": 1.0}),
+        ({"kv_lengths": [1, 2, 3]}, {"kv_lengths": [True, 2, 3]}),
+        ({"kv_lengths": [1, 2, 3]}, {"kv_lengths": [1.0, 2, 3]}),
         ({"kv_lengths": 1}, {"kv_lengths": True}),
         ({"dropout": 0.0}, {"dropout": "0.0"}),
         ({"dropout_seed": 1}, {"dropout_seed": 1.0}),
@@ -430,7 +440,7 @@ def test_what_has_no_signature_is_described(planner):
         ((q, k, v), {"mask": aa.masks.global_tokens(np.array([1, 2]))}),
         ((q, k, v), {"mask": lambda b, h, i, j: i * 2**60 >= j, "q_offset": np.array([-3, -3, -3])}),
         ((q[:, :0], k[:, :0], v[:, :0]), {}),
-        ((q, k, v), {"sinks": [0.0, 1.0]}),
+        ((q, k, v), {"kv_lengths": [np.int64(3), 4, 5]}),
     ]
     for call, options in described:
         for _ in range(2):
@@ -572,6 +582,11 @@ def test_torch_tensors_are_planned_while_nothing_is_differentiated(planner):
     aa.attention(imaginary, k, v)
     aa.attention(torch.complex(q, q).imag, k, v)
     assert planner.prepared == before + 2
+    memory = bytearray(1) + q.numpy().tobytes()
+    unaligned = torch.frombuffer(memory, dtype=torch.float32, offset=1).reshape(q.shape)
+    before = planner.prepared
+    assert torch.equal(aa.attention(unaligned, k, v, causal=True), wanted)
+    assert planner.prepared == before + 1
     slopes = torch.ones(HEADS, requires_grad=True)
     ran = planner.ran
     assert aa.attention(q, k, v, score_mod=alibi(slopes)).requires_grad
