@@ -1,8 +1,8 @@
 """Which keys each block of rows visits: all of them, or what the schedule of the mask leaves.
 
 Only attention itself visits less; weights are asked for whole, and statistics sum over all rows at once.
-Keys are sliced, never gathered: of a tile with a few open columns all are scanned and masked, and one block of
-rows visits what any batch entry or head sees. A mask costs what it lets through in kernels, not here.
+Keys are sliced, never gathered: of a tile with a few open columns all are scanned and masked, and one block
+of rows visits what any batch entry or head sees. A mask costs what it lets through in kernels, not here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Leaf tiles that the analysis leaves open: points that prove them PARTIAL, else all their points.
 
-A tile is PARTIAL when one of its points is seen and another is not. Points are tried where atoms change;
-tiles in which they all agree are evaluated in full.
+A tile is PARTIAL when one of its points is seen and another is not. Points are tried where atoms change; of
+tiles in which they all agree, those columns are evaluated that no condition settles.
 """
 
 from __future__ import annotations
