@@ -437,6 +437,13 @@ class TestJax:
             atol=1e-6,
         )
 
+    def test_constant_indices_beyond_all_read_the_edges(self, jax):
+        x = jax.numpy.asarray(X)
+        t = Table(jax.numpy.asarray([1.0, 3.0, 7.0]), "float", 1, (None,), "t", host=False)
+        score = 0 * SCORE + where(J < 1, load(t, (number(2**40),)), load(t, (number(-(2**40)),)))
+        weights = aa.attention_weights(x, x, score_mod=scores.Score(score, "edges"))
+        np.testing.assert_allclose(weights[0, 0, 3, 0], np.exp(6) / (np.exp(6) + 63), rtol=1e-5)
+
     def test_a_table_longer_than_the_indices_is_refused(self, jax):
         long = np.broadcast_to(np.zeros(1, "f4"), (2**31 + 1,))
         table = Table(long, "float", 1, (None,), "long", host=True)

@@ -158,7 +158,8 @@ def _is_wide(node: Expr, bits: int) -> bool:
 def _nearest(index: Expr, bits: int) -> Expr:
     """An index into a table, moved into the range of the indices."""
     if isinstance(index, Const) and _is_wide(index, bits):
-        return Const(2 ** (bits - 1) - 1 if index.value > 0 else 0, "int")
+        largest = 2 ** (bits - 1) - 1
+        return Const(max(min(int(index.value), largest), -largest), "int")
     return index
 
 
