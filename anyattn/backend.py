@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from anyattn.arrays import FLOAT_DTYPES, Array
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterator
 
     from anyattn.call import AttentionCall
     from anyattn.kernels.key import KernelKey
@@ -118,6 +118,18 @@ class Backend:
         heads.
         """
         return None
+
+    def warm_up(self, dtypes: Collection[str]) -> Iterator[tuple[str, float]]:
+        """Make kernels ready that calls of these dtypes are likely to need, for later processes too.
+
+        Optional: `anyattn warmup` asks it of each backend. Here for one without kernels to compile.
+
+        Yields
+        ------
+        (str, float)
+            What was made ready, as a user would call it, and the seconds it took, as soon as it is.
+        """
+        yield from ()
 
     def source(self, call: AttentionCall) -> str | None:
         """The code that is generated for a call; None where the expressions are evaluated as they are."""

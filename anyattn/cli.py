@@ -16,6 +16,7 @@ import anyattn
 COMMANDS = {
     "info": "anyattn.info",
     "cache": "anyattn.cache_command",
+    "warmup": "anyattn.warmup_command",
     "demo": "anyattn.demo.command",
 }
 

@@ -21,6 +21,7 @@ import numba
 import numpy
 from numba.core import config
 from numba.core.registry import cpu_target
+from numba.core.runtime.nrt import rtsys
 
 from anyattn.kernels.cache import Store, say
 from anyattn.kernels.key import KernelKey, common_versions
@@ -106,7 +107,8 @@ class _SignatureCache:
         """`recompile` asks for this; entries of a complete key need no removal."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        target_context.refresh()
+        # All that machine code needs; `refresh`, which compiling needs and does, takes another 0.2 s.
+        rtsys.initialize(target_context)
         target = _codegen(target_context)
         payload = self._store.read(self._entry(sig, target))
         if payload is None:

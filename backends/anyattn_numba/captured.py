@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.np import arrayobj as _arrayobj
 
 from anyattn_numba.jit import cgutils, intrinsic
 from anyattn_numba.vectors import INT64, offset
 
 __all__ = ["captured_array"]
-
-arrayobj: Any = _arrayobj
 
 
 @intrinsic
@@ -22,6 +20,8 @@ def captured_array(typing_context: Any, address: Any, kind: Any) -> Any:
     array_type = kind.instance_type
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # 25 ms, which code from the disk cache does without.
+        arrayobj: Any = import_module("numba.np.arrayobj")
         address = arguments[0]
         count = 1 + 2 * array_type.ndim
         words = [
