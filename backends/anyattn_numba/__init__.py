@@ -8,7 +8,6 @@ masks and scores), and `threads` runs it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
 from typing import Any
 
 from anyattn.backend import CAPABILITIES, Backend
@@ -29,29 +28,22 @@ class NumbaBackend(Backend):
         "gradients",
         "traced",
         "deterministic_backward",
-        "weights",
-        "stats",
     }
     requires = ("numba",)
     extra = "numba"
 
     def run(self, call: AttentionCall) -> Any:
         """Run a call."""
-        from anyattn_numba import engine
+        from anyattn_numba import engine, inspect_engine
 
-        return engine.attend(call)
+        run = {"attention": engine.attend, "weights": inspect_engine.weights, "stats": inspect_engine.stats}
+        return run[call.operation](call)
 
     def prepare(self, call: AttentionCall) -> Any:
         """What serves calls like this one, or None."""
         from anyattn_numba import engine
 
         return engine.prepare(call)
-
-    def warm_up(self, dtypes: Collection[str]) -> Iterator[tuple[str, float]]:
-        """Compile the kernels, what runs them on threads, and code for common masks and scores."""
-        from anyattn_numba import warmup
-
-        return warmup.warm_up(dtypes)
 
 
 backend = NumbaBackend()

@@ -6,7 +6,7 @@ call of one signature stands in a template; a call copies it and puts in its add
 
 from __future__ import annotations
 
-BLOCK_WORDS = 59
+BLOCK_WORDS = 63
 (
     # What each call sets: the counter that hands out items, memory for the threads, and arrays. lse is
     # (B, Hq, Lq), contiguous, of the accumulation type; 0 where it is not wanted.
@@ -77,16 +77,27 @@ BLOCK_WORDS = 59
     AT_VALUES,
     AT_SEEN,
     AT_TILE,
-    # Statistics: arrays of the accumulation type, 0 where not wanted.
+    # Weights and statistics: where a thread's memory has a row of lanes for each of log(total), entropy and
+    # largest weight, and where a chunk of weights by rows, or the sums of its keys.
+    AT_SUMMARY,
+    AT_WEIGHTS,
+    # Statistics: arrays of the accumulation type, 0 where not wanted, and the runs, which are what the
+    # counter hands out.
     KEY_MASS,
     ENTROPY,
     PEAK,
+    NUM_RUNS,
+    RUNS,
 ) = range(0, 8 * BLOCK_WORDS, 8)
 
 # An item: some queries that share a key/value head. Lane n is number first + n of the head's group_size x
 # q_len queries, row by row, head by head.
 ITEM_WORDS = 8
 ITEM_BATCH, ITEM_HEAD, ITEM_FIRST, ITEM_COUNT, ITEM_LINE, ITEM_KEY, ITEM_KEY_END, ITEM_PART = range(0, 64, 8)
+
+# A run: the items first to end - 1, whose weights are added to one row of key_mass.
+RUN_WORDS = 3
+RUN_FIRST, RUN_END, RUN_ROW = range(0, 24, 8)
 
 # What tile code is given: the scores, how many keys, the first key or the addresses of int32 keys, the batch
 # index, the lanes, memory for what is the same in a row, and what to do.

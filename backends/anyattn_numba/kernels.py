@@ -18,10 +18,7 @@ from anyattn_numba.jit import OPTIONS
 from anyattn_numba.target import Shape, host, shape_of
 from anyattn_numba.tiles import tile_source
 
-__all__ = ["KERNELS", "kernel_address", "shape_for", "tile_address", "tile_key"]
-
-KERNELS = ("forward",)
-"""Names of all kernels."""
+__all__ = ["kernel_address", "shape_for", "tile_address", "tile_key"]
 
 _lock = threading.Lock()
 _tiles: dict[tuple[str, str], int] = {}
@@ -45,8 +42,9 @@ def kernel_address(kernel: str, dtype: str) -> int:
 
 def _factory(kernel: str) -> Any:
     from anyattn_numba.forward import forward_kernel
+    from anyattn_numba.inspect import stats_kernel, weights_kernel
 
-    return {"forward": forward_kernel}[kernel]
+    return {"forward": forward_kernel, "weights": weights_kernel, "stats": stats_kernel}[kernel]
 
 
 def tile_key(program: Program, accumulate: str, source: str) -> KernelKey:
@@ -96,8 +94,10 @@ def _own_modules() -> tuple[ModuleType, ...]:
         "blocks",
         "captured",
         "forward",
+        "inspect",
         "memory",
         "microkernels",
+        "normalise",
         "rows",
         "vector_math",
         "vectors",
