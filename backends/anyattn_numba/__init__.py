@@ -8,6 +8,7 @@ masks and scores), and `threads` runs it.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from anyattn.backend import CAPABILITIES, Backend
@@ -44,6 +45,12 @@ class NumbaBackend(Backend):
         from anyattn_numba import engine
 
         return engine.prepare(call)
+
+    def warm_up(self, dtypes: Collection[str]) -> Iterator[tuple[str, float]]:
+        """Compile the kernels, what runs them on threads, and code for common masks and scores."""
+        from anyattn_numba import warmup
+
+        return warmup.warm_up(dtypes)
 
 
 backend = NumbaBackend()

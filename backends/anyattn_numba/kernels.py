@@ -18,7 +18,10 @@ from anyattn_numba.jit import OPTIONS
 from anyattn_numba.target import Shape, host, shape_of
 from anyattn_numba.tiles import tile_source
 
-__all__ = ["kernel_address", "shape_for", "tile_address", "tile_key"]
+__all__ = ["KERNELS", "kernel_address", "shape_for", "tile_address", "tile_key"]
+
+KERNELS = ("forward", "weights", "stats")
+"""Names of all kernels."""
 
 _lock = threading.Lock()
 _tiles: dict[tuple[str, str], int] = {}
