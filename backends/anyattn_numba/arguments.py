@@ -6,7 +6,7 @@ call of one signature stands in a template; a call copies it and puts in its add
 
 from __future__ import annotations
 
-BLOCK_WORDS = 63
+BLOCK_WORDS = 65
 (
     # What each call sets: the counter that hands out items, memory for the threads, and arrays. lse is
     # (B, Hq, Lq), contiguous, of the accumulation type; 0 where it is not wanted.
@@ -46,9 +46,12 @@ BLOCK_WORDS = 63
     OUT_HEAD,
     OUT_ROW,
     OUT_STEP,
-    # Where rows are split between items: bytes of a part of the result, and rows of a part of lse.
-    PART_SIZE,
-    PART_ROWS,
+    # Where the keys of rows are split between items: results (parts, rows, v_head_dim) and lse (parts, rows)
+    # of the parts, contiguous, of the accumulation type.
+    NUM_PARTS,
+    NUM_ROWS,
+    PARTS,
+    PART_LSE,
     # (Hq,), contiguous, of the accumulation type; 0 for none.
     SINKS,
     # A float64.

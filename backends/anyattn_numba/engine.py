@@ -16,9 +16,10 @@ from anyattn_numba import arguments as a
 from anyattn_numba import threads
 from anyattn_numba.hostarrays import address_of, as_numpy, empty_like, from_numpy
 from anyattn_numba.kernels import kernel_address, shape_for, tile_address
+from anyattn_numba.narrow import suits
 from anyattn_numba.target import Shape
 from anyattn_numba.thread_count import thread_count
-from anyattn_numba.tiles import capture, row_values
+from anyattn_numba.tiles import capture, index_type, tile_memory
 from anyattn_numba.work import Work, items_of
 
 __all__ = ["Prepared", "attend", "prepare"]
@@ -27,6 +28,9 @@ NDArray = numpy.ndarray[Any, Any]
 
 # The words that a call sets, at the beginning of the block.
 _ADDRESSES = 7
+# Keys of a chunk. Scores, keys and values of one stay in the first or second cache.
+_CHUNK = 128
+_NARROW_CHUNK = 64
 # Products of a pair and a channel that another thread is worth: entering it takes microseconds, waking it up
 # some tens.
 _WORK_FOR_THREADS = 1 << 21
@@ -63,7 +67,13 @@ class Prepared:
         small = work.pairs * (call.head_dim + call.v_head_dim) < _WORK_FOR_THREADS
         self.most_threads = 1 if small else max(len(work.items), 1)
         self.scratch = int(self.block[a.SCRATCH_SIZE // 8])
-        self.kernel = kernel_address("forward", call.dtype)
+        self.parts = work.parts
+        self.rows = math.prod(self.shape[:-1])
+        most = int(work.items[:, 3].max(initial=0))
+        narrow = suits(shape, most, call.head_dim, call.v_head_dim)
+        self.kernel = kernel_address("decode" if narrow else "forward", call.dtype)
+        self.combine = kernel_address("combine", call.dtype) if work.parts > 1 else 0
+        self.accumulate = numpy.dtype(call.accumulate)
 
     def __call__(self, q: Array, k: Array, v: Array) -> tuple[Array, Array | None]:
         library = self.library
@@ -80,10 +90,33 @@ class Prepared:
             address_of(out),
             0 if lse is None else address_of(lse),
         )
-        status = threads.run(self.kernel, address_of(block), number)
-        if status:
-            raise RuntimeError(f"numba: the kernel ended with status {status}")
+        if self.parts > 1:
+            self._run_parts(block, number)
+        else:
+            run(self.kernel, block, number)
         return from_numpy(out, q, library), None if lse is None else from_numpy(lse, q, library)
+
+    def _run_parts(self, block: NDArray, number: int) -> None:
+        """Compute the parts of rows whose keys are split, then merge them."""
+        outs = numpy.empty((self.parts, self.rows, self.shape[-1]), self.accumulate)
+        sums = numpy.empty((self.parts, self.rows), self.accumulate)
+        for place, value in (
+            (a.PARTS, address_of(outs)),
+            (a.PART_LSE, address_of(sums)),
+            (a.NUM_ROWS, self.rows),
+            (a.NUM_PARTS, self.parts),
+        ):
+            block[place // 8] = value
+        run(self.kernel, block, number)
+        block[a.COUNTER // 8] = 0
+        run(self.combine, block, number)
+
+
+def run(kernel: int, block: NDArray, number: int) -> None:
+    """Run a kernel on so many threads."""
+    status = threads.run(kernel, address_of(block), number)
+    if status:
+        raise RuntimeError(f"numba: the kernel ended with status {status}")
 
 
 def argument_block(
@@ -121,10 +154,9 @@ def argument_block(
         put(a.SPAN_ENDS, work.spans.ends)
         put(a.SPAN_KINDS, work.spans.kinds)
         put(a.COLUMNS, work.spans.columns)
-    held = 0
+    tile = 0
     if call.score is not None or call.visible is not None:
         program = lower(call.visible, call.score)
-        held = row_values(program)
         views = tuple(
             aligned_view(
                 numpy,
@@ -140,11 +172,12 @@ def argument_block(
         words, arrays = capture(program, call.accumulate, views, call.library)
         kept.append(arrays)
         put(a.CAPTURED, words)
-        put(a.TILE_CODE, tile_address(program, call.accumulate))
+        put(a.TILE_CODE, tile_address(program, call.accumulate, index_type(program, call)))
         put(a.HAS_SCORE, call.score is not None)
-    chunk = 128
+    narrow = suits(shape, int(work.items[:, 3].max(initial=0)), call.head_dim, call.v_head_dim)
+    chunk = _NARROW_CHUNK if narrow else _CHUNK
     put(a.CHUNK, chunk)
-    _lay_out(put, call, shape, chunk, held)
+    _lay_out(put, call, shape, chunk, tile)
     return block, kept
 
 
@@ -161,7 +194,7 @@ def _put_strides(put: Any, place: int, x: NDArray, batch_shape: tuple[int, ...])
         put(place + 8 + 8 * n, stride)
 
 
-def _lay_out(put: Any, call: AttentionCall, shape: Shape, chunk: int, held: int) -> None:
+def _lay_out(put: Any, call: AttentionCall, shape: Shape, chunk: int, tile: int) -> None:
     """Where the parts of a thread's memory begin."""
     size, width, lanes = shape.itemsize, shape.queries, shape.lanes
     d, dv = (-(-n // lanes) * lanes for n in (call.head_dim, call.v_head_dim))
@@ -175,7 +208,7 @@ def _lay_out(put: Any, call: AttentionCall, shape: Shape, chunk: int, held: int)
         a.AT_KEYS: chunk * call.head_dim * size,
         a.AT_VALUES: chunk * call.v_head_dim * size,
         a.AT_SEEN: chunk * width * size,
-        a.AT_TILE: (a.TILE_WORDS + held * width) * 8,
+        a.AT_TILE: 8 * a.TILE_WORDS + tile * width,
     }
     at = 64
     for place, nbytes in parts.items():

@@ -17,7 +17,6 @@ is not finite the sum runs over what is seen alone.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -29,7 +28,8 @@ from anyattn_numba.blocks import WIDTH, steps, walker
 from anyattn_numba.jit import carray, compiled
 from anyattn_numba.memory import pointer, read_word, transpose_kernel
 from anyattn_numba.microkernels import soften_kernel, weigh_kernel
-from anyattn_numba.rows import all_finite, writer
+from anyattn_numba.results import finisher
+from anyattn_numba.rows import all_finite
 from anyattn_numba.target import Shape
 
 __all__ = ["forward_kernel"]
@@ -48,8 +48,7 @@ def forward_kernel(shape: Shape, dtype: str) -> Any:
     weigh_four, weigh_one = weigh_kernel(shape, 4), weigh_kernel(shape, 1)
     finite = all_finite(shape.element)
     transpose = transpose_kernel(shape.element, lanes)
-    write = writer(dtype, shape.element)
-    write_part = writer(shape.element, shape.element)
+    finish = finisher(shape, dtype)
 
     @compiled
     def weigh_seen(scratch: int, block: int, values: int, stride: int, count: int) -> None:
@@ -99,46 +98,16 @@ def forward_kernel(shape: Shape, dtype: str) -> Any:
     walk = walker(visit)
 
     @compiled
-    def finish(block: int, item: int, scratch: int) -> None:
-        """out / total in the dtype of the call, and lse."""
-        v_head_dim = read_word(block + a.V_HEAD_DIM)
-        width = read_word(scratch + WIDTH)
+    def turn(block: int, scratch: int) -> int:
+        """The sums with a row for each query, at the address that is returned."""
+        v_head_dim, width = read_word(block + a.V_HEAD_DIM), read_word(scratch + WIDTH)
         padded = (v_head_dim + lanes - 1) // lanes * lanes
         stage, sums = scratch + read_word(block + a.AT_STAGE), scratch + read_word(block + a.AT_SUM)
         for c in range(0, padded, lanes):
             for lane in range(0, width, lanes):
-                transpose(
-                    sums + (c * width + lane) * size,
-                    width * size,
-                    stage + (lane * padded + c) * size,
-                    padded * size,
-                )
-        state = carray(pointer(scratch + read_word(block + a.AT_STATE)), (5, width), kind)
-        b, head = read_word(item + a.ITEM_BATCH), read_word(item + a.ITEM_HEAD)
-        first, q_len = read_word(item + a.ITEM_FIRST), read_word(block + a.Q_LEN)
-        heads = read_word(block + a.NUM_HEADS)
-        lse, part = read_word(block + a.LSE), read_word(item + a.ITEM_PART)
-        base = read_word(block + a.OUT) + read_word(read_word(block + a.OUT_BATCH) + 8 * b)
-        h, row = head * read_word(block + a.GROUP_SIZE) + first // q_len, first % q_len
-        for lane in range(read_word(item + a.ITEM_COUNT)):
-            if row == q_len:
-                h, row = h + 1, 0
-            total, source = state[2, lane], stage + lane * padded * size
-            if total == 0:
-                out = carray(pointer(source), v_head_dim, kind)
-                for c in range(v_head_dim):
-                    out[c] = 0
-            factor = 1.0 if total == 0 else 1.0 / total
-            target = base + h * read_word(block + a.OUT_HEAD) + row * read_word(block + a.OUT_ROW)
-            if part < 0:
-                write(source, v_head_dim, factor, target, read_word(block + a.OUT_STEP))
-            else:
-                write_part(source, v_head_dim, factor, target + part * read_word(block + a.PART_SIZE), size)
-            if lse != 0:
-                where = (max(part, 0) * read_word(block + a.PART_ROWS) + (b * heads + h) * q_len + row) * size
-                value = kind(-math.inf) if total == 0 else state[0, lane] + kind(math.log(total))
-                carray(pointer(lse + where), 1, kind)[0] = value
-            row += 1
+                source = sums + (c * width + lane) * size
+                transpose(source, width * size, stage + (lane * padded + c) * size, padded * size)
+        return stage
 
     @compiled
     def forward(block: int, worker: int) -> int:
@@ -150,6 +119,6 @@ def forward_kernel(shape: Shape, dtype: str) -> Any:
             item = read_word(block + a.ITEMS) + number * (8 * a.ITEM_WORDS)
             begin(block, item, scratch)
             walk(block, item, scratch)
-            finish(block, item, scratch)
+            finish(block, item, scratch, turn(block, scratch))
 
     return forward

@@ -20,11 +20,11 @@ from anyattn_numba.tiles import tile_source
 
 __all__ = ["KERNELS", "kernel_address", "shape_for", "tile_address", "tile_key"]
 
-KERNELS = ("forward", "weights", "stats")
+KERNELS = ("forward", "decode", "combine", "weights", "stats")
 """Names of all kernels."""
 
 _lock = threading.Lock()
-_tiles: dict[tuple[str, str], int] = {}
+_tiles: dict[tuple[str, str, str], int] = {}
 
 
 @lru_cache
@@ -44,10 +44,18 @@ def kernel_address(kernel: str, dtype: str) -> int:
 
 
 def _factory(kernel: str) -> Any:
+    from anyattn_numba.decode import decode_kernel
     from anyattn_numba.forward import forward_kernel
     from anyattn_numba.inspect import stats_kernel, weights_kernel
+    from anyattn_numba.results import combine_kernel
 
-    return {"forward": forward_kernel, "weights": weights_kernel, "stats": stats_kernel}[kernel]
+    return {
+        "forward": forward_kernel,
+        "decode": decode_kernel,
+        "combine": combine_kernel,
+        "weights": weights_kernel,
+        "stats": stats_kernel,
+    }[kernel]
 
 
 def tile_key(program: Program, accumulate: str, source: str) -> KernelKey:
@@ -55,13 +63,13 @@ def tile_key(program: Program, accumulate: str, source: str) -> KernelKey:
     return _key("tile", program.text, accumulate, accumulate, code_digest(source, _own_modules()))
 
 
-def tile_address(program: Program, accumulate: str, title: str = "") -> int:
+def tile_address(program: Program, accumulate: str, index: str) -> int:
     """The address of the tile code of a program."""
-    known = (program.key, accumulate)
+    known = (program.key, accumulate, index)
     found = _tiles.get(known)
     if found is None:
         with _lock:
-            source = tile_source(program, accumulate, title)
+            source = tile_source(program, accumulate, index)
             key = tile_key(program, accumulate, source)
             store = user_store()
             module = load_source(key, source, store)
@@ -96,11 +104,15 @@ def _own_modules() -> tuple[ModuleType, ...]:
         "atomics",
         "blocks",
         "captured",
+        "decode",
         "forward",
         "inspect",
         "memory",
         "microkernels",
+        "narrow",
         "normalise",
+        "pairs",
+        "results",
         "rows",
         "vector_math",
         "vectors",

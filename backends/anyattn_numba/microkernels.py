@@ -219,10 +219,29 @@ def accumulators(builder: Any, lanes: Vectors, rows: int, vectors: int) -> list[
 def by_vectors(
     name: str, shape: Shape, count: int, code: Callable[[Any, int, list[Any]], None]
 ) -> Callable[[Any, Any, Any, Any], Any]:
-    """The call of a function of its own that runs `code` for the number of vectors that it is given."""
+    """The call of a function of its own that runs `code` for the number of vectors that it is given first."""
+
+    def choose(builder: Any, arguments: list[Any]) -> None:
+        done = builder.append_basic_block("done")
+        choice = builder.switch(arguments[0], done)
+        for vectors in range(1, shape.vectors + 1):
+            body = builder.append_basic_block(f"vectors_{vectors}")
+            choice.add_case(ir.Constant(INT64, vectors), body)
+            builder.position_at_end(body)
+            code(builder, vectors, arguments[1:])
+            builder.branch(done)
+        builder.position_at_end(done)
+
+    return outlined(name, shape, count + 1, choose)
+
+
+def outlined(
+    name: str, shape: Shape, count: int, code: Callable[[Any, list[Any]], None]
+) -> Callable[[Any, Any, Any, Any], Any]:
+    """The call of a function of `count` int64 that holds `code`, one for all callers."""
 
     def call(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [INT64] * (count + 1))
+        kind = ir.FunctionType(ir.VoidType(), [INT64] * count)
         label = f"anyattn_{name}_{shape.element}_{shape.lanes}x{shape.vectors}"
         function = builder.module.globals.get(label)
         if function is None:
@@ -231,15 +250,8 @@ def by_vectors(
             function.attributes.add("noinline")
             function.attributes.add("nounwind")
             inner = ir.IRBuilder(function.append_basic_block("entry"))
-            done = function.append_basic_block("done")
-            ir.IRBuilder(done).ret_void()
-            choice = inner.switch(function.args[0], done)
-            for vectors in range(1, shape.vectors + 1):
-                body = function.append_basic_block(f"vectors_{vectors}")
-                choice.add_case(ir.Constant(INT64, vectors), body)
-                inner.position_at_end(body)
-                code(inner, vectors, list(function.args[1:]))
-                inner.branch(done)
+            code(inner, list(function.args))
+            inner.ret_void()
         builder.call(function, arguments)
         return context.get_dummy_value()
 

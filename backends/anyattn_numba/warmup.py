@@ -17,6 +17,7 @@ from anyattn.describe import Options, describe
 from anyattn.expr.program import Program, lower
 from anyattn_numba import threads
 from anyattn_numba.kernels import KERNELS, kernel_address, tile_address
+from anyattn_numba.tiles import index_type
 
 __all__ = ["COMMON", "warm_up"]
 
@@ -44,15 +45,16 @@ def warm_up(dtypes: Collection[str]) -> Iterator[tuple[str, float]]:
             yield f"{kernel}, {dtype}", _seconds(kernel_address, kernel, dtype)
     for accumulate in dict.fromkeys("float64" if dtype == "float64" else "float32" for dtype in dtypes):
         for name, options in COMMON.items():
-            program = _program(accumulate, options())
-            yield f"{name}, scores in {accumulate}", _seconds(tile_address, program, accumulate)
+            program, index = _program(accumulate, options())
+            yield f"{name}, scores in {accumulate}", _seconds(tile_address, program, accumulate, index)
 
 
-def _program(dtype: str, options: dict[str, Any]) -> Program:
-    """The masks and scores of a call, as tile code has them."""
+def _program(dtype: str, options: dict[str, Any]) -> tuple[Program, str]:
+    """The masks and scores of a call as tile code has them, and the type of its integers."""
     x = numpy.zeros((_BATCH, _HEADS, _LENGTH, 8), dtype)
     call = describe("attention", x, x, x, Options(**options))
-    return lower(call.visible, call.score)
+    program = lower(call.visible, call.score)
+    return program, index_type(program, call)
 
 
 def _seconds(function: Callable[..., Any], *arguments: Any) -> float:

@@ -1,0 +1,174 @@
+"""Attention of items with few queries, on the products of `narrow`: what `forward` does, otherwise.
+
+Keys and values are read as they are stored, 16-bit numbers too, but for chunks that are masked or gathered,
+which are converted first: there values are looked at, and a hidden one that is not finite left out.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from numba import types
+
+from anyattn_numba import arguments as a
+from anyattn_numba.atomics import fetch_add
+from anyattn_numba.blocks import ITEMSIZE, steps, walker
+from anyattn_numba.jit import carray, compiled
+from anyattn_numba.memory import pointer, read_word
+from anyattn_numba.microkernels import largest_kernel, soften_kernel
+from anyattn_numba.narrow import QUERIES, narrow_score_kernel, narrow_weigh_kernel
+from anyattn_numba.results import finisher
+from anyattn_numba.rows import all_finite
+from anyattn_numba.target import Shape
+
+__all__ = ["decode_kernel"]
+
+
+@lru_cache
+def decode_kernel(shape: Shape, dtype: str) -> Any:
+    """The task that computes attention of few queries; one vector of lanes holds them."""
+    lanes, size = shape.lanes, shape.itemsize
+    kind = getattr(types, shape.element)
+    step = steps(shape, dtype)
+    begin, load_keys, load_values, describe_tile = (
+        step.begin,
+        step.load_keys,
+        step.load_values,
+        step.describe_tile,
+    )
+    soften, largest_of = soften_kernel(shape), largest_kernel(shape)
+    # float16 has no conversion that every target knows: it is read converted.
+    raw_dtype = shape.element if dtype == "float16" else dtype
+    in_place = raw_dtype == dtype
+    raw_size = ITEMSIZE[raw_dtype]
+    together = lanes // QUERIES
+    score, score_one = (
+        narrow_score_kernel(shape, shape.element, together),
+        narrow_score_kernel(shape, shape.element, 1),
+    )
+    weigh = narrow_weigh_kernel(shape, shape.element)
+    score_raw = narrow_score_kernel(shape, raw_dtype, together)
+    score_raw_one = narrow_score_kernel(shape, raw_dtype, 1)
+    weigh_raw = narrow_weigh_kernel(shape, raw_dtype)
+    finite = all_finite(shape.element)
+    finish = finisher(shape, dtype)
+
+    @compiled
+    def weigh_seen(scratch: int, block: int, values: int, stride: int, count: int) -> None:
+        """The sum over what is seen alone, where a hidden value may be NaN or infinite."""
+        v_head_dim = read_word(block + a.V_HEAD_DIM)
+        state = carray(pointer(scratch + read_word(block + a.AT_STATE)), (5, lanes), kind)
+        sums = carray(pointer(scratch + read_word(block + a.AT_SUM)), (lanes, v_head_dim), kind)
+        weights = carray(pointer(scratch + read_word(block + a.AT_SCORE)), (count, lanes), kind)
+        seen = carray(pointer(scratch + read_word(block + a.AT_SEEN)), (count, lanes), kind)
+        for lane in range(lanes):
+            for c in range(v_head_dim):
+                sums[lane, c] *= state[3, lane]
+            for n in range(count):
+                if seen[n, lane] != 0:
+                    row = carray(pointer(values + n * stride), v_head_dim, kind)
+                    for c in range(v_head_dim):
+                        sums[lane, c] += weights[n, lane] * row[c]
+
+    @compiled
+    def row_of(block: int, item: int, base: int, batch: int, head: int, stride: int, first: int) -> int:
+        start: int = read_word(block + base) + read_word(
+            read_word(block + batch) + 8 * read_word(item + a.ITEM_BATCH)
+        )
+        return (
+            start
+            + read_word(item + a.ITEM_HEAD) * read_word(block + head)
+            + first * read_word(block + stride)
+        )
+
+    @compiled
+    def visit(block: int, item: int, scratch: int, first: int, columns: int, count: int, masked: int) -> None:
+        head_dim, v_head_dim = read_word(block + a.HEAD_DIM), read_word(block + a.V_HEAD_DIM)
+        raw = in_place and masked == 0 and columns == 0
+        raw = raw and read_word(block + a.K_STEP) == raw_size and read_word(block + a.V_STEP) == raw_size
+        if raw:
+            keys, stride = (
+                row_of(block, item, a.K, a.K_BATCH, a.K_HEAD, a.K_ROW, first),
+                read_word(block + a.K_ROW),
+            )
+            values, value_stride = (
+                row_of(block, item, a.V, a.V_BATCH, a.V_HEAD, a.V_ROW, first),
+                read_word(block + a.V_ROW),
+            )
+            coming = keys + read_word(block + a.CHUNK) * stride
+        else:
+            keys, stride = load_keys(block, item, scratch, first, columns, count)
+            values, value_stride = load_values(block, item, scratch, first, columns, count)
+            coming = keys
+        query = scratch + read_word(block + a.AT_STAGE)
+        scores, state = scratch + read_word(block + a.AT_SCORE), scratch + read_word(block + a.AT_STATE)
+        queries = read_word(item + a.ITEM_COUNT)
+        long = head_dim * size
+        for q in range(0, queries, QUERIES):
+            rows, out = query + q * long, scores + q * size
+            n = 0
+            while n + together <= count:
+                here, to, ahead, beside = (
+                    keys + n * stride,
+                    out + n * lanes * size,
+                    coming + n * stride,
+                    values + n * value_stride,
+                )
+                if raw:
+                    score_raw(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
+                else:
+                    score(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
+                n += together
+            while n < count:
+                here, to, ahead, beside = (
+                    keys + n * stride,
+                    out + n * lanes * size,
+                    coming + n * stride,
+                    values + n * value_stride,
+                )
+                if raw:
+                    score_raw_one(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
+                else:
+                    score_one(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
+                n += 1
+        if masked != 0 or read_word(block + a.HAS_SCORE) != 0:
+            describe_tile(
+                block, item, scratch, first, columns, count, a.SCORE_AND_HIDE if masked else a.SCORE
+            )
+        largest, factor = state + lanes * size, state + 3 * lanes * size
+        largest_of(1, scores, count, largest)
+        soften(1, scores, count, state, largest, state + 2 * lanes * size, factor)
+        if masked != 0 and not finite(values, value_stride, count, v_head_dim):
+            describe_tile(block, item, scratch, first, columns, count, a.SEEN)
+            weigh_seen(scratch, block, values, value_stride, count)
+            return
+        sums, wide = scratch + read_word(block + a.AT_SUM), v_head_dim * size
+        for q in range(0, queries, QUERIES):
+            rows, out, decay = scores + q * size, sums + q * wide, factor + q * size
+            if raw:
+                weigh_raw(values, value_stride, v_head_dim, rows, count, decay, out, wide)
+            else:
+                weigh(values, value_stride, v_head_dim, rows, count, decay, out, wide)
+
+    walk = walker(visit)
+
+    @compiled
+    def decode(block: int, worker: int) -> int:
+        scratch = read_word(block + a.SCRATCH) + worker * read_word(block + a.SCRATCH_SIZE)
+        # Lanes without a query hold no score; what they hold must be a number.
+        empty = carray(
+            pointer(scratch + read_word(block + a.AT_SCORE)), read_word(block + a.CHUNK) * lanes, kind
+        )
+        for n in range(len(empty)):
+            empty[n] = 0
+        while True:
+            number = fetch_add(block + a.COUNTER, 1)
+            if number >= read_word(block + a.NUM_ITEMS):
+                return 0
+            item = read_word(block + a.ITEMS) + number * (8 * a.ITEM_WORDS)
+            begin(block, item, scratch)
+            walk(block, item, scratch)
+            finish(block, item, scratch, scratch + read_word(block + a.AT_SUM))
+
+    return decode
