@@ -24,6 +24,7 @@ from anyattn.call import AttentionCall
 from anyattn.describe import ARGUMENTS
 from anyattn.expr.bounds import check_integers
 from anyattn.expr.structure import is_given, is_read, structure
+from anyattn.forks import held_over_forks
 from anyattn.masks import Mask
 from anyattn.scores import Score
 
@@ -204,7 +205,7 @@ class Plan:
 
 
 _plans: dict[Hashable, Plan] = {}
-_lock = threading.Lock()
+_lock = held_over_forks(threading.Lock())
 
 
 def run(known: Signature | None, q: Array, k: Array, v: Array) -> Any:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 from anyattn.errors import TraceError
+from anyattn.forks import held_over_forks
 
 __all__ = [
     "Aligned",
@@ -365,7 +366,7 @@ def load(table: Table, indices: tuple[Expr, ...]) -> Expr:
 
 
 _nodes: WeakValueDictionary[tuple[Any, ...], Expr] = WeakValueDictionary()
-_lock = threading.Lock()
+_lock = held_over_forks(threading.Lock())
 
 
 def _only(node: Apply | Load) -> Expr:

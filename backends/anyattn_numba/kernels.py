@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from anyattn.expr.program import Program
+from anyattn.forks import held_over_forks
 from anyattn.kernels.cache import user_store
 from anyattn.kernels.key import KernelKey, code_digest
 from anyattn.kernels.numba_store import attach, numba_settings, numba_target, numba_versions
@@ -23,7 +24,7 @@ __all__ = ["KERNELS", "kernel_address", "shape_for", "tile_address", "tile_key"]
 KERNELS = ("forward", "decode", "combine", "weights", "stats")
 """Names of all kernels."""
 
-_lock = threading.Lock()
+_lock = held_over_forks(threading.Lock())
 _tiles: dict[tuple[str, str, str], int] = {}
 
 

@@ -32,6 +32,7 @@ import numpy
 from numba import types
 from numba.core.compiler_lock import global_compiler_lock
 
+from anyattn.forks import held_over_forks
 from anyattn.kernels.cache import say, user_store
 from anyattn.kernels.key import KernelKey, code_digest
 from anyattn.kernels.numba_store import attach, numba_settings, numba_target, numba_versions
@@ -242,10 +243,7 @@ def _forget() -> None:
 
 _libraries: dict[int, Any] = {}  # of what `address` gave: their code must stay
 _pool = _new_pool()
+# A child that was copied while another thread compiled could not compile.
+held_over_forks(global_compiler_lock)
 if hasattr(os, "register_at_fork"):
-    # Held over the fork: a child that was copied while another thread compiled would wait for it for ever.
-    compiler: Any = global_compiler_lock
-    os.register_at_fork(
-        before=compiler.acquire, after_in_parent=compiler.release, after_in_child=compiler.release
-    )
     os.register_at_fork(after_in_child=_forget)
