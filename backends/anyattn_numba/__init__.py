@@ -33,6 +33,15 @@ class NumbaBackend(Backend):
     requires = ("numba",)
     extra = "numba"
 
+    def unsupported(self, call: AttentionCall) -> tuple[str, ...]:
+        """Why this backend does not take the call."""
+        reasons = super().unsupported(call)
+        if not reasons and call.library == "jax":
+            spread = max(len(x.sharding.device_set) for x in (call.q, call.k, call.v) if x is not None)
+            if spread > 1:
+                reasons = (f"takes arrays on one device, not spread over {spread}",)
+        return reasons
+
     def run(self, call: AttentionCall) -> Any:
         """Run a call."""
         from anyattn_numba import engine, inspect_engine
