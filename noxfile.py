@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2024.4.15"
+nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True
@@ -191,6 +191,19 @@ def wheel(session: nox.Session) -> None:
 def _digests(path: Path) -> dict[str, str]:
     with zipfile.ZipFile(path) as archive:
         return {name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
+
+
+@nox.session(venv_backend="none", default=False)
+def bench(session: nox.Session) -> None:
+    """A few benchmarks, once each; nothing depends on the numbers. `nox -s bench -- -b NAME` runs others."""
+    python = shared_environment(session, "large")
+    session.run_install(python, "-m", "pip", "install", "--quiet", *CONSTRAINTS, "asv", external=True)
+    # asv wants to know the machine; what it finds out by itself goes to a file in the home directory.
+    session.run(python, "-m", "asv", "machine", "--yes", external=True, silent=True)
+    with session.chdir("asv_benchmarks"):
+        short = session.posargs or ["-b", r"^(quadratic\.Dense|sparse|dispatch|startup\.Import)"]
+        quick = ["--python=same", "--quick", "--dry-run", "--show-stderr"]
+        session.run(python, "-m", "asv", "run", *quick, *short, external=True)
 
 
 @nox.session

@@ -1,0 +1,130 @@
+"""Every benchmark runs with small parameters, and all who compute the same agree."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "asv_benchmarks"
+# Smaller than the smallest that is worth a measurement.
+SMALL = {"length": 130, "tokens": 700, "keys": 40}
+SUBJECTS = ("quadratic", "grouped", "sparse", "decode", "dtypes", "dispatch", "memory")
+
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the benchmarks are not in this distribution")
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    # What the benchmarks change of the environment is put back.
+    for name in ("OPENBLAS_CORETYPE", "ANYATTN_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
+        del sys.modules[name]
+
+
+def module(subject):
+    return importlib.import_module(f"benchmarks.{subject}")
+
+
+def classes(subject):
+    """The classes of a module that hold benchmarks."""
+    found = inspect.getmembers(module(subject), inspect.isclass)
+    return [cls for _, cls in found if cls.__module__ == f"benchmarks.{subject}"]
+
+
+def run(cls, values):
+    """What the call of a benchmark gives, after each of its methods ran; None where it is n/a."""
+    benchmark = cls()
+    try:
+        benchmark.setup(*values)
+    except NotImplementedError:
+        return None
+    methods = [name for name in dir(cls) if re.match("(time|track)_", name)]
+    assert methods, f"{cls} measures nothing"
+    for name in methods:
+        measured = getattr(benchmark, name)(*values)
+        if name.startswith("track_"):
+            assert 0 <= measured < 1e9, f"{cls.__name__}.{name}"
+    out = benchmark.call()
+    return np.asarray(out.float() if hasattr(out, "float") else out, np.float32)
+
+
+def test_every_subject_is_tested():
+    found = {path.stem for path in (FOLDER / "benchmarks").glob("[a-z]*.py")}
+    assert found == {*SUBJECTS, "common", "startup"}
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_all_who_compute_agree(subject, monkeypatch):
+    who = module("common").WHO
+    for cls in classes(subject):
+        assert cls.params[0] == who
+        assert cls.param_names[0] == "backend"
+        if hasattr(cls, "length"):
+            monkeypatch.setattr(cls, "length", SMALL["length"])
+        others = list(zip(cls.param_names[1:], cls.params[1:], strict=True))
+        # One parameter after the other takes all its values, if these are no sizes.
+        first = [SMALL.get(name, values[0]) for name, values in others]
+        cases = {tuple(first)}
+        for n, (name, values) in enumerate(others):
+            if name not in SMALL:
+                cases |= {(*first[:n], choice, *first[n + 1 :]) for choice in values}
+        for case in sorted(cases):
+            # Compiling takes seconds a dtype, and the conformance kit does it.
+            one = not {"float16", "bfloat16", "float64"} & set(case)
+            outs = {name: run(cls, (name, *case)) for name in who if one or name != "numba"}
+            assert outs["reference"] is not None, f"{cls.__name__} {case} is n/a"
+            tolerance = 0.03 if "bfloat16" in case else 0.003 if "float16" in case else 1e-5
+            for name, out in outs.items():
+                if out is not None:
+                    error = np.abs(out - outs["reference"]).max()
+                    assert error < tolerance, f"{cls.__name__} {case}: {name} is off by {error}"
+
+
+def test_first_calls_run_in_processes_of_their_own():
+    startup = module("startup")
+    assert [startup.Import().timeraw_import(name) for name in startup.Import.params] == [
+        "import anyattn",
+        "import numpy",
+    ]
+    benchmark = startup.FirstCall()
+    benchmark.setup("reference", "warm")
+    folder = Path(benchmark.folder)
+    assert folder.is_dir()
+    statement, _ = benchmark.timeraw_first_call("reference", "warm")
+    _, setup = benchmark.timeraw_first_call("reference", "empty")
+    told = "import os\nprint(os.listdir(os.environ['ANYATTN_CACHE_DIR']))\n"
+    code = setup + told + statement
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n", "the folder of an empty cache holds something"
+    benchmark.teardown("reference", "warm")
+    assert not folder.exists()
+    with pytest.raises(NotImplementedError, match="compiles nothing"):
+        startup.FirstCall().setup("reference", "empty")
+
+
+def test_blas_chooses_its_own_code(monkeypatch):
+    import os
+
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Prescott")
+    module("common")
+    assert "OPENBLAS_CORETYPE" not in os.environ
+
+
+def test_configuration_names_what_there_is():
+    lines = (FOLDER / "asv.conf.json").read_text().splitlines()
+    settings = json.loads("\n".join(line for line in lines if not line.lstrip().startswith("//")))
+    assert (FOLDER / settings["benchmark_dir"] / "common.py").is_file()
+    [install] = settings["install_command"]
+    constraints = re.search(r"-c \{conf_dir\}/(\S+)", install)
+    assert (FOLDER / constraints[1]).is_file()
