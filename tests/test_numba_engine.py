@@ -1,0 +1,277 @@
+"""The Numba engine where the conformance cases do not lead: which kernel, how work is cut, whose memory.
+
+Expected values are those of the reference backend, which the same cases hold to the oracle.
+"""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import anyattn as aa
+from anyattn import masks, scores
+from anyattn.describe import Options, describe
+
+pytest.importorskip("numba", reason="numba is not installed")
+
+from anyattn_numba import arguments as a
+from anyattn_numba import engine
+from anyattn_numba.kernels import shape_for
+from anyattn_numba.work import items_of
+
+BOUND = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 3e-6, "float64": 1e-14}
+
+
+def drawn(shape, dtype="float32", seed=0):
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        dtype = ml_dtypes.bfloat16
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def inputs(batch, heads, kv_heads, q_len, k_len, head_dim, v_head_dim=None, dtype="float32"):
+    return (
+        drawn((batch, heads, q_len, head_dim), dtype, 1),
+        drawn((batch, kv_heads, k_len, head_dim), dtype, 2),
+        drawn((batch, kv_heads, k_len, v_head_dim or head_dim), dtype, 3),
+    )
+
+
+def assert_equals_reference(q, k, v, dtype="float32", **options):
+    found, lse = aa.attention(q, k, v, backend="numba", return_lse=True, **options)
+    wanted, sums = aa.attention(q, k, v, backend="reference", return_lse=True, **options)
+    assert found.dtype == wanted.dtype
+    for x, y in ((found, wanted), (lse, sums)):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.array_equal(np.isfinite(x), np.isfinite(y))
+        seen = np.isfinite(y)
+        assert np.array_equal(x[~seen], y[~seen], equal_nan=True)
+        size = max(1.0, np.abs(y[seen]).max(initial=0))
+        assert np.abs(x[seen] - y[seen]).max(initial=0) <= BOUND[dtype] * size
+    return found
+
+
+def work_of(q, k, v, threads, **options):
+    call = describe("attention", q, k, v, Options(**options))
+    return items_of(call, shape_for(call.accumulate), threads)
+
+
+class TestWork:
+    """How a call is cut into items."""
+
+    def test_every_query_is_in_one_item(self):
+        for q_len, group in ((1, 4), (7, 3), (47, 2), (48, 1), (100, 2), (333, 1)):
+            q, k, v = inputs(2, 2 * group, 2, q_len, 20, 8)
+            items = work_of(q, k, v, 1).items
+            seen = np.zeros((2, 2, group * q_len), int)
+            for b, head, first, count in items[:, :4]:
+                seen[b, head, first : first + count] += 1
+            assert (seen == 1).all()
+
+    def test_few_queries_of_a_group_share_an_item(self):
+        assert len(work_of(*inputs(3, 8, 2, 1, 50, 16), 1).items) == 6
+
+    def test_a_mask_that_tells_heads_apart_keeps_them_apart(self):
+        blocks = np.zeros((1, 8, 1, 50), bool)
+        blocks[0, :, 0] = np.arange(50) < 6 * (1 + np.arange(8))[:, None]
+        q, k, v = inputs(1, 8, 2, 1, 50, 16)
+        assert len(work_of(q, k, v, 1, mask=blocks).items) == 8
+        assert_equals_reference(q, k, v, mask=blocks)
+
+    def test_items_of_a_head_begin_with_the_longest(self):
+        q, k, v = inputs(1, 2, 2, 480, 480, 8)
+        items = work_of(q, k, v, 2, causal=True).items
+        for head in range(2):
+            first = items[items[:, 1] == head, 2]
+            assert list(first) == sorted(first, reverse=True)
+
+    def test_long_keys_of_few_items_are_split(self):
+        q, k, v = inputs(1, 1, 1, 3, 5000, 16)
+        work = work_of(q, k, v, 2)
+        assert work.parts == 8
+        assert work.items[0, 5] == 0
+        assert (work.items[1:, 5] == work.items[:-1, 6]).all()
+        assert work.items[-1, 6] == 5000
+
+    def test_one_thread_splits_nothing(self):
+        assert work_of(*inputs(1, 1, 1, 3, 5000, 16), 1).parts == 1
+
+
+class TestSplitKeys:
+    """Rows whose keys are shared out between items, and merged."""
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+    def test_values(self, dtype):
+        with aa.use(threads=2):
+            assert_equals_reference(*inputs(1, 2, 1, 1, 4099, 32, 16, dtype), dtype)
+            assert_equals_reference(*inputs(1, 1, 1, 33, 3001, 12, 20, dtype), dtype)
+
+    def test_sinks_count_once(self):
+        with aa.use(threads=2):
+            assert_equals_reference(*inputs(1, 2, 1, 1, 3000, 16), sinks=np.array([3.0, -1.0], "f4"))
+
+    def test_masks(self):
+        q, k, v = inputs(1, 1, 1, 2, 4000, 16)
+        with aa.use(threads=2):
+            for mask in (masks.fixed(64), masks.sliding_window(700), masks.dense(np.zeros((2, 4000), bool))):
+                assert_equals_reference(q, k, v, mask=mask)
+
+    def test_repeated_calls_give_the_same_bits(self):
+        q, k, v = inputs(1, 1, 1, 5, 5000, 24)
+        with aa.use(threads=2):
+            first = aa.attention(q, k, v, backend="numba")
+            for _ in range(10):
+                assert np.array_equal(first, aa.attention(q, k, v, backend="numba"))
+
+
+class TestFewQueries:
+    """Lanes along the channels."""
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+    @pytest.mark.parametrize("queries", [1, 4, 5, 8])
+    def test_values(self, queries, dtype):
+        q, k, v = inputs(2, queries, 1, 1, 203, 32, 48, dtype)
+        assert_equals_reference(q, k, v, dtype)
+        assert_equals_reference(q, k, v, dtype, kv_lengths=[0, 131], softcap=2.0)
+
+    @pytest.mark.parametrize("head_dims", [(30, 48), (32, 47)])
+    def test_channels_that_fill_no_vectors(self, head_dims):
+        assert_equals_reference(*inputs(1, 4, 2, 1, 90, *head_dims))
+
+    def test_gathered_keys(self):
+        q, k, v = inputs(1, 4, 2, 2, 900, 64, dtype="bfloat16")
+        assert_equals_reference(q, k, v, "bfloat16", mask=masks.fixed(64) | masks.sliding_window(40))
+
+    def test_strides(self):
+        q, k, v = inputs(1, 4, 2, 1, 300, 64)
+        wide = np.repeat(k, 2, axis=-1)
+        assert_equals_reference(q, wide[..., ::2], v[:, :, ::-1])
+
+    def test_hidden_values_do_not_matter(self):
+        q, k, v = inputs(1, 4, 2, 2, 300, 32)
+        seen = np.random.default_rng(5).random((1, 4, 2, 300)) < 0.5
+        seen[..., 17] = False
+        wanted = assert_equals_reference(q, k, v, mask=seen)
+        k[:, :, 17], v[:, :, 17] = np.nan, np.inf
+        found = aa.attention(q, k, v, mask=seen, backend="numba")
+        assert np.abs(found - wanted).max() < 1e-6
+
+
+class TestManyQueries:
+    """A lane for each query."""
+
+    @pytest.mark.parametrize("q_len", [9, 16, 31, 33, 48, 49, 97])
+    def test_lengths_around_the_lanes(self, q_len):
+        assert_equals_reference(*inputs(1, 2, 1, q_len, 75, 20, 13), causal=True)
+
+    @pytest.mark.parametrize("v_head_dim", [1, 3, 4, 7, 8, 12, 13, 70])
+    def test_channels_around_the_rows(self, v_head_dim):
+        assert_equals_reference(*inputs(1, 1, 1, 20, 30, 5, v_head_dim))
+
+    @pytest.mark.parametrize("k_len", [0, 1, 7, 8, 9, 127, 128, 129, 260])
+    def test_lengths_around_the_chunk(self, k_len):
+        assert_equals_reference(*inputs(1, 1, 1, 20, k_len, 5, 6))
+
+    def test_hidden_values_do_not_matter(self):
+        q, k, v = inputs(1, 2, 2, 60, 300, 32)
+        wanted = assert_equals_reference(q, k, v, window=(40, 3))
+        k[:, :, :5], v[:, :, :5] = np.inf, np.nan
+        found = aa.attention(q, k, v, window=(40, 3), backend="numba")
+        rows = slice(0, 60)
+        assert np.abs(found[:, :, rows] - wanted[:, :, rows]).max() < 1e-6
+
+    def test_a_row_with_nan_at_a_seen_key_is_alone(self):
+        q, k, v = inputs(1, 1, 1, 50, 50, 16)
+        v[0, 0, 30, 2] = np.nan
+        found = assert_equals_reference(q, k, v, causal=True)
+        assert np.isnan(found[0, 0, 30:, 2]).all()
+        assert np.isfinite(found[0, 0, :30]).all()
+
+    def test_scores_of_any_size(self):
+        q, k, v = inputs(1, 1, 1, 30, 40, 4)
+        for factor in (1e-30, 1e10, 3e18):
+            assert_equals_reference(q * np.float32(factor), k * np.float32(factor), v)
+
+
+class TestMemory:
+    """Whose memory is read and written."""
+
+    def test_inputs_may_lie_anyhow_and_are_not_written(self):
+        q, k, v = inputs(2, 2, 2, 20, 30, 8)
+        odd = np.zeros(q.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(q.shape)
+        odd[...] = q
+        turned = np.asfortranarray(k)
+        for x in (odd, turned, v):
+            x.flags.writeable = False
+        assert_equals_reference(odd, turned, v[:, :, ::-1])
+
+    def test_one_row_for_all_keys(self):
+        q, k, v = inputs(1, 2, 2, 20, 30, 8)
+        assert_equals_reference(
+            q, np.broadcast_to(k[:, :, :1], k.shape), np.broadcast_to(v[..., :1], v.shape)
+        )
+
+    def test_batch_axes_broadcast_in_place(self):
+        q, k, v = drawn((3, 1, 2, 9, 8)), drawn((1, 4, 2, 9, 8)), drawn((4, 2, 9, 8))
+        assert_equals_reference(q, k, v)
+
+    def test_torch_memory_is_read_in_place(self):
+        torch = pytest.importorskip("torch", reason="torch is not installed")
+        q, k, v = (torch.from_numpy(x) for x in inputs(1, 2, 2, 20, 30, 8))
+        call = describe("attention", q, k, v, Options())
+        block, _ = engine.argument_block(
+            call,
+            shape_for("float32"),
+            items_of(call, shape_for("float32"), 1),
+            {"Q": q.numpy(), "K": k.numpy()},
+        )
+        assert block[a.K // 8] == k.data_ptr()
+        found = aa.attention(q, k, v, backend="numba")
+        assert isinstance(found, torch.Tensor)
+        assert torch.equal(
+            found, torch.from_numpy(aa.attention(q.numpy(), k.numpy(), v.numpy(), backend="numba"))
+        )
+        half = [x.bfloat16() for x in (q, k, v)]
+        assert aa.attention(*half, backend="numba").dtype == torch.bfloat16
+
+    def test_jax_results_are_not_copied(self):
+        jax = pytest.importorskip("jax", reason="jax is not installed")
+        from anyattn_numba.hostarrays import address_of, empty_like, from_numpy
+
+        memory = empty_like(np.dtype("f4"), (2, 3, 5), False, "jax")
+        memory[...] = 1
+        found = from_numpy(memory, None, "jax")
+        assert isinstance(found, jax.Array)
+        assert found.unsafe_buffer_pointer() == address_of(memory)
+
+    def test_memory_beyond_the_result_is_small(self):
+        q = drawn((1, 4, 20_000, 64))
+        mask = masks.causal() & (masks.sliding_window(512, 0) | masks.global_tokens(64))
+        aa.attention(q, q, q, mask=mask, backend="numba")
+        tracemalloc.start()
+        aa.attention(q, q, q, mask=mask, backend="numba")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak - q.nbytes < 20e6
+
+
+class TestPlans:
+    """A call like one before."""
+
+    def test_new_arrays_of_one_signature(self):
+        for seed in range(4):
+            q, k, v = (drawn((1, 2, 12, 16), seed=3 * seed + n) for n in range(3))
+            assert_equals_reference(q, k, v, causal=True)
+
+    def test_changed_values_of_arrays(self):
+        q, k, v = inputs(2, 2, 2, 12, 40, 16)
+        lengths, slopes = np.array([5, 40]), np.array([0.5, 0.1], "f4")
+        for _ in range(3):
+            assert_equals_reference(
+                q, k, v, kv_lengths=lengths, score_mod=scores.alibi(slopes), q_offset=np.array([3, 28])
+            )
+            lengths[0] += 7
+            slopes *= 2
