@@ -28,7 +28,13 @@ _BITS = {"float16": "uint16", "bfloat16": "uint16"}
 
 
 def numba_source(
-    program: Program, accumulate: str, *, index: str = "int64", split: bool = False, title: str = ""
+    program: Program,
+    accumulate: str,
+    *,
+    index: str = "int64",
+    split: bool = False,
+    entries: bool = False,
+    title: str = "",
 ) -> str:
     """A Python module with the functions `visible` and `score` of a program, where it has them.
 
@@ -49,19 +55,23 @@ def numba_source(
     split : bool, default False
         Write each function as two: `visible_row(b, h, row, i, *captured)` gives a tuple of what is the same
         for all keys of a row, and `visible(r, b, h, row, i, j, *captured)` takes it first.
+    entries : bool, default False
+        Take the entries of aligned arrays at the pair instead of the arrays: a0, ... are numbers of
+        `accumulate` then, 0 or 1 of a boolean array. What is the same for a row does without them.
     title : str
         A line for the reader at the top of the module, such as the mask that it was made for.
     """
-    writer = _Writer(accumulate, index)
+    writer = _Writer(accumulate, index, entries)
     captured = _captured_names(program)
+    of_row = captured[: len(captured) - len(program.aligned)] if entries else captured
     functions = []
     for name, root in (("visible", program.visible), ("score", program.score)):
         if root is not None:
-            functions.append(writer.function(name, body(root), captured, split))
+            functions.append(writer.function(name, body(root), captured, of_row, split))
     table = _HELPERS | (_HELPERS_OF_INT32 if index == "int32" else {})
     helpers = [text.format(float=accumulate) for text in called(table, functions)]
     imported = ", ".join(called({name: name for name in _functions(accumulate).values()}, functions))
-    types = _types(program, accumulate, index)
+    types = _types(program, accumulate, index, entries)
     head = [
         f'"""{_docstring(program, accumulate, index, title)}"""',
         "",
@@ -152,13 +162,14 @@ class _Writer(Writer):
     half = "_half"
     bfloat = "_bfloat"
 
-    def __init__(self, accumulate: str, index: str):
+    def __init__(self, accumulate: str, index: str, entries: bool):
+        self.entries = entries
         self.float = f"np.{accumulate}"
         self.int = f"np.{index}"
         self.forms = _FORMS | _functions(accumulate)
         super().__init__(accumulate, {"int": self.int, "float": self.float}, (index, accumulate))
 
-    def function(self, name: str, parts: Body, captured: list[str], split: bool) -> str:
+    def function(self, name: str, parts: Body, captured: list[str], of_row: list[str], split: bool) -> str:
         self.names = {}
         where = ["b", "h", "row", "i"]
         first = ["s"] if name == "score" else []
@@ -174,7 +185,7 @@ class _Writer(Writer):
             key.insert(0, f"({together}) = r" if len(names) == 1 else f"{together} = r")
         return "\n\n\n".join(
             [
-                _function(f"{name}_row", [*where, *captured], row),
+                _function(f"{name}_row", [*where, *of_row], row),
                 _function(name, [*first, "r", *where, "j", *captured], key),
             ]
         )
@@ -183,6 +194,12 @@ class _Writer(Writer):
         line = f"{name} = {self.whole(node)}"
         self.names[id(node)] = name
         return line
+
+    def expression(self, node: Expr) -> Text:
+        if not self.entries or not isinstance(node, AlignedSlot) or id(node) in self.names:
+            return super().expression(node)
+        entry = f"a{node.slot}"
+        return Text(f"{entry} != 0", _COMPARISON) if node.kind == "bool" else Text(entry)
 
     def apply(self, node: Apply) -> Text:
         found = super().apply(node)
@@ -325,14 +342,17 @@ def _captured_names(program: Program) -> list[str]:
     ]
 
 
-def _types(program: Program, accumulate: str, index: str) -> str:
+def _types(program: Program, accumulate: str, index: str, entries: bool) -> str:
     kinds = {"bool": "boolean", "int": index, "float": accumulate}
     found = [f"types.{kinds[k]}" for k in program.parameter_kinds]
     arrays = [(slot.dtype, slot.ndim) for slot in table_slots(program)]
-    arrays += [(slot.dtype, 4) for slot in aligned_slots(program)]
+    if not entries:
+        arrays += [(slot.dtype, 4) for slot in aligned_slots(program)]
     for dtype, ndim in arrays:
         name = "boolean" if dtype.startswith("bool") else _BITS.get(dtype, dtype)
         found.append(f'types.Array(types.{name}, {ndim}, "A", readonly=True)')
+    if entries:
+        found += [f"types.{accumulate}"] * len(program.aligned)
     if len(found) < 2:
         return f"({found[0]},)" if found else "()"
     return "(\n    " + ",\n    ".join(found) + ",\n)"

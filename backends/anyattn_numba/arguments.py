@@ -119,5 +119,12 @@ TILE_WORDS = 12
     TILE_SEEN,
 ) = range(0, 88, 8)
 
+# What stands among the captured values of an array along (b, h, row, j): the code that reads its entries in
+# a tile (`anyattn_numba.pairs`), how many rows and keys an entry serves, bytes of each query that come before
+# them in the memory for row values, the array's number; then its address, shape and strides.
+SOURCE_WORDS = 13
+SOURCE_CODE, SOURCE_BLOCK, SOURCE_ROOM, SOURCE_SLOT, SOURCE, SOURCE_SHAPE = range(0, 48, 8)
+SOURCE_STRIDES = 72
+
 # Actions of tile code: change the scores; that and hide; tell what is seen (1 or 0) in TILE_SEEN.
 SCORE, SCORE_AND_HIDE, SEEN = range(3)

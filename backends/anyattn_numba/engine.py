@@ -15,7 +15,7 @@ from anyattn.expr.statements import aligned_slots, aligned_view
 from anyattn_numba import arguments as a
 from anyattn_numba import threads
 from anyattn_numba.hostarrays import address_of, as_numpy, empty_like, from_numpy
-from anyattn_numba.kernels import kernel_address, shape_for, tile_address
+from anyattn_numba.kernels import entries_address, kernel_address, shape_for, tile_address
 from anyattn_numba.narrow import suits
 from anyattn_numba.target import Shape
 from anyattn_numba.thread_count import thread_count
@@ -154,7 +154,7 @@ def argument_block(
         put(a.SPAN_ENDS, work.spans.ends)
         put(a.SPAN_KINDS, work.spans.kinds)
         put(a.COLUMNS, work.spans.columns)
-    tile = 0
+    program = None
     if call.score is not None or call.visible is not None:
         program = lower(call.visible, call.score)
         views = tuple(
@@ -169,7 +169,7 @@ def argument_block(
             )
             for x, slot in zip(program.aligned, aligned_slots(program), strict=True)
         )
-        words, arrays = capture(program, call.accumulate, views, call.library)
+        words, arrays = capture(program, call.accumulate, views, call.library, entries_address)
         kept.append(arrays)
         put(a.CAPTURED, words)
         put(a.TILE_CODE, tile_address(program, call.accumulate, index_type(program, call)))
@@ -177,6 +177,7 @@ def argument_block(
     narrow = suits(shape, int(work.items[:, 3].max(initial=0)), call.head_dim, call.v_head_dim)
     chunk = _NARROW_CHUNK if narrow else _CHUNK
     put(a.CHUNK, chunk)
+    tile = 0 if program is None else tile_memory(program, call.accumulate, chunk)
     _lay_out(put, call, shape, chunk, tile)
     return block, kept
 

@@ -16,10 +16,11 @@ from anyattn.kernels.numba_store import attach, numba_settings, numba_target, nu
 from anyattn.kernels.source import load_source
 from anyattn_numba import threads
 from anyattn_numba.jit import OPTIONS
+from anyattn_numba.pairs import entries_kernel
 from anyattn_numba.target import Shape, host, shape_of
 from anyattn_numba.tiles import tile_source
 
-__all__ = ["KERNELS", "kernel_address", "shape_for", "tile_address", "tile_key"]
+__all__ = ["KERNELS", "entries_address", "kernel_address", "shape_for", "tile_address", "tile_key"]
 
 KERNELS = ("forward", "decode", "combine", "weights", "stats")
 """Names of all kernels."""
@@ -57,6 +58,17 @@ def _factory(kernel: str) -> Any:
         "weights": weights_kernel,
         "stats": stats_kernel,
     }[kernel]
+
+
+@lru_cache
+def entries_address(dtype: str, accumulate: str) -> int:
+    """The address of the code that reads arrays of a dtype along pairs (`anyattn_numba.pairs`)."""
+    dispatcher = entries_kernel(shape_for(accumulate), dtype)
+    with _lock:
+        attach(
+            dispatcher, _key("entries", "", dtype, accumulate, code_digest("", _own_modules())), user_store()
+        )
+        return threads.address(dispatcher)
 
 
 def tile_key(program: Program, accumulate: str, source: str) -> KernelKey:

@@ -15,15 +15,16 @@ from numba import types
 from anyattn_numba.jit import carray, compiled
 from anyattn_numba.memory import pointer
 
-__all__ = ["all_finite", "reader", "writer"]
+__all__ = ["ITEMSIZE", "all_finite", "reader", "writer"]
 
 _STORED = {
+    "bool": types.uint8,
     "float16": types.uint16,
     "bfloat16": types.uint16,
     "float32": types.float32,
     "float64": types.float64,
 }
-_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ITEMSIZE = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @compiled
@@ -79,7 +80,13 @@ def _same(value: Any) -> Any:
     return value
 
 
-_FROM = {"float16": _from_half, "bfloat16": _from_bfloat, "float32": _same, "float64": _same}
+_FROM = {
+    "bool": numpy.float32,
+    "float16": _from_half,
+    "bfloat16": _from_bfloat,
+    "float32": _same,
+    "float64": _same,
+}
 _TO = {"float16": _to_half, "bfloat16": _to_bfloat, "float32": _same, "float64": _same}
 
 
@@ -89,7 +96,7 @@ def reader(dtype: str, element: str) -> Any:
 
     It has `count` numbers of a dtype, `step` bytes apart, and they are multiplied by `factor`.
     """
-    stored, size, convert = _STORED[dtype], _ITEMSIZE[dtype], _FROM[dtype]
+    stored, size, convert = _STORED[dtype], ITEMSIZE[dtype], _FROM[dtype]
     kind = getattr(types, element)
 
     @compiled
@@ -110,7 +117,7 @@ def reader(dtype: str, element: str) -> Any:
 @lru_cache
 def writer(dtype: str, element: str) -> Any:
     """write(source, count, factor, target, step): the other way round."""
-    stored, size, convert = _STORED[dtype], _ITEMSIZE[dtype], _TO[dtype]
+    stored, size, convert = _STORED[dtype], ITEMSIZE[dtype], _TO[dtype]
     kind = getattr(types, element)
 
     @compiled

@@ -2,139 +2,218 @@
 
 The kernels themselves are the same for all masks and compiled once; what a mask or score function adds is
 compiled alone, in a fraction of the time. The loop over the queries of a key runs over contiguous memory and
-becomes vectors. The function gets the address of a tile (`anyattn_numba.arguments`), as a task does.
+becomes vectors, of integers of 32 bits wherever these are proved to do. The function gets the address of a
+tile (`anyattn_numba.arguments`), as a task does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy
 
+from anyattn.expr.bounds import Sizes, fits, index_ranges
 from anyattn.expr.print_numba import numba_arguments, numba_source
 from anyattn.expr.program import Program
 from anyattn.expr.statements import aligned_slots, body, table_slots
+from anyattn_numba.arguments import SOURCE_WORDS
 from anyattn_numba.hostarrays import as_numpy
+from anyattn_numba.pairs import padded_keys
+from anyattn_numba.target import host, shape_of
 
-__all__ = ["capture", "row_values", "tile_source"]
-
-_TYPES = {"int": "int64", "bool": "boolean"}
-
-
-def tile_source(program: Program, accumulate: str, title: str = "") -> str:
-    """The module of a program with its function `tile`."""
-    functions = numba_source(program, accumulate, split=True, title=title)
-    return functions + _IMPORTS + "\n\n" + "\n".join(_tile(program, accumulate)) + "\n"
-
-
-_IMPORTS = """
-
-from numba import carray
-
-from anyattn_numba import arguments as a
-from anyattn_numba.captured import captured_array
-from anyattn_numba.memory import pointer, read_index, read_real, read_word
-"""
-
-
-def _tile(program: Program, accumulate: str) -> list[str]:
-    """The lines of `tile`."""
-    roots = {"visible": program.visible, "score": program.score}
-    given = {name: root for name, root in roots.items() if root is not None}
-    row = {name: body(root).row for name, root in given.items()}
-    slots = [*table_slots(program), *aligned_slots(program)]
-    numbers = len(program.parameter_kinds)
-    names = [f"p{n}" for n in range(numbers)] + [f"c{n}" for n in range(len(slots))]
-    captured = "".join(f", {name}" for name in names)
-    lines = [f"ARRAY{n} = CAPTURED[{numbers + n}]" for n in range(len(slots))]
-    lines += ["", "", '@numba.njit(error_model="numpy", nogil=True)', "def tile(tile, worker):"]
-    lines += [
-        f"    real = types.{accumulate}",
-        "    keys, width = read_word(tile + a.TILE_KEYS), read_word(tile + a.TILE_WIDTH)",
-        "    b, action = read_word(tile + a.TILE_BATCH), read_word(tile + a.TILE_ACTION)",
-        "    first, columns = read_word(tile + a.TILE_FIRST), read_word(tile + a.TILE_COLUMNS)",
-        "    lanes, held = read_word(tile + a.TILE_LANES), read_word(tile + a.TILE_ROW_VALUES)",
-        "    scores, seen = read_word(tile + a.TILE_SCORES), read_word(tile + a.TILE_SEEN)",
-        "    heads = carray(pointer(lanes), width, types.int64)",
-        "    rows = carray(pointer(lanes + 8 * width), width, types.int64)",
-        "    positions = carray(pointer(lanes + 16 * width), width, types.int64)",
-        "    captured = read_word(tile + a.TILE_CAPTURED)",
-    ]
-    at = 0
-    for n, kind in enumerate(program.parameter_kinds):
-        read = "read_real" if kind == "float" else "read_word"
-        to = {"int": "{}", "bool": "{} != 0", "float": "real({})"}[kind]
-        lines.append(f"    p{n} = " + to.format(f"{read}(captured + {at})"))
-        at += 8
-    for n, slot in enumerate(slots):
-        ndim = getattr(slot, "ndim", 4)
-        lines.append(f"    c{n} = captured_array(captured + {at}, ARRAY{n})")
-        at += 8 * (1 + 2 * ndim)
-    of_lane = "b, heads[lane], rows[lane], positions[lane]"
-    place = 0
-    for name, parts in row.items():
-        for n, (_, node) in enumerate(parts):
-            kind = _TYPES.get(node.kind, accumulate)
-            lines.append(f"    {name}_{n} = carray(pointer(held + {place} * width), width, types.{kind})")
-            place += 8
-    for name, parts in row.items():
-        if parts:
-            together = ", ".join(f"{name}_{n}[lane]" for n in range(len(parts)))
-            lines += [
-                "    for lane in range(width):",
-                f"        {together}{',' if len(parts) == 1 else ''} = {name}_row({of_lane}{captured})",
-            ]
-    where = of_lane + ", j" + captured
-
-    def shared(name: str) -> str:
-        values = [f"{name}_{n}[lane]" for n in range(len(row[name]))]
-        return "(" + ", ".join(values) + ("," if len(values) == 1 else "") + ")"
-
-    def loop(target: str, statements: list[str]) -> list[str]:
-        return [
-            "        for n in range(keys):",
-            "            j = read_index(columns + 4 * n) if columns else first + n",
-            f"            line = carray(pointer({target} + n * width * {_SIZE[accumulate]}), width, real)",
-            "            for lane in range(width):",
-            *("                " + s for s in statements),
-        ]
-
-    score = ["s = line[lane]"]
-    if "score" in given:
-        score.append(f"s = score(s, {shared('score')}, {where})")
-    if "visible" in given:
-        visible = f"visible({shared('visible')}, {where})"
-        lines += ["    if action == a.SEEN:"]
-        lines += loop("seen", [f"line[lane] = real(1) if {visible} else real(0)"])
-        lines += ["    elif action == a.SCORE_AND_HIDE:"]
-        lines += loop("scores", [*score, f"line[lane] = s if {visible} else real(-np.inf)"])
-    if "score" in given:
-        lines += [f"    {'elif' if 'visible' in given else 'if'} action == a.SCORE:"]
-        lines += loop("scores", [*score, "line[lane] = s"])
-    lines.append("    return 0")
-    return lines
-
+__all__ = ["capture", "index_type", "tile_memory", "tile_source"]
 
 _SIZE = {"float32": 4, "float64": 8}
 
 
-def row_values(program: Program) -> int:
-    """How many values tile code keeps for each lane."""
-    return sum(len(body(root).row) for root in (program.visible, program.score) if root is not None)
+def index_type(program: Program, sizes: Sizes) -> str:
+    """The type in which a program's integers are computed in a call: int32 if none of them leaves it."""
+    return "int32" if fits(program, index_ranges(sizes)) else "int64"
+
+
+def tile_source(program: Program, accumulate: str, index: str, title: str = "") -> str:
+    """The module of a program with its function `tile`."""
+    functions = numba_source(program, accumulate, index=index, split=True, entries=True, title=title)
+    return functions + _IMPORTS + "\n\n" + "\n".join(_Tile(program, accumulate, index).lines()) + "\n"
+
+
+_IMPORTS = """
+
+from anyattn_numba import arguments as a
+from anyattn_numba.atomics import invoke
+from anyattn_numba.captured import array_of, captured_array
+from anyattn_numba.jit import compiled
+from anyattn_numba.memory import read_index, read_real, read_word
+from anyattn_numba.pairs import entries_stride, over_pairs, whole_vectors
+"""
+
+
+class _Tile:
+    """The lines of a program's loop over pairs and of `tile`, which gets everything ready for it."""
+
+    def __init__(self, program: Program, accumulate: str, index: str):
+        self.program = program
+        self.accumulate = accumulate
+        self.index = index
+        self.shape = shape_of(host(), accumulate)
+        roots = {"visible": program.visible, "score": program.score}
+        self.row = {
+            name: [node.kind for _, node in body(root).row]
+            for name, root in roots.items()
+            if root is not None
+        }
+        self.numbers = [f"p{n}" for n in range(len(program.parameter_kinds))]
+        self.tables = [f"t{n}" for n in range(len(table_slots(program)))]
+        self.aligned = [f"a{n}" for n in range(len(aligned_slots(program)))]
+        self.shared = [f"{name}_{n}" for name, kinds in self.row.items() for n in range(len(kinds))]
+        # Arguments of the loop after the first two.
+        self.passed = [
+            *("keys", "width", "first", "columns", "b", "heads", "rows", "positions"),
+            *(self.shared + self.numbers + self.tables + self.aligned),
+        ]
+
+    def lines(self) -> list[str]:
+        return [*self.types(), "", "", *self.loop(), "", "", *self.tile()]
+
+    def types(self) -> list[str]:
+        """Types of arrays."""
+        first = len(self.numbers)
+        lines = [f"TABLE{n} = CAPTURED[{first + n}]" for n in range(len(self.tables))]
+        lines += [
+            "WORDS = types.Array(types.int64, 1, 'C')",
+            f"INT = types.Array(types.{self.index}, 1, 'C')",
+        ]
+        lines += ["BOOL = types.Array(types.boolean, 1, 'C')"]
+        lines += [f"FLOAT = types.Array(types.{self.accumulate}, 1, 'C')"]
+        lines += [f"TILE = types.Array(types.{self.accumulate}, 2, 'C')"]
+        return lines
+
+    def query(self) -> str:
+        """Arguments of the printed functions that tell the query."""
+        return f"np.{self.index}(b), heads[lane], rows[lane], positions[lane]"
+
+    def loop(self) -> list[str]:
+        """The function `pairs`, which changes the scores of a tile."""
+        captured = [*self.numbers, *self.tables, *(f"{name}[n, lane]" for name in self.aligned)]
+        lanes, vectors = self.shape.lanes, self.shape.vectors
+
+        def over(name: str, statement: str) -> list[str]:
+            held = [f"{name}_{n}[lane]" for n in range(len(self.row[name]))]
+            row = f"({', '.join(held)}{',' if len(held) == 1 else ''})"
+            first = ["out[n, lane]"] if name == "score" else []
+            call = f"{name}({', '.join([*first, row, self.query(), 'j', *captured])})"
+            return [
+                "        for n in range(keys):",
+                f"            j = np.{self.index}(read_index(columns + 4 * n) if columns else first + n)",
+                "            for lane in range(lanes):",
+                f"                out[n, lane] = {statement.format(call)}",
+            ]
+
+        lines = ["@over_pairs", f"def pairs(out, action, {', '.join(self.passed)}):"]
+        lines += ["    whole_vectors()"]
+        # LLVM chooses vectors for a length that it knows a multiple and a bound of, and leaves no rest.
+        lines += [f"    lanes = min(width // {lanes}, {vectors}) * {lanes}"]
+        if "score" in self.row:
+            lines += ["    if action != a.SEEN:", *over("score", "{}")]
+        if "visible" in self.row:
+            hidden = f"np.{self.accumulate}(0 if action == a.SEEN else -np.inf)"
+            lines += ["    if action != a.SCORE:", f"        hidden = {hidden}"]
+            lines += over("visible", "out[n, lane] if {} else hidden")
+        return lines
+
+    def tile(self) -> list[str]:
+        """The function `tile`."""
+        real = f"np.{self.accumulate}"
+        lines = [
+            "@compiled",
+            "def tile(tile, worker):",
+            "    keys, width = read_word(tile + a.TILE_KEYS), read_word(tile + a.TILE_WIDTH)",
+            "    b, action = read_word(tile + a.TILE_BATCH), read_word(tile + a.TILE_ACTION)",
+            "    first, columns = read_word(tile + a.TILE_FIRST), read_word(tile + a.TILE_COLUMNS)",
+            "    queries, room = read_word(tile + a.TILE_LANES), read_word(tile + a.TILE_ROW_VALUES)",
+            "    captured = read_word(tile + a.TILE_CAPTURED)",
+            "    target = read_word(tile + (a.TILE_SEEN if action == a.SEEN else a.TILE_SCORES))",
+            "    out = array_of(target, keys, width, TILE)",
+        ]
+        if "visible" in self.row:
+            lines += [
+                "    if action == a.SEEN:",
+                "        for n in range(keys):",
+                "            for lane in range(width):",
+                f"                out[n, lane] = {real}(1)",
+            ]
+        of_lane = ["heads", "rows", "positions"]
+        wide = of_lane if self.index == "int64" else [f"wide_{name}" for name in of_lane]
+        for n, name in enumerate(wide):
+            lines.append(f"    {name} = array_of(queries + {8 * n} * width, 0, width, WORDS)")
+        held = [] if self.index == "int64" else [(name, "int") for name in of_lane]
+        held += [(f"{name}_{n}", kind) for name, kinds in self.row.items() for n, kind in enumerate(kinds)]
+        for n, (name, kind) in enumerate(held):
+            lines.append(f"    {name} = array_of(room + {8 * n} * width, 0, width, {kind.upper()})")
+        at = 0
+        for name, kind in zip(self.numbers, self.program.parameter_kinds, strict=True):
+            read = f"{'read_real' if kind == 'float' else 'read_word'}(captured + {at})"
+            value = {"int": f"np.{self.index}({read})", "bool": f"{read} != 0", "float": f"{real}({read})"}
+            lines.append(f"    {name} = {value[kind]}")
+            at += 8
+        for n, slot in enumerate(table_slots(self.program)):
+            lines.append(f"    t{n} = captured_array(captured + {at}, TABLE{n})")
+            at += 8 * (1 + 2 * slot.ndim)
+        given = ", ".join([self.query(), *self.numbers, *self.tables])
+        body_ = [
+            f"{name}[lane] = {name_}[lane]"
+            for name, name_ in zip(of_lane, wide, strict=True)
+            if name != name_
+        ]
+        for name, kinds in self.row.items():
+            if kinds:
+                together = ", ".join(f"{name}_{n}[lane]" for n in range(len(kinds)))
+                body_.append(f"{together}{',' if len(kinds) == 1 else ''} = {name}_row({given})")
+        if body_:
+            lines += ["    for lane in range(width):", *("        " + line for line in body_)]
+        for n, name in enumerate(self.aligned):
+            source = f"captured + {at + n * 8 * SOURCE_WORDS}"
+            lines.append(f"    invoke(read_word({source}), tile, {source})")
+            before = f"{8 * _held(self.program)} + {(1 + n) * self.shape.itemsize} * entries_stride(keys)"
+            lines.append(f"    {name} = array_of(room + ({before}) * width, keys, width, TILE)")
+        lines += [f"    pairs(out, action, {', '.join(self.passed)})", "    return 0"]
+        return lines
+
+
+def _held(program: Program) -> int:
+    """How many words tile code keeps of each query: its indices narrowed, and what is the same in its row."""
+    return 3 + sum(len(body(root).row) for root in (program.visible, program.score) if root is not None)
+
+
+def tile_memory(program: Program, accumulate: str, keys: int) -> int:
+    """How many bytes of memory tile code wants for each query of a tile of up to so many keys."""
+    arrays = len(program.aligned)
+    entries = 1 + arrays if arrays else 0
+    return 8 * _held(program) + entries * padded_keys(keys) * _SIZE[accumulate]
 
 
 def capture(
-    program: Program, accumulate: str, aligned: tuple[Any, ...], library: str
+    program: Program,
+    accumulate: str,
+    aligned: tuple[Any, ...],
+    library: str,
+    entries_address: Callable[[str, str], int],
 ) -> tuple[Any, list[Any]]:
     """What tile code reads at TILE_CAPTURED, an int64 array, and the arrays that must outlive the call.
 
-    Numbers by slot, then of each array its address, shape and strides.
+    Numbers by slot, then of each table its address, shape and strides, then of each array along pairs the
+    words SOURCE_..., in which `entries_address(dtype, accumulate)` is the code that reads it.
     """
     words: list[int] = []
     kept = []
     program = replace(program, tables=tuple(as_numpy(x, library) for x in program.tables))
-    for value in numba_arguments(program, accumulate, aligned):
+    values = numba_arguments(program, accumulate, aligned)
+    for n, value in enumerate(values, start=len(aligned) - len(values)):
+        if n >= 0:
+            slot = aligned_slots(program)[n]
+            words += [entries_address(slot.dtype, accumulate), slot.block, 8 * _held(program), n]
         if isinstance(value, numpy.ndarray):
             kept.append(value)
             words += [value.__array_interface__["data"][0], *value.shape, *value.strides]
