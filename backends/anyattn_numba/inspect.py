@@ -42,15 +42,16 @@ ONE = numpy.int64(1)
 _PASS, _UNDEFINED, _ROW = 8, 16, 24
 
 
-def _two_passes(shape: Shape, dtype: str, take: Any) -> Any:
-    """passes(block, item, scratch), which calls take(block, item, scratch, first, columns, count).
+def _two_passes(shape: Shape, dtype: str, take: Any) -> tuple[Any, Any, Any]:
+    """(begin, walk, total_up), each of (block, item, scratch), for tasks to call.
 
-    The weights of these keys are then where the scores were. At AT_SUMMARY are log(total), entropy and peak.
+    A walk in pass 1 calls take(block, item, scratch, first, columns, count) when the weights of these keys
+    are where their scores were. At AT_SUMMARY are log(total), entropy and peak.
     """
     lanes, size = shape.lanes, shape.itemsize
     kind = getattr(types, shape.element)
     step = steps(shape, dtype)
-    begin, load_scores, describe_tile = step.begin, step.load_scores, step.describe_tile
+    load_scores, describe_tile = step.load_scores, step.describe_tile
     soften, normalise = soften_kernel(shape), normalise_kernel(shape)
 
     @compiled
@@ -99,16 +100,7 @@ def _two_passes(shape: Shape, dtype: str, take: Any) -> Any:
                 undefined = ONE
         write_word(scratch + _UNDEFINED, undefined)
 
-    @compiled
-    def passes(block: int, item: int, scratch: int) -> None:
-        begin(block, item, scratch)
-        for n in range(2):
-            write_word(scratch + _PASS, n)
-            walk(block, item, scratch)
-            if n == 0:
-                total_up(block, item, scratch)
-
-    return passes
+    return step.begin, walk, total_up
 
 
 @lru_cache
@@ -146,7 +138,7 @@ def weights_kernel(shape: Shape, dtype: str) -> Any:
                 for n in range(count):
                     write(source + n * size, ONE, 1.0, target + read_index(columns + 4 * n) * step, step)
 
-    passes = _two_passes(shape, dtype, take)
+    begin, walk, total_up = _two_passes(shape, dtype, take)
 
     @compiled
     def weights(block: int, worker: int) -> int:
@@ -155,7 +147,13 @@ def weights_kernel(shape: Shape, dtype: str) -> Any:
             number = fetch_add(block + a.COUNTER, 1)
             if number >= read_word(block + a.NUM_ITEMS):
                 return 0
-            passes(block, read_word(block + a.ITEMS) + number * (8 * a.ITEM_WORDS), scratch)
+            item = read_word(block + a.ITEMS) + number * (8 * a.ITEM_WORDS)
+            begin(block, item, scratch)
+            for which in range(2):
+                write_word(scratch + _PASS, which)
+                walk(block, item, scratch)
+                if which == 0:
+                    total_up(block, item, scratch)
 
     return weights
 
@@ -190,7 +188,7 @@ def stats_kernel(shape: Shape, dtype: str) -> Any:
             for n in range(count):
                 carray(pointer(mass + read_index(columns + 4 * n) * size), 1, kind)[0] += found[n]
 
-    passes = _two_passes(shape, dtype, take)
+    begin, walk, total_up = _two_passes(shape, dtype, take)
 
     @compiled
     def finish(block: int, item: int, scratch: int) -> None:
@@ -219,7 +217,12 @@ def stats_kernel(shape: Shape, dtype: str) -> Any:
             write_word(scratch + _ROW, read_word(run + a.RUN_ROW))
             for n in range(read_word(run + a.RUN_FIRST), read_word(run + a.RUN_END)):
                 item = read_word(block + a.ITEMS) + n * (8 * a.ITEM_WORDS)
-                passes(block, item, scratch)
+                begin(block, item, scratch)
+                for which in range(2):
+                    write_word(scratch + _PASS, which)
+                    walk(block, item, scratch)
+                    if which == 0:
+                        total_up(block, item, scratch)
                 finish(block, item, scratch)
 
     return stats
