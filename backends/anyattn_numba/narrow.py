@@ -33,9 +33,12 @@ _CHANNELS = 4
 
 
 def suits(shape: Shape, queries: int, head_dim: int, v_head_dim: int) -> bool:
-    """Whether items of at most so many queries are computed here: channels must fill whole vectors."""
+    """Whether items of at most so many queries are computed here.
+
+    Channels must fill whole vectors, and the state of the queries must fit into one.
+    """
     whole = head_dim % shape.lanes == 0 and v_head_dim % shape.lanes == 0
-    return whole and 0 < queries <= MOST_QUERIES and shape.lanes >= QUERIES
+    return whole and 0 < queries <= min(MOST_QUERIES, shape.lanes) and shape.lanes >= QUERIES
 
 
 def _load(builder: Any, lanes: Vectors, dtype: str, address: Any) -> Any:
