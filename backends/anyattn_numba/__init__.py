@@ -9,10 +9,13 @@ masks and scores), and `threads` runs it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyattn.backend import CAPABILITIES, Backend
 from anyattn.call import AttentionCall
+
+if TYPE_CHECKING:
+    from anyattn.kernels.key import KernelKey
 
 __all__ = ["backend"]
 
@@ -21,7 +24,7 @@ class NumbaBackend(Backend):
     """Declaration of the `numba` backend."""
 
     name = "numba"
-    arrays = ("numpy.ndarray", "torch.Tensor", "jax.Array")
+    arrays = ("*",)
     dtypes = frozenset({"float16", "bfloat16", "float32", "float64"})
     devices = ("cpu",)
     capabilities = frozenset(CAPABILITIES) - {
@@ -36,6 +39,8 @@ class NumbaBackend(Backend):
     def unsupported(self, call: AttentionCall) -> tuple[str, ...]:
         """Why this backend does not take the call."""
         reasons = super().unsupported(call)
+        if not reasons and not hasattr(call.q, "__dlpack__"):
+            reasons = (f"shares memory by DLPack, which {call.array_type} has not",)
         if not reasons and call.library == "jax":
             spread = max(len(x.sharding.device_set) for x in (call.q, call.k, call.v) if x is not None)
             if spread > 1:
@@ -60,6 +65,18 @@ class NumbaBackend(Backend):
         from anyattn_numba import warmup
 
         return warmup.warm_up(dtypes)
+
+    def source(self, call: AttentionCall) -> str:
+        """The code that is generated for a call, and what calls it."""
+        from anyattn_numba import kernels
+
+        return kernels.call_source(call)
+
+    def kernel_key(self, call: AttentionCall) -> KernelKey:
+        """The key of all code that a call of this kind runs."""
+        from anyattn_numba import kernels
+
+        return kernels.call_key(call)
 
 
 backend = NumbaBackend()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from anyattn.arrays import Array
+from anyattn.arrays import Array, namespace
 
 __all__ = ["address_of", "as_numpy", "empty_like", "from_numpy"]
 
@@ -41,7 +41,8 @@ def as_numpy(x: Array, library: str) -> NDArray:
 
         x = x.detach()
         return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()  # type: ignore[no-any-return]
-    return numpy.asarray(x)
+    # JAX's protocol has no bfloat16.
+    return numpy.asarray(x) if library == "jax" else numpy.from_dlpack(x)
 
 
 def empty_like(dtype: Any, shape: tuple[int, ...], swapped: bool, library: str) -> NDArray:
@@ -70,6 +71,8 @@ def from_numpy(x: NDArray, like: Array, library: str) -> Array:
 
         out = torch.from_numpy(x)
         return out.view(torch.bfloat16) if x.dtype == numpy.uint16 else out
-    import jax
+    if library == "jax":
+        import jax
 
-    return jax.device_put(x)
+        return jax.device_put(x)
+    return namespace(like).from_dlpack(x)

@@ -55,7 +55,7 @@ def items_of(call: AttentionCall, shape: Shape, threads: int) -> Work:
     """The work of a call on some threads; of the rows that it asks for without a schedule."""
     batch = math.prod(call.batch_shape)
     q_len, k_len, group = call.q_len, call.k_len, call.group_size
-    q_len = q_len if call.rows is None else len(call.rows)
+    q_len = q_len if call.rows is None else int(call.rows.shape[0])
     block = _block_rows(q_len, shape)
     spans = None
     # Statistics add up the rows of one head.
