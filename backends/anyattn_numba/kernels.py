@@ -8,7 +8,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from anyattn.expr.program import Program
+from anyattn.call import AttentionCall
+from anyattn.expr.program import Program, lower
 from anyattn.forks import held_over_forks
 from anyattn.kernels.cache import user_store
 from anyattn.kernels.key import KernelKey, code_digest
@@ -18,9 +19,18 @@ from anyattn_numba import threads
 from anyattn_numba.jit import OPTIONS
 from anyattn_numba.pairs import entries_kernel
 from anyattn_numba.target import Shape, host, shape_of
-from anyattn_numba.tiles import tile_source
+from anyattn_numba.tiles import index_type, tile_source
 
-__all__ = ["KERNELS", "entries_address", "kernel_address", "shape_for", "tile_address", "tile_key"]
+__all__ = [
+    "KERNELS",
+    "call_key",
+    "call_source",
+    "entries_address",
+    "kernel_address",
+    "shape_for",
+    "tile_address",
+    "tile_key",
+]
 
 KERNELS = ("forward", "decode", "combine", "weights", "stats")
 """Names of all kernels."""
@@ -89,6 +99,24 @@ def tile_address(program: Program, accumulate: str, index: str) -> int:
             attach(module.tile, key, store)
             found = _tiles[known] = threads.address(module.tile)
     return found
+
+
+def call_source(call: AttentionCall) -> str:
+    """The code that is generated for a call, and what calls it."""
+    program = lower(call.visible, call.score)
+    kernels = "forward.py (decode.py for few queries)" if call.operation == "attention" else "inspect.py"
+    head = f"# {kernels} of anyattn_numba, for {call.dtype} with sums in {call.accumulate}, "
+    if program.visible is None and program.score is None:
+        return f"{head}calls no generated code:\n# score unchanged, every key visible\n"
+    source = tile_source(program, call.accumulate, index_type(program, call))
+    return f"{head}calls `tile` for each tile of scores.\n{source}"
+
+
+def call_key(call: AttentionCall) -> KernelKey:
+    """The key of all code that a call of this kind runs: kernels, which serve all sizes, and its own."""
+    program = lower(call.visible, call.score)
+    code = code_digest(call_source(call), _own_modules())
+    return _key(call.operation, program.text, call.dtype, call.accumulate, code)
 
 
 def _key(kernel: str, structure: str, dtype: str, accumulate: str, code: str) -> KernelKey:
