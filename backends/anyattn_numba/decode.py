@@ -73,14 +73,11 @@ def decode_kernel(shape: Shape, dtype: str) -> Any:
 
     @compiled
     def row_of(block: int, item: int, base: int, batch: int, head: int, stride: int, first: int) -> int:
-        start: int = read_word(block + base) + read_word(
-            read_word(block + batch) + 8 * read_word(item + a.ITEM_BATCH)
-        )
-        return (
-            start
-            + read_word(item + a.ITEM_HEAD) * read_word(block + head)
-            + first * read_word(block + stride)
-        )
+        start: int = read_word(read_word(block + batch) + 8 * read_word(item + a.ITEM_BATCH))
+        start += read_word(item + a.ITEM_HEAD) * read_word(block + head)
+        start += first * read_word(block + stride)
+        start += read_word(block + base)
+        return start
 
     @compiled
     def visit(block: int, item: int, scratch: int, first: int, columns: int, count: int, masked: int) -> None:

@@ -102,7 +102,8 @@ def forward_kernel(shape: Shape, dtype: str) -> Any:
         """The sums with a row for each query, at the address that is returned."""
         v_head_dim, width = read_word(block + a.V_HEAD_DIM), read_word(scratch + WIDTH)
         padded = (v_head_dim + lanes - 1) // lanes * lanes
-        stage, sums = scratch + read_word(block + a.AT_STAGE), scratch + read_word(block + a.AT_SUM)
+        stage: int = scratch + read_word(block + a.AT_STAGE)
+        sums = scratch + read_word(block + a.AT_SUM)
         for c in range(0, padded, lanes):
             for lane in range(0, width, lanes):
                 source = sums + (c * width + lane) * size

@@ -51,7 +51,7 @@ def kernel_address(kernel: str, dtype: str) -> int:
     accumulate = "float64" if dtype == "float64" else "float32"
     dispatcher = _factory(kernel)(shape_for(accumulate), dtype)
     with _lock:
-        attach(dispatcher, _key(kernel, "", dtype, accumulate, code_digest("", _own_modules())), user_store())
+        attach(dispatcher, _key(kernel, "", dtype, accumulate, _OWN_CODE), user_store())
         return threads.address(dispatcher)
 
 
@@ -83,7 +83,7 @@ def entries_address(dtype: str, accumulate: str) -> int:
 
 def tile_key(program: Program, accumulate: str, source: str) -> KernelKey:
     """The key of the tile code of a program."""
-    return _key("tile", program.text, accumulate, accumulate, code_digest(source, _own_modules()))
+    return _key("tile", program.text, accumulate, accumulate, code_digest(_OWN_CODE + source))
 
 
 def tile_address(program: Program, accumulate: str, index: str) -> int:
@@ -115,7 +115,7 @@ def call_source(call: AttentionCall) -> str:
 def call_key(call: AttentionCall) -> KernelKey:
     """The key of all code that a call of this kind runs: kernels, which serve all sizes, and its own."""
     program = lower(call.visible, call.score)
-    code = code_digest(call_source(call), _own_modules())
+    code = code_digest(_OWN_CODE + call_source(call))
     return _key(call.operation, program.text, call.dtype, call.accumulate, code)
 
 
@@ -137,7 +137,6 @@ def _key(kernel: str, structure: str, dtype: str, accumulate: str, code: str) ->
     )
 
 
-@lru_cache
 def _own_modules() -> tuple[ModuleType, ...]:
     """The modules whose functions end up in machine code."""
     names = (
@@ -148,6 +147,7 @@ def _own_modules() -> tuple[ModuleType, ...]:
         "decode",
         "forward",
         "inspect",
+        "jit",
         "memory",
         "microkernels",
         "narrow",
@@ -155,7 +155,12 @@ def _own_modules() -> tuple[ModuleType, ...]:
         "pairs",
         "results",
         "rows",
+        "target",
         "vector_math",
         "vectors",
     )
     return tuple(import_module(f"anyattn_numba.{name}") for name in names)
+
+
+# Of the files as they are imported: one that changes later is not what this process compiles.
+_OWN_CODE = code_digest("", _own_modules())

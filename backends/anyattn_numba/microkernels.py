@@ -17,6 +17,7 @@ callers, which would be optimised as often as they are compiled.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -238,20 +239,29 @@ def by_vectors(
 def outlined(
     name: str, shape: Shape, count: int, code: Callable[[Any, list[Any]], None]
 ) -> Callable[[Any, Any, Any, Any], Any]:
-    """The call of a function of `count` int64 that holds `code`, one for all callers."""
+    """The call of a function of `count` int64 that holds `code`, one for all callers.
+
+    All machine code of a process may share it by its name, which therefore holds a digest of the code.
+    """
+
+    def define(module: ir.Module, label: str) -> Any:
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [INT64] * count), label)
+        function.linkage = "linkonce_odr"
+        function.attributes.add("noinline")
+        function.attributes.add("nounwind")
+        builder = ir.IRBuilder(function.append_basic_block("entry"))
+        code(builder, list(function.args))
+        builder.ret_void()
+        return function
+
+    @lru_cache
+    def label() -> str:
+        start = f"anyattn_{name}_{shape.element}_{shape.lanes}x{shape.vectors}"
+        text = str(define(ir.Module(), start))
+        return f"{start}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def call(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [INT64] * count)
-        label = f"anyattn_{name}_{shape.element}_{shape.lanes}x{shape.vectors}"
-        function = builder.module.globals.get(label)
-        if function is None:
-            function = ir.Function(builder.module, kind, label)
-            function.linkage = "linkonce_odr"
-            function.attributes.add("noinline")
-            function.attributes.add("nounwind")
-            inner = ir.IRBuilder(function.append_basic_block("entry"))
-            code(inner, list(function.args))
-            inner.ret_void()
+        function = builder.module.globals.get(label()) or define(builder.module, label())
         builder.call(function, arguments)
         return context.get_dummy_value()
 
