@@ -35,7 +35,7 @@ from random_expressions import (
 )
 
 import anyattn as aa
-from anyattn import masks, scores
+from anyattn import arrays, masks, scores
 from anyattn.describe import Options, describe
 from anyattn.expr import nodes
 from anyattn.expr.evaluate import Tile, evaluate
@@ -173,6 +173,22 @@ class TestArrayApi:
                 found = [evaluate(term.expr(), tile, whole) for term in (mask, score)]
             compare(seed, *(np.broadcast_to(x, shape)[where] for x in found))
         compare.finish(SEEDS)
+
+    @pytest.mark.parametrize("library", ["numpy", "torch", "jax.numpy", "array_api_strict", "dask.array"])
+    def test_whole_numbers_divided_by_zero(self, library):
+        module = pytest.importorskip(library, reason=f"{library} is not installed")
+        j = module.arange(-4, 5)
+        xp = arrays.namespace(j)
+        tile = Tile(xp, arrays.device(j), j.dtype, xp.float32, {"j": j}, 0, 9, None)
+        by = nodes.J % 3  # 2 0 1 2 0 1 2 0 1
+        for root, wanted in (
+            (nodes.J // by, [-2, 0, -2, -1, 0, 1, 1, 0, 4]),
+            (nodes.J % by, [0, 0, 0, 1, 0, 0, 0, 0, 0]),
+            (nodes.J // 0, [0] * 9),
+            (nodes.J % 0, [0] * 9),
+            ((nodes.J > 2) // (nodes.J > 3), [0] * 8 + [1]),
+        ):
+            np.testing.assert_array_equal(np.asarray(evaluate(root, tile)), wanted, err_msg=repr(root))
 
     def test_float_index_that_is_nan_or_rounds_past_the_end(self):
         x = np.arange(2**24 + 4)

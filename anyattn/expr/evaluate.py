@@ -109,7 +109,12 @@ def _apply(node: Apply, args: list[Array], tile: Tile) -> Array:
     if node.op == "where":
         condition, x, y = args
         return tile.xp.where(condition, tile.cast(x, node.kind), tile.cast(y, node.kind))
-    return _OPERATIONS[node.op](tile.xp, *(tile.cast(x, _operand_kind(node)) for x in args))
+    operation = _OPERATIONS[node.op]
+    if node.op in _WHOLE_QUOTIENTS and node.kind == "int":
+        divisor = node.args[1]
+        if not (isinstance(divisor, Const) and divisor.value):
+            operation = _WHOLE_QUOTIENTS[node.op]
+    return operation(tile.xp, *(tile.cast(x, _operand_kind(node)) for x in args))
 
 
 def _operand_kind(node: Apply) -> str:
@@ -129,6 +134,18 @@ def _sigmoid(xp: Namespace, x: Array) -> Array:
     t = xp.exp(xp.where(low, x, -x))
     return xp.where(low, t, 1.0) / (1 + t)
 
+
+def _floordiv_or_zero(xp: Namespace, x: Array, y: Array) -> Array:
+    zero = y == 0
+    return xp.where(zero, 0, x // xp.where(zero, 1, y))
+
+
+def _mod_or_zero(xp: Namespace, x: Array, y: Array) -> Array:
+    return x % xp.where(y == 0, 1, y)
+
+
+# By a whole number that may be 0, where NumPy gives 0 and warns, torch raises and XLA gives something else.
+_WHOLE_QUOTIENTS: dict[str, Callable[..., Array]] = {"floordiv": _floordiv_or_zero, "mod": _mod_or_zero}
 
 _OPERATIONS: dict[str, Callable[..., Array]] = {
     "add": lambda xp, x, y: x + y,
