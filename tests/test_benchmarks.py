@@ -52,7 +52,10 @@ def run(cls, values):
     methods = [name for name in dir(cls) if re.match("(time|track)_", name)]
     assert methods, f"{cls} measures nothing"
     for name in methods:
-        measured = getattr(benchmark, name)(*values)
+        try:
+            measured = getattr(benchmark, name)(*values)
+        except NotImplementedError:
+            continue
         if name.startswith("track_"):
             assert 0 <= measured < 1e9, f"{cls.__name__}.{name}"
     out = benchmark.call()
