@@ -21,8 +21,11 @@ from anyattn.expr.statements import aligned_slots, aligned_view
 if find_spec("numba") is None:
     pytest.skip("needs numba", allow_module_level=True)
 
+import numba
+
 from anyattn_numba import arguments as a
-from anyattn_numba import kernels, tiles
+from anyattn_numba import kernels, threads, tiles
+from anyattn_numba.atomics import invoke
 from anyattn_numba.hostarrays import address_of
 from anyattn_numba.target import host, shape_of
 
@@ -113,19 +116,25 @@ def run_tile(call, accumulate, index, action, before, b, heads, rows, columns, g
         (a.TILE_SEEN, address_of(seen)),
     ):
         words[place // 8] = value
-    assert code(address_of(words), 0) == 0
+    assert call_code(code, address_of(words)) == 0
     assert (memory[-64:] == 0xA5).all(), "written beyond the memory that was asked for"
     del kept
     return out, seen
 
 
+@numba.njit
+def call_code(address, words):
+    """Tile code has no wrapper for Python."""
+    return invoke(address, words, 0)
+
+
 def tiles_by_key(program, accumulate, index, known={}):  # noqa: B006
-    """Compiled `tile` of a program."""
+    """The address of `tile` of a program."""
     key = program.key, accumulate, index
     if key not in known:
         namespace = {"__name__": f"tile_{len(known)}"}
         exec(tiles.tile_source(program, accumulate, index), namespace)
-        known[key] = namespace["tile"]
+        known[key] = threads.address(namespace["tile"])
     return known[key]
 
 
