@@ -396,7 +396,7 @@ class TestPlugin:
 
         def make():
             yield call("plain", "f", "w")
-            yield call("causal", "f", "w", causal=True)
+            yield call("causal", "g", "w", causal=True)
             yield call("sinks", "f", "w", sinks=[0.0, 1.0], dtype="SINKS_DTYPE")
             yield call("softcap", "f", "w", softcap=1.0)
 
@@ -430,6 +430,20 @@ class TestPlugin:
         result = pytester.runpytest_subprocess("-k", "plain")
         result.assert_outcomes(passed=1, deselected=3)
         assert result.ret == pytest.ExitCode.OK
+
+    @pytest.mark.parametrize("more", [(), ("-n1",)])
+    def test_a_family_is_a_selection(self, pytester, more):
+        if more:
+            pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+        pytester.makepyfile(test_conformance=self.MODULE.replace("SINKS_DTYPE", "float16"))
+        result = pytester.runpytest_subprocess("--anyattn-family=g", *more)
+        result.assert_outcomes(passed=1, deselected=0 if more else 3)
+        assert result.ret == pytest.ExitCode.OK
+        result.stdout.fnmatch_lines(["numpy: 1 passed"])
+        result = pytester.runpytest_subprocess("--anyattn-family=h")
+        assert result.ret != pytest.ExitCode.OK
+        output = "\n".join([*result.outlines, *result.errlines])
+        assert "--anyattn-family: no family 'h'; there are: f, g" in output
 
     @pytest.mark.parametrize(
         ("options", "message"),

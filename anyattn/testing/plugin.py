@@ -1,6 +1,6 @@
 """The pytest plugin, loaded by its entry point at every start of pytest where anyattn is installed.
 
-It adds the two options, keeps an account of the conformance cases, prints it at the end and fails the session
+It adds the three options, keeps an account of the conformance cases, prints it at the end and fails the session
 where a backend declares a capability that no case ran. So that a pytest run of something else pays nothing
 for it, neither NumPy nor an array library is imported here, nor anything of anyattn but this package's empty
 front.
@@ -19,7 +19,7 @@ PROPERTY = "anyattn_case"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--anyattn-backend` and `--anyattn-library`."""
+    """Add `--anyattn-backend`, `--anyattn-library` and `--anyattn-family`."""
     group = parser.getgroup("anyattn", "conformance of attention backends (pytest --pyargs anyattn.testing)")
     group.addoption(
         "--anyattn-backend",
@@ -34,6 +34,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="array library, or variant of one, to run the cases on; may be given again. Default: numpy "
         "where the backend takes it, else the first that it takes. An unknown name lists all",
+    )
+    group.addoption(
+        "--anyattn-family",
+        metavar="NAME",
+        action="append",
+        default=None,
+        help="run the cases of this family alone, such as 'pairs' (32 calls in which every value of an option "
+        "meets every value of every other); may be given again. An unknown name lists all",
     )
 
 
@@ -71,6 +79,20 @@ class _Bookkeeper:
         self.config = config
         self.account = config.stash[ACCOUNT]
 
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        wanted = config.getoption("anyattn_family")
+        if wanted is None:
+            return
+        families = {item.nodeid: _family(item) for item in items}
+        known = sorted({family for family in families.values() if family is not None})
+        if unknown := sorted(set(wanted) - set(known)):
+            raise pytest.UsageError(
+                f"--anyattn-family: no family {unknown[0]!r}; there are: {', '.join(known)}"
+            )
+        left = [item for item in items if families[item.nodeid] not in wanted]
+        items[:] = [item for item in items if families[item.nodeid] in wanted]
+        config.hook.pytest_deselected(items=left)
+
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         self.account.partial = self.account.partial or any(_is_conformance(item.nodeid) for item in items)
 
@@ -103,7 +125,10 @@ class _Bookkeeper:
     def _selects(self) -> bool:
         """Whether options choose among the tests; under xdist only workers hear what was deselected."""
         options = self.config.option
-        chosen = [getattr(options, name, None) for name in ("keyword", "markexpr", "deselect", "lf")]
+        chosen = [
+            getattr(options, name, None)
+            for name in ("keyword", "markexpr", "deselect", "lf", "anyattn_family")
+        ]
         return any(chosen) or any("::" in argument for argument in self.config.args)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -122,6 +147,12 @@ class _Bookkeeper:
 
 def _is_conformance(nodeid: str) -> bool:
     return "test_conformance.py" in nodeid
+
+
+def _family(item: pytest.Item) -> str | None:
+    """The family of a conformance test's case."""
+    run = getattr(getattr(item, "callspec", None), "params", {}).get("anyattn_run")
+    return None if run is None else str(run.case.family)
 
 
 def _backend(config: pytest.Config) -> Any:
