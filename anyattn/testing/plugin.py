@@ -1,6 +1,6 @@
 """The pytest plugin, loaded by its entry point at every start of pytest where anyattn is installed.
 
-It adds the three options, keeps an account of the conformance cases, prints it at the end and fails the session
+It adds the options, keeps an account of the conformance cases, prints it at the end and fails the session
 where a backend declares a capability that no case ran. So that a pytest run of something else pays nothing
 for it, neither NumPy nor an array library is imported here, nor anything of anyattn but this package's empty
 front.
@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         action="append",
         default=None,
-        help="run the cases of this family alone, such as 'pairs' (32 calls in which every value of an option "
+        help="run the cases of this family alone, such as 'pairs' (calls in which every value of an option "
         "meets every value of every other); may be given again. An unknown name lists all",
     )
 
