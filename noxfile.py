@@ -198,9 +198,9 @@ def bench(session: nox.Session) -> None:
     """A few benchmarks, once each; nothing depends on the numbers. `nox -s bench -- -b NAME` runs others."""
     python = shared_environment(session, "large")
     session.run_install(python, "-m", "pip", "install", "--quiet", *CONSTRAINTS, "asv", external=True)
-    # asv wants to know the machine; what it finds out by itself goes to a file in the home directory.
-    session.run(python, "-m", "asv", "machine", "--yes", external=True, silent=True)
     with session.chdir("asv_benchmarks"):
+        # asv wants to know the machine; what it finds out by itself goes to a file in the home directory.
+        session.run(python, "-m", "asv", "machine", "--yes", external=True, silent=True)
         short = session.posargs or ["-b", r"^(quadratic\.Dense|sparse|dispatch|startup\.Import)"]
         quick = ["--python=same", "--quick", "--dry-run", "--show-stderr"]
         session.run(python, "-m", "asv", "run", *quick, *short, external=True)
