@@ -360,6 +360,13 @@ def test_blocks_that_see_nothing():
     assert build(p, 64, 64).blocks_without_keys.tolist() == [[0, 0], [0, 1]]
 
 
+def test_long_rows_are_settled_by_points():
+    """A whole row of each is evaluated only where many points of it agree (see `picture`)."""
+    made = build(parts(lambda b, h, i, j: (i * i + j * j) % 1000 < 500, 200, 100_000), 1, 100_000)
+    assert made.num_partial == 200
+    assert made.stats.by_evaluation == 0
+
+
 def test_rows_that_see_nothing():
     for mask, options in (
         (masks.causal() & masks.fixed(20), {}),
