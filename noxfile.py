@@ -8,6 +8,7 @@ something about an environment, and each has its own.
 from __future__ import annotations
 
 import hashlib
+import platform
 import re
 import shutil
 import sys
@@ -40,6 +41,13 @@ LIBRARIES = {
 }
 # Backend: the shared environment that its tests run in.
 BACKENDS = {"reference": "large"}
+# What the conformance kit runs on: a backend and an array library that it takes.
+PAIRS = [
+    *(("reference", library) for library in LIBRARIES),
+    *(("numba", x) for x in ("numpy", "torch", "jax")),
+]
+# Processors for which Numba compiles as well, by LLVM's names: with AVX2, and with SSE2 alone.
+PROCESSORS = ("haswell", "generic")
 
 # More workers than this would each import torch and JAX and start threads of their own.
 PARALLEL = ["-n=auto", "--maxprocesses=4"]
@@ -121,14 +129,62 @@ def nvrtc(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
-@nox.parametrize("library", [nox.param(name, id=name) for name in LIBRARIES])
-def conformance(session: nox.Session, library: str) -> None:
-    """The public conformance kit on `reference`, on one array library and its variants."""
+@nox.parametrize("backend,library", [nox.param(*pair, id="-".join(pair)) for pair in PAIRS])
+def conformance(session: nox.Session, backend: str, library: str) -> None:
+    """The public conformance kit on a backend, on one array library and its variants."""
     environment, variants = LIBRARIES[library]
-    python = shared_environment(session, environment)
+    if backend == "numba":
+        # It sees no tracers.
+        variants = [variant for variant in variants if variant != "jax-jit"]
+        environment = "large"
+    run_kit(session, shared_environment(session, environment), backend, variants)
+
+
+@nox.session(venv_backend="none")
+@nox.parametrize("processor", [nox.param(name, id=name) for name in PROCESSORS])
+def conformance_targets(session: nox.Session, processor: str) -> None:
+    """The family `pairs` of the kit on `numba`, compiled for an older processor than this."""
+    skip_other_machines(session)
+    run_kit(session, shared_environment(session, "large"), "numba", ["numpy"], "pairs", processor)
+
+
+@nox.session(venv_backend="none", default=False)
+@nox.parametrize("processor", [nox.param(name, id=name) for name in PROCESSORS])
+def conformance_full(session: nox.Session, processor: str) -> None:
+    """All of the kit on `numba` and every array library that it takes, compiled for an older processor."""
+    skip_other_machines(session)
+    variants = [v for backend, library in PAIRS if backend == "numba" for v in LIBRARIES[library][1]]
+    variants.remove("jax-jit")
+    run_kit(session, shared_environment(session, "large"), "numba", variants, "", processor)
+
+
+def skip_other_machines(session: nox.Session) -> None:
+    """Skip where code for x86-64 does not run."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        session.skip(f"{', '.join(PROCESSORS)} are x86-64 processors, and this is {platform.machine()}")
+
+
+def run_kit(
+    session: nox.Session,
+    python: str,
+    backend: str,
+    variants: list[str],
+    family: str = "",
+    processor: str = "",
+) -> None:
+    """Run the conformance kit, or a family of it, for this processor or another."""
     chosen = [f"--anyattn-library={variant}" for variant in variants]
-    kit = ["--pyargs", "anyattn.testing", "--anyattn-backend=reference", *chosen]
-    session.run(python, "-m", "pytest", *PARALLEL, *kit, *session.posargs, external=True)
+    chosen += [f"--anyattn-family={family}"] if family else []
+    if backend == "numba" and not session.name.startswith("conformance_full"):
+        # Each drawn call has a mask or score of its own, which takes a second to compile.
+        chosen.append("--anyattn-examples=40")
+    # Kernels differ by processor and code alone: every session and run finds those of the ones before.
+    env = {"ANYATTN_CACHE_DIR": str(ROOT / ".nox" / "kernels")}
+    if processor:
+        # Without the second Numba adds the features of this machine.
+        env |= {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
+    kit = ["--pyargs", "anyattn.testing", f"--anyattn-backend={backend}", *chosen]
+    session.run(python, "-m", "pytest", *PARALLEL, *kit, *session.posargs, external=True, env=env)
 
 
 @nox.session(reuse_venv=False)

@@ -462,3 +462,9 @@ class TestPlugin:
         result = pytester.runpytest_subprocess("--pyargs", "anyattn.testing", "-k", "softcap and float32")
         assert result.ret == pytest.ExitCode.OK
         result.stdout.fnmatch_lines(["*anyattn conformance of reference*", "numpy: * passed"])
+
+    def test_drawn_calls_are_no_more_than_asked_for(self, pytester):
+        options = ("-k", "drawn_calls", "--anyattn-examples=3", "--hypothesis-show-statistics")
+        result = pytester.runpytest_subprocess("--pyargs", "anyattn.testing", *options)
+        assert result.ret == pytest.ExitCode.OK
+        result.stdout.fnmatch_lines(["*Stopped because settings.max_examples=3*"])

@@ -19,7 +19,7 @@ PROPERTY = "anyattn_case"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--anyattn-backend`, `--anyattn-library` and `--anyattn-family`."""
+    """Add the options, all named `--anyattn-...`."""
     group = parser.getgroup("anyattn", "conformance of attention backends (pytest --pyargs anyattn.testing)")
     group.addoption(
         "--anyattn-backend",
@@ -42,6 +42,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="run the cases of this family alone, such as 'pairs' (calls in which every value of an option "
         "meets every value of every other); may be given again. An unknown name lists all",
+    )
+    group.addoption(
+        "--anyattn-examples",
+        metavar="N",
+        type=int,
+        default=None,
+        help="draw so many calls for a library at most, for a backend that compiles code for each",
     )
 
 

@@ -51,13 +51,14 @@ def test_bad_input(anyattn_run: Run) -> None:
 
 
 @pytest.mark.anyattn_cases.with_args(one_drawing)
-def test_drawn_calls(anyattn_run: Run) -> None:
+def test_drawn_calls(anyattn_run: Run, pytestconfig: pytest.Config) -> None:
     """Whole calls drawn by hypothesis, the same ones in every run."""
     backend, library = anyattn_run.backend, anyattn_run.library
+    most = pytestconfig.getoption("anyattn_examples")
     drawn = calls(dtypes=backend.dtypes & library.dtypes, capabilities=backend.capabilities)
 
     @settings(
-        max_examples=library.examples,
+        max_examples=library.examples if most is None else min(most, library.examples),
         derandomize=True,
         database=None,
         deadline=None,
