@@ -34,7 +34,7 @@ from anyattn_numba.microkernels import largest_kernel, score_kernel
 from anyattn_numba.rows import reader
 from anyattn_numba.target import Shape
 
-__all__ = ["ITEMSIZE", "NONE", "WIDTH", "Steps", "steps", "walker"]
+__all__ = ["ITEMSIZE", "NONE", "WIDTH", "Steps", "row_at", "steps", "walker"]
 
 # A zero of the type of all other arguments: Numba compiles a function anew for a literal.
 NONE = numpy.int64(0)
@@ -68,6 +68,20 @@ class Steps:
     load_values: Any
     load_scores: Any
     describe_tile: Any
+
+
+# Behind the offsets of the batch entries: strides of heads, rows and numbers.
+HEAD, ROW, STEP = 8, 16, 24
+
+
+@compiled
+def row_at(block: int, item: int, base: int, strides: int, row: int) -> int:
+    """The address of a row of the item's key/value head, of keys or values."""
+    at: int = read_word(block + base)
+    at += read_word(read_word(block + strides) + 8 * read_word(item + a.ITEM_BATCH))
+    at += read_word(item + a.ITEM_HEAD) * read_word(block + strides + HEAD)
+    at += row * read_word(block + strides + ROW)
+    return at
 
 
 @lru_cache
@@ -152,44 +166,34 @@ def steps(shape: Shape, dtype: str) -> Steps:
 
     @compiled
     def rows_of(
-        base: int, stride: int, step: int, length: int, room: int, first: int, columns: int, count: int
+        block: int,
+        item: int,
+        base: int,
+        strides: int,
+        length: int,
+        room: int,
+        first: int,
+        columns: int,
+        count: int,
     ) -> Any:
+        step = read_word(block + strides + STEP)
         if in_place and step == stored and columns == 0:
-            return base + first * stride, stride
+            return row_at(block, item, base, strides, first), read_word(block + strides + ROW)
+        start, stride = row_at(block, item, base, strides, NONE), read_word(block + strides + ROW)
         for n in range(count):
             j = read_index(columns + 4 * n) if columns else first + n
-            read(base + j * stride, step, length, 1.0, room + n * length * size)
+            read(start + j * stride, step, length, 1.0, room + n * length * size)
         return room, length * size
 
     @compiled
     def load_keys(block: int, item: int, scratch: int, first: int, columns: int, count: int) -> Any:
-        base = read_word(block + a.K) + read_word(
-            read_word(block + a.K_BATCH) + 8 * read_word(item + a.ITEM_BATCH)
-        )
-        base += read_word(item + a.ITEM_HEAD) * read_word(block + a.K_HEAD)
-        stride, step, length = (
-            read_word(block + a.K_ROW),
-            read_word(block + a.K_STEP),
-            read_word(block + a.HEAD_DIM),
-        )
-        return rows_of(
-            base, stride, step, length, scratch + read_word(block + a.AT_KEYS), first, columns, count
-        )
+        length, room = read_word(block + a.HEAD_DIM), scratch + read_word(block + a.AT_KEYS)
+        return rows_of(block, item, a.K, a.K_BATCH, length, room, first, columns, count)
 
     @compiled
     def load_values(block: int, item: int, scratch: int, first: int, columns: int, count: int) -> Any:
-        base = read_word(block + a.V) + read_word(
-            read_word(block + a.V_BATCH) + 8 * read_word(item + a.ITEM_BATCH)
-        )
-        base += read_word(item + a.ITEM_HEAD) * read_word(block + a.V_HEAD)
-        stride, step, length = (
-            read_word(block + a.V_ROW),
-            read_word(block + a.V_STEP),
-            read_word(block + a.V_HEAD_DIM),
-        )
-        return rows_of(
-            base, stride, step, length, scratch + read_word(block + a.AT_VALUES), first, columns, count
-        )
+        length, room = read_word(block + a.V_HEAD_DIM), scratch + read_word(block + a.AT_VALUES)
+        return rows_of(block, item, a.V, a.V_BATCH, length, room, first, columns, count)
 
     @compiled
     def describe_tile(
@@ -222,18 +226,21 @@ def steps(shape: Shape, dtype: str) -> Steps:
         coded = masked != 0 or read_word(block + a.HAS_SCORE) != 0
         # Raw scores have no part in the maximum where tile code changes them; the last state is free then.
         largest = state + (4 if coded else 1) * width * size
+        values, value_stride = keys, stride
+        if in_place and columns == 0 and read_word(block + a.V_STEP) == stored:
+            values, value_stride = row_at(block, item, a.V, a.V_BATCH, first), read_word(block + a.V_ROW)
         n = 0
-        while n + rows <= count:
-            score(vectors, keys + n * stride, stride, query, head_dim, scores + n * width * size, largest)
-            n += rows
-        if n < count and count >= rows:
-            # The last keys once more with some before them: the same scores again.
-            n = count - rows
-            score(vectors, keys + n * stride, stride, query, head_dim, scores + n * width * size, largest)
-            n = count
         while n < count:
-            score_one(vectors, keys + n * stride, stride, query, head_dim, scores + n * width * size, largest)
-            n += 1
+            if n + rows > count and count >= rows:
+                # The last keys once more with some before them: the same scores again.
+                n = count - rows
+            here, to, beside = keys + n * stride, scores + n * width * size, values + n * value_stride
+            if n + rows <= count:
+                score(vectors, here, stride, query, head_dim, to, largest, beside, value_stride)
+                n += rows
+            else:
+                score_one(vectors, here, stride, query, head_dim, to, largest, beside, value_stride)
+                n += 1
         if coded:
             describe_tile(
                 block, item, scratch, first, columns, count, a.SCORE_AND_HIDE if masked else a.SCORE

@@ -13,7 +13,7 @@ from numba import types
 
 from anyattn_numba import arguments as a
 from anyattn_numba.atomics import fetch_add
-from anyattn_numba.blocks import ITEMSIZE, steps, walker
+from anyattn_numba.blocks import ITEMSIZE, row_at, steps, walker
 from anyattn_numba.jit import carray, compiled
 from anyattn_numba.memory import pointer, read_word
 from anyattn_numba.microkernels import largest_kernel, soften_kernel
@@ -72,25 +72,17 @@ def decode_kernel(shape: Shape, dtype: str) -> Any:
                         sums[lane, c] += weights[n, lane] * row[c]
 
     @compiled
-    def row_of(block: int, item: int, base: int, batch: int, head: int, stride: int, first: int) -> int:
-        start: int = read_word(read_word(block + batch) + 8 * read_word(item + a.ITEM_BATCH))
-        start += read_word(item + a.ITEM_HEAD) * read_word(block + head)
-        start += first * read_word(block + stride)
-        start += read_word(block + base)
-        return start
-
-    @compiled
     def visit(block: int, item: int, scratch: int, first: int, columns: int, count: int, masked: int) -> None:
         head_dim, v_head_dim = read_word(block + a.HEAD_DIM), read_word(block + a.V_HEAD_DIM)
         raw = in_place and masked == 0 and columns == 0
         raw = raw and read_word(block + a.K_STEP) == raw_size and read_word(block + a.V_STEP) == raw_size
         if raw:
             keys, stride = (
-                row_of(block, item, a.K, a.K_BATCH, a.K_HEAD, a.K_ROW, first),
+                row_at(block, item, a.K, a.K_BATCH, first),
                 read_word(block + a.K_ROW),
             )
             values, value_stride = (
-                row_of(block, item, a.V, a.V_BATCH, a.V_HEAD, a.V_ROW, first),
+                row_at(block, item, a.V, a.V_BATCH, first),
                 read_word(block + a.V_ROW),
             )
             coming = keys + read_word(block + a.CHUNK) * stride

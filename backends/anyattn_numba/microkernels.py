@@ -27,45 +27,65 @@ from numba import types
 
 from anyattn_numba.jit import cgutils, intrinsic
 from anyattn_numba.target import Shape
-from anyattn_numba.vectors import INT64, Vectors, offset
+from anyattn_numba.vectors import INT64, LINE, Vectors, fetch, offset
 
 __all__ = ["accumulators", "by_vectors", "largest_kernel", "score_kernel", "soften_kernel", "weigh_kernel"]
 
 
+# Weights within 2**8 of the smallest normal number are 0: of their products with values many would be
+# subnormal. Rows of ALiBi are full of such weights, and took half as long again.
+_SPARE = 8
+
+
 @lru_cache
 def score_kernel(shape: Shape, rows: int) -> Any:
-    """score(vectors, key, key_stride, query, head_dim, out, largest) for `rows` keys.
+    """score(vectors, key, key_stride, query, head_dim, out, largest, value, value_stride) for `rows` keys.
 
-    The numbers of a key are contiguous.
+    The numbers of a key are contiguous. The keys that follow and what is at `value` are fetched: rows are too
+    short for the processor to see in time that it will need them.
     """
     lanes = Vectors(shape.element, shape.lanes)
 
     def code(builder: Any, vectors: int, arguments: list[Any]) -> None:
-        key, key_stride, query, head_dim, out, largest = arguments
+        key, key_stride, query, head_dim, out, largest, value, value_stride = arguments
         width = vectors * lanes.nbytes
         sums = accumulators(builder, lanes, rows, vectors)
         for row in sums:
             for sum_ in row:
                 builder.store(lanes.constant(0.0), sum_)
         starts = [builder.add(key, builder.mul(key_stride, ir.Constant(INT64, r))) for r in range(rows)]
-        with cgutils.for_range(builder, head_dim, intp=INT64) as loop:
-            here = builder.add(query, builder.mul(loop.index, ir.Constant(INT64, width)))
-            values = [lanes.load(builder, offset(builder, here, v * lanes.nbytes)) for v in range(vectors)]
-            step = builder.mul(loop.index, ir.Constant(INT64, lanes.itemsize))
-            for start, row in zip(starts, sums, strict=True):
-                factor = lanes.broadcast(builder, builder.add(start, step))
-                for sum_, value in zip(row, values, strict=True):
-                    builder.store(lanes.muladd(builder, factor, value, builder.load(sum_)), sum_)
+        following = builder.add(key, builder.mul(key_stride, ir.Constant(INT64, rows)))
+
+        def multiply(first: Any, end: Any, coming: Any, stride: Any) -> None:
+            with cgutils.for_range_slice(builder, first, end, ir.Constant(INT64, 1), intp=INT64) as (d, _):
+                here = builder.add(query, builder.mul(d, ir.Constant(INT64, width)))
+                values = [
+                    lanes.load(builder, offset(builder, here, v * lanes.nbytes)) for v in range(vectors)
+                ]
+                step = builder.mul(d, ir.Constant(INT64, lanes.itemsize))
+                for start, row in zip(starts, sums, strict=True):
+                    factor = lanes.broadcast(builder, builder.add(start, step))
+                    for sum_, value in zip(row, values, strict=True):
+                        builder.store(lanes.muladd(builder, factor, value, builder.load(sum_)), sum_)
+                number = builder.sub(d, first)
+                line = builder.udiv(number, ir.Constant(INT64, rows))
+                row_number = builder.urem(number, ir.Constant(INT64, rows))
+                at = builder.add(coming, builder.mul(row_number, stride))
+                fetch(builder, builder.add(at, builder.mul(line, ir.Constant(INT64, LINE))))
+
+        half = builder.udiv(head_dim, ir.Constant(INT64, 2))
+        multiply(ir.Constant(INT64, 0), half, following, key_stride)
+        multiply(half, head_dim, value, value_stride)
         for v in range(vectors):
             top_at = offset(builder, largest, v * lanes.nbytes)
             top = lanes.load(builder, top_at)
             for r, row in enumerate(sums):
-                value = builder.load(row[v])
-                lanes.store(builder, value, offset(builder, out, r * width + v * lanes.nbytes))
-                top = lanes.maximum(builder, value, top)
+                found = builder.load(row[v])
+                lanes.store(builder, found, offset(builder, out, r * width + v * lanes.nbytes))
+                top = lanes.maximum(builder, found, top)
             lanes.store(builder, top, top_at)
 
-    call = by_vectors(f"score_{rows}", shape, 6, code)
+    call = by_vectors(f"score_{rows}", shape, 8, code)
 
     @intrinsic
     def score(
@@ -77,8 +97,10 @@ def score_kernel(shape: Shape, rows: int) -> Any:
         head_dim: Any,
         out: Any,
         largest: Any,
+        value: Any,
+        value_stride: Any,
     ) -> Any:
-        return types.void(*[types.int64] * 7), call
+        return types.void(*[types.int64] * 9), call
 
     return score
 
@@ -150,7 +172,7 @@ def soften_kernel(shape: Shape) -> Any:
             none = builder.fcmp_ordered("==", top, lanes.constant(float("-inf")))
             base = builder.select(none, lanes.constant(0.0), top)
             old = lanes.load(builder, offset(builder, before, at))
-            decay = lanes.exp(builder, builder.fsub(old, base))
+            decay = lanes.exp(builder, builder.fsub(old, base), _SPARE)
             lanes.store(builder, decay, offset(builder, factor, at))
             lanes.store(builder, top, offset(builder, before, at))
             summed = lanes.load(builder, offset(builder, total, at))
@@ -160,7 +182,8 @@ def soften_kernel(shape: Shape) -> Any:
             here = builder.add(scores, builder.mul(loop.index, ir.Constant(INT64, width)))
             for v, sum_ in enumerate(sums):
                 at = offset(builder, here, v * lanes.nbytes)
-                weight = lanes.exp(builder, builder.fsub(lanes.load(builder, at), bases[v]))
+                power = builder.fsub(lanes.load(builder, at), bases[v])
+                weight = lanes.exp(builder, power, _SPARE)
                 lanes.store(builder, weight, at)
                 builder.store(builder.fadd(builder.load(sum_), weight), sum_)
         for v, sum_ in enumerate(sums):

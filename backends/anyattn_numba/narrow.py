@@ -21,7 +21,7 @@ from numba import types
 from anyattn_numba.jit import cgutils, intrinsic
 from anyattn_numba.microkernels import outlined
 from anyattn_numba.target import Shape
-from anyattn_numba.vectors import INT32, INT64, Vectors, offset
+from anyattn_numba.vectors import INT32, INT64, Vectors, fetch, offset
 
 __all__ = ["MOST_QUERIES", "QUERIES", "narrow_score_kernel", "narrow_weigh_kernel", "suits"]
 
@@ -50,14 +50,6 @@ def _load(builder: Any, lanes: Vectors, dtype: str, address: Any) -> Any:
     stored.align = 2
     wide = builder.zext(stored, lanes.integer)
     return builder.bitcast(builder.shl(wide, ir.Constant(lanes.integer, [16] * lanes.lanes)), lanes.type)
-
-
-def _fetch(builder: Any, address: Any) -> None:
-    """Bring the cache line of an address near; no error where there is no memory."""
-    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT32, INT32, INT32])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(prefetch, [pointer, *(ir.Constant(INT32, n) for n in (0, 3, 1))])
 
 
 @contextmanager
@@ -111,8 +103,8 @@ def narrow_score_kernel(shape: Shape, dtype: str, keys: int) -> Any:
                 for q in range(QUERIES):
                     sum_ = sums[n * QUERIES + q]
                     builder.store(lanes.muladd(builder, part, queries[q], builder.load(sum_)), sum_)
-                _fetch(builder, row(value, value_stride, n, at))
-                _fetch(builder, row(next_key, key_stride, n, at))
+                fetch(builder, row(value, value_stride, n, at))
+                fetch(builder, row(next_key, key_stride, n, at))
         # Pairs of vectors are added crosswise until lane n of the last one is the sum of vector n.
         rows = [builder.load(sum_) for sum_ in sums]
         distance = 1
