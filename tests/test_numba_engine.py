@@ -275,3 +275,37 @@ class TestPlans:
             )
             lengths[0] += 7
             slopes *= 2
+
+
+class TestNames:
+    """Names of compiled functions, by which machine code from several processes' caches is told apart."""
+
+    def test_functions_made_for_other_dtypes_have_other_names(self):
+        from anyattn_numba.kernels import KERNELS, _factory
+        from anyattn_numba.pairs import entries_kernel
+
+        found = {}
+
+        def collect(function):
+            if id(function) in found:
+                return
+            found[id(function)] = function
+            for cell in function.py_func.__closure__ or ():
+                if hasattr(cell.cell_contents, "py_func"):
+                    collect(cell.cell_contents)
+
+        for dtype in BOUND:
+            shape = shape_for("float64" if dtype == "float64" else "float32")
+            for kernel in KERNELS:
+                collect(_factory(kernel)(shape, dtype))
+            for stored in (*BOUND, "bool"):
+                collect(entries_kernel(shape, stored))
+        made_with = {}
+        for x in found.values():
+            cells = [cell.cell_contents for cell in x.py_func.__closure__ or ()]
+            values = [c.py_func.__qualname__ if hasattr(c, "py_func") else repr(c) for c in cells]
+            values = [v for v in values if " at 0x" not in v]  # intrinsics, each made for a shape
+            made_with.setdefault(x.py_func.__qualname__, []).append((x.py_func.__code__, values))
+        assert len(made_with) > 100
+        for name, makings in made_with.items():
+            assert makings == makings[:1] * len(makings), name

@@ -5,7 +5,9 @@ What they give is called by compiled code only, whose types are Numba's, so it h
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -28,10 +30,32 @@ cgutils: Any = _cgutils
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """A function for compiled code and `threads.address`; a call from Python would end the process."""
+    """A function for compiled code and `threads.address`; a call from Python would end the process.
+
+    What was made of one function for other dtypes must have another name: of machine code from the cache,
+    compiled in several processes, functions of one name are taken for one.
+    """
+    if function.__closure__:
+        digest = hashlib.sha256(_identity(function).encode()).hexdigest()[:16]
+        function.__qualname__ += f".made_{digest}"
     return numba.njit(**OPTIONS)(function)
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:
     """A function whose code is written with llvmlite."""
     return numba.extending.intrinsic(function)
+
+
+def _identity(value: Any) -> str:
+    """What tells a value apart that compiled code was made with, the same in every process."""
+    if hasattr(value, "py_func"):
+        return str(value.py_func.__qualname__)
+    value = getattr(value, "_defn", value)
+    value = getattr(value, "__wrapped__", value)
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return f"{value.__module__}.{value.__qualname__}({', '.join(map(_identity, cells))})"
+    text = repr(value)
+    if " at 0x" in text:
+        raise TypeError(f"compiled: wanted a value whose repr tells it apart, got {text}")
+    return text

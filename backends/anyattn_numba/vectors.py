@@ -72,6 +72,9 @@ class Vectors:
         self.mantissa, self.bias = (23, 127) if single else (52, 1023)
         self.suffix = f"v{lanes}f{8 * self.itemsize}"
 
+    def __repr__(self) -> str:
+        return f"Vectors({self.element!r}, {self.lanes})"
+
     def constant(self, value: float) -> Any:
         """A vector of one constant."""
         return ir.Constant(self.type, [value] * self.lanes)
