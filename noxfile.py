@@ -105,7 +105,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Mypy, strict, on the package and its backends."""
-    session.install(*CONSTRAINTS, "-e", ".[testing]", "mypy")
+    session.install(*CONSTRAINTS, "-e", ".[testing,numba]", "mypy")
     session.run("mypy")
 
 
