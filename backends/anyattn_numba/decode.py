@@ -77,14 +77,8 @@ def decode_kernel(shape: Shape, dtype: str) -> Any:
         raw = in_place and masked == 0 and columns == 0
         raw = raw and read_word(block + a.K_STEP) == raw_size and read_word(block + a.V_STEP) == raw_size
         if raw:
-            keys, stride = (
-                row_at(block, item, a.K, a.K_BATCH, first),
-                read_word(block + a.K_ROW),
-            )
-            values, value_stride = (
-                row_at(block, item, a.V, a.V_BATCH, first),
-                read_word(block + a.V_ROW),
-            )
+            keys, stride = row_at(block, item, a.K, a.K_BATCH, first), read_word(block + a.K_ROW)
+            values, value_stride = row_at(block, item, a.V, a.V_BATCH, first), read_word(block + a.V_ROW)
             coming = keys + read_word(block + a.CHUNK) * stride
         else:
             keys, stride = load_keys(block, item, scratch, first, columns, count)
@@ -97,30 +91,19 @@ def decode_kernel(shape: Shape, dtype: str) -> Any:
         for q in range(0, queries, QUERIES):
             rows, out = query + q * long, scores + q * size
             n = 0
-            while n + together <= count:
-                here, to, ahead, beside = (
-                    keys + n * stride,
-                    out + n * lanes * size,
-                    coming + n * stride,
-                    values + n * value_stride,
-                )
-                if raw:
-                    score_raw(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
-                else:
-                    score(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
-                n += together
             while n < count:
-                here, to, ahead, beside = (
-                    keys + n * stride,
-                    out + n * lanes * size,
-                    coming + n * stride,
-                    values + n * value_stride,
-                )
-                if raw:
+                here, to = keys + n * stride, out + n * lanes * size
+                ahead, beside = coming + n * stride, values + n * value_stride
+                whole = n + together <= count
+                if raw and whole:
+                    score_raw(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
+                elif raw:
                     score_raw_one(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
+                elif whole:
+                    score(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
                 else:
                     score_one(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
-                n += 1
+                n += together if whole else 1
         if masked != 0 or read_word(block + a.HAS_SCORE) != 0:
             describe_tile(
                 block, item, scratch, first, columns, count, a.SCORE_AND_HIDE if masked else a.SCORE
