@@ -61,11 +61,11 @@ class Kernels:
         transpose, exp = memory.transpose_kernel(shape.element, shape.lanes), exp_kernel(shape)
 
         @callable_
-        def wide(which, a, b, c, d, e, f, g):
+        def wide(which, a, b, c, d, e, f, g, h, i):
             if which == 0:
-                score(a, b, c, d, e, f, g)
+                score(a, b, c, d, e, f, g, h, i)
             elif which == 1:
-                score_one(a, b, c, d, e, f, g)
+                score_one(a, b, c, d, e, f, g, h, i)
             elif which == 2:
                 weigh(a, b, c, d, e, f, g)
             elif which == 3:
@@ -108,10 +108,8 @@ class Kernels:
 
     def __call__(self, name, *arguments):
         given = [x.ctypes.data if isinstance(x, np.ndarray) else x for x in arguments]
-        names, function, count = (
-            (self.NAMES, self.wide, 7) if name in self.NAMES else (self.NARROW, self.few, 9)
-        )
-        function(names.index(name), *given, *[0] * (count - len(given)))
+        names, function = (self.NAMES, self.wide) if name in self.NAMES else (self.NARROW, self.few)
+        function(names.index(name), *given, *[0] * (9 - len(given)))
 
 
 @lru_cache

@@ -171,6 +171,8 @@ class TestUsableCpus:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# JAX, which other tests import, warns of every fork; this child does not touch it.
+@pytest.mark.filterwarnings("ignore:os.fork.. was called:RuntimeWarning")
 def test_a_forked_child_counts_anew(monkeypatch):
     assert thread_count() == 4
     monkeypatch.setattr(module, "usable_cpus", lambda: 3)
