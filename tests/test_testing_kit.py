@@ -475,3 +475,13 @@ class TestPlugin:
         result = pytester.runpytest_subprocess("--pyargs", "anyattn.testing", *options)
         assert result.ret == pytest.ExitCode.OK
         assert result.stdout.str().count("a drawn call") == 3
+
+
+def test_every_case_of_the_kit_has_a_family():
+    """Calls to refuse too, which `--anyattn-family` meets when it sorts what was collected."""
+    command = [sys.executable, "-m", "pytest", "--pyargs", "anyattn.testing", "--collect-only", "-q"]
+    options = ["--anyattn-backend=reference", "--anyattn-library=numpy", "--anyattn-family=bad input"]
+    found = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "test_bad_input" in found.stdout
+    assert "test_values" not in found.stdout

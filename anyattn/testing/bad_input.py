@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from anyattn.testing.case import Drawn, Entry, Function, Given
 from anyattn.testing.cases import makers
@@ -50,6 +50,8 @@ class BadCall:
     reads_values: bool = False
     foreign: str | None = None
     elsewhere: str | None = None
+
+    family: ClassVar[str] = "bad input"
 
     @property
     def needs(self) -> frozenset[str]:
