@@ -58,13 +58,13 @@ def least(function: Callable[[], object], seconds: float = 2.0) -> float:
 
 
 def limits() -> tuple[float, float]:
-    """Operations and bytes a second: of a matrix product, and of sums over what fits in no cache."""
+    """Operations and bytes a second: of a matrix product, and of dot products of what fits in no cache."""
     x = np.ones((2048, 2048), np.float32)
     rate = 2 * 2048**3 / least(lambda: x @ x)
     parts = np.array_split(np.ones(1 << 27, np.float32), os.cpu_count() or 1)
 
     def read() -> None:
-        readers = [threading.Thread(target=part.sum) for part in parts]
+        readers = [threading.Thread(target=np.dot, args=(part, part)) for part in parts]
         for reader in readers:
             reader.start()
         for reader in readers:
