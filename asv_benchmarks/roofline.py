@@ -99,13 +99,8 @@ def main() -> None:
         intensity, rate = operations / nbytes, operations / least(function)
         limit = min(peak, intensity * bandwidth)
         print(f"{name:20s} {rate / 1e9:7.1f} GFLOP/s, {rate / limit:.0%} of the limit")
-        axes.plot(intensity, rate / 1e9, "o")
-        axes.annotate(
-            f"{name}\n{rate / limit:.0%}",
-            (intensity, rate / 1e9),
-            xytext=(6, -14),
-            textcoords="offset points",
-        )
+        axes.plot(intensity, rate / 1e9, "o", label=f"{name}: {rate / limit:.0%} of the limit")
+    axes.legend(loc="lower right")
     axes.set_xlabel("operations a byte of q, k, v and out")
     axes.set_ylabel("GFLOP/s of the pairs that are seen")
     axes.grid(alpha=0.3)
