@@ -19,7 +19,7 @@ from numba import types
 
 from anyattn.schedule import GATHERED, MASKED
 from anyattn_numba import arguments as a
-from anyattn_numba.atomics import invoke
+from anyattn_numba.atomics import fetch_add, invoke
 from anyattn_numba.jit import carray, compiled
 from anyattn_numba.memory import (
     pointer,
@@ -31,16 +31,15 @@ from anyattn_numba.memory import (
     write_word,
 )
 from anyattn_numba.microkernels import largest_kernel, score_kernel
-from anyattn_numba.rows import reader
+from anyattn_numba.rows import ITEMSIZE, reader
 from anyattn_numba.target import Shape
 
-__all__ = ["ITEMSIZE", "NONE", "WIDTH", "Steps", "row_at", "steps", "walker"]
+__all__ = ["NONE", "WIDTH", "Steps", "next_item", "row_at", "steps", "walker"]
 
 # A zero of the type of all other arguments: Numba compiles a function anew for a literal.
 NONE = numpy.int64(0)
 # Where in a thread's memory the number of lanes of its item stands: whole vectors.
 WIDTH = 0
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,16 @@ class Steps:
 
 # Behind the offsets of the batch entries: strides of heads, rows and numbers.
 HEAD, ROW, STEP = 8, 16, 24
+
+
+@compiled
+def next_item(block: int) -> int:
+    """The address of an item that no thread has taken, or 0 where none is left."""
+    number = fetch_add(block + a.COUNTER, 1)
+    if number >= read_word(block + a.NUM_ITEMS):
+        return 0
+    item: int = read_word(block + a.ITEMS) + number * (8 * a.ITEM_WORDS)
+    return item
 
 
 @compiled

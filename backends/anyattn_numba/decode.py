@@ -12,14 +12,13 @@ from typing import Any
 from numba import types
 
 from anyattn_numba import arguments as a
-from anyattn_numba.atomics import fetch_add
-from anyattn_numba.blocks import ITEMSIZE, row_at, steps, walker
+from anyattn_numba.blocks import next_item, row_at, steps, walker
 from anyattn_numba.jit import carray, compiled
 from anyattn_numba.memory import pointer, read_word
 from anyattn_numba.microkernels import largest_kernel, soften_kernel
 from anyattn_numba.narrow import QUERIES, narrow_score_kernel, narrow_weigh_kernel
 from anyattn_numba.results import finisher
-from anyattn_numba.rows import all_finite
+from anyattn_numba.rows import ITEMSIZE, all_finite
 from anyattn_numba.target import Shape
 
 __all__ = ["decode_kernel"]
@@ -135,10 +134,9 @@ def decode_kernel(shape: Shape, dtype: str) -> Any:
         for n in range(len(empty)):
             empty[n] = 0
         while True:
-            number = fetch_add(block + a.COUNTER, 1)
-            if number >= read_word(block + a.NUM_ITEMS):
+            item = next_item(block)
+            if item == 0:
                 return 0
-            item = read_word(block + a.ITEMS) + number * (8 * a.ITEM_WORDS)
             begin(block, item, scratch)
             walk(block, item, scratch)
             finish(block, item, scratch, scratch + read_word(block + a.AT_SUM))

@@ -69,9 +69,7 @@ class Prepared:
         self.scratch = int(self.block[a.SCRATCH_SIZE // 8])
         self.parts = work.parts
         self.rows = math.prod(self.shape[:-1])
-        most = int(work.items[:, 3].max(initial=0))
-        narrow = suits(shape, most, call.head_dim, call.v_head_dim)
-        self.kernel = kernel_address("decode" if narrow else "forward", call.dtype)
+        self.kernel = kernel_address("decode" if _narrow(call, shape, work) else "forward", call.dtype)
         self.combine = kernel_address("combine", call.dtype) if work.parts > 1 else 0
         self.accumulate = numpy.dtype(call.accumulate)
 
@@ -174,12 +172,16 @@ def argument_block(
         put(a.CAPTURED, words)
         put(a.TILE_CODE, tile_address(program, call.accumulate, index_type(program, call)))
         put(a.HAS_SCORE, call.score is not None)
-    narrow = suits(shape, int(work.items[:, 3].max(initial=0)), call.head_dim, call.v_head_dim)
-    chunk = _NARROW_CHUNK if narrow else _CHUNK
+    chunk = _NARROW_CHUNK if _narrow(call, shape, work) else _CHUNK
     put(a.CHUNK, chunk)
     tile = 0 if program is None else tile_memory(program, call.accumulate, chunk)
     _lay_out(put, call, shape, chunk, tile)
     return block, kept
+
+
+def _narrow(call: AttentionCall, shape: Shape, work: Work) -> bool:
+    """Whether all items have so few queries that lanes run along the channels."""
+    return suits(shape, int(work.items[:, 3].max(initial=0)), call.head_dim, call.v_head_dim)
 
 
 def _put_strides(put: Any, place: int, x: NDArray, batch_shape: tuple[int, ...]) -> None:

@@ -23,8 +23,7 @@ from typing import Any
 from numba import types
 
 from anyattn_numba import arguments as a
-from anyattn_numba.atomics import fetch_add
-from anyattn_numba.blocks import WIDTH, steps, walker
+from anyattn_numba.blocks import WIDTH, next_item, steps, walker
 from anyattn_numba.jit import carray, compiled
 from anyattn_numba.memory import pointer, read_word, transpose_kernel
 from anyattn_numba.microkernels import soften_kernel, weigh_kernel
@@ -114,10 +113,9 @@ def forward_kernel(shape: Shape, dtype: str) -> Any:
     def forward(block: int, worker: int) -> int:
         scratch = read_word(block + a.SCRATCH) + worker * read_word(block + a.SCRATCH_SIZE)
         while True:
-            number = fetch_add(block + a.COUNTER, 1)
-            if number >= read_word(block + a.NUM_ITEMS):
+            item = next_item(block)
+            if item == 0:
                 return 0
-            item = read_word(block + a.ITEMS) + number * (8 * a.ITEM_WORDS)
             begin(block, item, scratch)
             walk(block, item, scratch)
             finish(block, item, scratch, turn(block, scratch))

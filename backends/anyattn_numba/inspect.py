@@ -26,7 +26,7 @@ from numba import types
 
 from anyattn_numba import arguments as a
 from anyattn_numba.atomics import fetch_add
-from anyattn_numba.blocks import NONE, WIDTH, steps, walker
+from anyattn_numba.blocks import NONE, WIDTH, next_item, steps, walker
 from anyattn_numba.jit import carray, compiled
 from anyattn_numba.memory import pointer, read_index, read_word, transpose_kernel, write_word
 from anyattn_numba.microkernels import soften_kernel
@@ -144,10 +144,9 @@ def weights_kernel(shape: Shape, dtype: str) -> Any:
     def weights(block: int, worker: int) -> int:
         scratch = read_word(block + a.SCRATCH) + worker * read_word(block + a.SCRATCH_SIZE)
         while True:
-            number = fetch_add(block + a.COUNTER, 1)
-            if number >= read_word(block + a.NUM_ITEMS):
+            item = next_item(block)
+            if item == 0:
                 return 0
-            item = read_word(block + a.ITEMS) + number * (8 * a.ITEM_WORDS)
             begin(block, item, scratch)
             for which in range(2):
                 write_word(scratch + _PASS, which)

@@ -12,8 +12,7 @@ from anyattn.arrays import Array
 from anyattn.call import AttentionCall
 from anyattn.schedule import MASKED, Spans
 from anyattn_numba import arguments as a
-from anyattn_numba import threads
-from anyattn_numba.engine import argument_block, scratch
+from anyattn_numba.engine import argument_block, run, scratch
 from anyattn_numba.hostarrays import address_of, as_numpy, empty_like, from_numpy
 from anyattn_numba.kernels import kernel_address, shape_for
 from anyattn_numba.target import Shape
@@ -139,10 +138,8 @@ def _threads_for(call: AttentionCall, work: Work) -> int:
 
 
 def _run(kernel: str, call: AttentionCall, block: NDArray, pieces: int, number: int) -> None:
-    """Run a kernel on up to `number` threads; an error there is one here."""
+    """Run a kernel on up to `number` threads."""
     number = max(1, min(number, pieces))
     block[a.COUNTER // 8] = 0
     block[a.SCRATCH // 8] = scratch(int(block[a.SCRATCH_SIZE // 8]) * number)
-    status = threads.run(kernel_address(kernel, call.dtype), address_of(block), number)
-    if status:
-        raise RuntimeError(f"numba: the kernel {kernel!r} for {call.dtype} ended with status {status}")
+    run(kernel_address(kernel, call.dtype), block, number)

@@ -75,9 +75,7 @@ def entries_address(dtype: str, accumulate: str) -> int:
     """The address of the code that reads arrays of a dtype along pairs (`anyattn_numba.pairs`)."""
     dispatcher = entries_kernel(shape_for(accumulate), dtype)
     with _lock:
-        attach(
-            dispatcher, _key("entries", "", dtype, accumulate, code_digest("", _own_modules())), user_store()
-        )
+        attach(dispatcher, _key("entries", "", dtype, accumulate, _OWN_CODE), user_store())
         return threads.address(dispatcher)
 
 
