@@ -281,6 +281,14 @@ def cast(xp: Namespace, x: Array, dtype: Any) -> Array:
     return x if x.dtype == dtype else xp.astype(x, dtype)
 
 
+def full(xp: Namespace, shape: tuple[int, ...], value: float, dtype: Any, where: Any) -> Array:
+    """An array of one value on the device `where`."""
+    if 0 in shape:
+        # dask 2026.8 divides by zero when it chooses the chunks of some empty shapes, (0, 130, 1) among them.
+        return xp.broadcast_to(xp.full((), value, dtype=dtype, device=where), shape)
+    return xp.full(shape, value, dtype=dtype, device=where)
+
+
 def take_range(x: Array, start: Any, size: int, axis: int) -> Array:
     """`x[start : start + size]` along a negative `axis`; under a JAX loop `start` is traced."""
     if isinstance(start, int):

@@ -58,8 +58,7 @@ def start_state(logits: Logits, sinks: bool = True) -> State:
     """(m, l) of rows that have seen no key yet."""
     xp, call = logits.xp, logits.call
     if call.sinks is None or not sinks:
-        lowest = xp.full(logits.shape(), -xp.inf, dtype=logits.dtype, device=call.device)
-        return lowest, xp.zeros(logits.shape(), dtype=logits.dtype, device=call.device)
+        return logits.full(logits.shape(), -xp.inf), logits.full(logits.shape(), 0.0)
     sink = xp.broadcast_to(xp.reshape(call.sinks, (call.num_heads, 1)), logits.shape())
     top = arrays.stop_gradient(sink)
     return top, xp.exp(sink - xp.where(top == -xp.inf, 0.0, top))
@@ -80,7 +79,7 @@ def advance(logits: Logits, state: State, score: Array) -> tuple[State, Array, A
 def largest(logits: Logits, x: Array) -> Array:
     """The maximum over the last axis, -inf of nothing."""
     if 0 in x.shape:
-        return logits.xp.full(x.shape[:-1], -logits.xp.inf, dtype=logits.dtype, device=logits.call.device)
+        return logits.full(x.shape[:-1], -logits.xp.inf)
     return logits.xp.max(x, axis=-1)
 
 
@@ -94,8 +93,7 @@ def log_sum(logits: Logits, state: State) -> Array:
 
 
 def _zero(logits: Logits) -> tuple[State, Array]:
-    shape = logits.shape(logits.call.v_head_dim)
-    return start_state(logits), logits.xp.zeros(shape, dtype=logits.dtype, device=logits.call.device)
+    return start_state(logits), logits.full(logits.shape(logits.call.v_head_dim), 0.0)
 
 
 def _step(
@@ -119,9 +117,7 @@ def _merged_chunks(logits: Logits) -> tuple[Array, Array]:
     out, lse = _finish(logits, *_zero(logits))
     for start, size in _chunks(logits.call):
         state = start_state(logits, sinks=False)
-        acc = logits.xp.zeros(
-            logits.shape(logits.call.v_head_dim), dtype=logits.dtype, device=logits.call.device
-        )
+        acc = logits.full(logits.shape(logits.call.v_head_dim), 0.0)
         part = _finish(logits, *_step(logits, (state, acc), start, size))
         out, lse = merge([out, part[0]], [lse, part[1]])
     return out, lse

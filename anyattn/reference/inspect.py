@@ -46,7 +46,7 @@ def stats(call: AttentionCall) -> dict[str, Array]:
         carry = entropy + xp.sum(surprise, axis=-1), xp.maximum(peak, largest(logits, p))
         return carry, xp.sum(p, axis=-2)
 
-    zero = xp.zeros(logits.shape(), dtype=logits.dtype, device=call.device)
+    zero = logits.full(logits.shape(), 0.0)
     (entropy, peak), key_mass = over_keys(call, summarise, (zero, zero))
     found = {"key_mass": key_mass, "entropy": entropy, "max": peak}
     return {name: found[name] for name in call.stats}

@@ -44,6 +44,10 @@ class Logits:
         """(..., Hq, R, *last) of the call."""
         return (*self.call.batch_shape, self.call.num_heads, self.num_rows, *last)
 
+    def full(self, shape: tuple[int, ...], value: float) -> Array:
+        """An array of one value in the dtype that is accumulated in."""
+        return arrays.full(self.xp, shape, value, self.dtype, self.call.device)
+
     def block(self, start: Array | int, size: int, full: bool = False) -> tuple[Array, Array | None]:
         """Scores (..., Hq, R, size) from key `start` on, -inf where hidden, and what is seen (None: all).
 
@@ -86,7 +90,7 @@ class Logits:
         positive, vanished = seen & (p > 0), seen & (p == 0)
         up, down = meets(positive, v == xp.inf), meets(positive, v == -xp.inf)
         undefined = meets(seen, xp.isnan(v)) | meets(vanished, ~xp.isfinite(v)) | (up & down)
-        zero = xp.zeros(up.shape, dtype=self.dtype, device=self.call.device)
+        zero = self.full(up.shape, 0.0)
         return xp.where(undefined, xp.nan, xp.where(up, xp.inf, xp.where(down, -xp.inf, zero)))
 
     def _scores(self, k: Array, clean: bool) -> Array:

@@ -76,6 +76,10 @@ def _batches() -> Iterator[Case]:
             )  # fmt: skip
     yield call("batch of 0", FAMILY, "an empty batch", batch=(0,), return_lse=True)
     yield call("batch of 2 and 0", FAMILY, "an empty batch", batch=(2, 0), causal=True)
+    yield call(
+        "batch of 0, many queries", FAMILY, "an empty batch of long sequences", batch=(0,), heads=1,
+        q_len=130, dim=1, return_lse=True,
+    )  # fmt: skip
     full = (2, 3, 2, 5, 9)
     yield call(
         "batch axes of mask and bias", FAMILY, "mask and bias broadcast to the result's batch axes",
