@@ -182,6 +182,10 @@ def is_tracer(x: Array) -> bool:
         torch = sys.modules["torch"]
         if torch.compiler.is_compiling():
             return True
+        # `make_fx` records what is done to plain tensors.
+        recorder = sys.modules.get("torch.fx.experimental.proxy_tensor")
+        if recorder is not None and recorder.get_proxy_mode() is not None:
+            return True
         if type(x) in (torch.Tensor, torch.nn.Parameter):
             return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
         return any(base.__name__ in ("FakeTensor", "FunctionalTensor") for base in type(x).__mro__)

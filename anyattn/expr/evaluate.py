@@ -7,8 +7,8 @@ computed in the library's default integer dtype, floats in the accumulation dtyp
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from anyattn import arrays
@@ -16,7 +16,7 @@ from anyattn.arrays import Array, Namespace
 from anyattn.expr.branches import Held
 from anyattn.expr.nodes import Aligned, Apply, Const, Expr, Load, Symbol, walk
 
-__all__ = ["Tile", "evaluate"]
+__all__ = ["Tile", "evaluate", "evaluate_all", "flat_index"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,8 @@ class Tile:
     """Where an expression is evaluated: all batch entries and heads, some rows, a block of keys.
 
     The rows are those listed in `rows`, or those from `first_row` on; the keys are `size` from `start` on.
+    Where the symbols are those of some batch entries and heads only, `aligned` has the parts of aligned
+    arrays that belong to these, by the id of their node.
     """
 
     xp: Namespace
@@ -35,6 +37,7 @@ class Tile:
     size: int
     rows: Array | None
     first_row: int = 0
+    aligned: Mapping[int, Array] = field(default_factory=dict)
 
     def dtype(self, kind: str) -> Any:
         """The dtype in which values of a kind are computed."""
@@ -46,8 +49,19 @@ class Tile:
 
 def evaluate(root: Expr, tile: Tile, score: Array | None = None) -> Array:
     """The values of `root`, of a shape that broadcasts to (..., H, R, K) and the dtype of its kind."""
+    return evaluate_all((root,), tile, score)[0]
+
+
+def evaluate_all(roots: Iterable[Expr], tile: Tile, score: Array | None = None) -> list[Array]:
+    """The values of several expressions; what they have in common is computed once."""
     values: dict[int, Array] = {}
+    return [_evaluate(root, tile, score, values) for root in roots]
+
+
+def _evaluate(root: Expr, tile: Tile, score: Array | None, values: dict[int, Array]) -> Array:
     for node in walk(root):
+        if id(node) in values:
+            continue
         args = [values[id(child)] for child in node.children]
         if isinstance(node, Const):
             value = tile.xp.asarray(node.value, dtype=tile.dtype(node.kind), device=tile.device)
@@ -67,21 +81,30 @@ def evaluate(root: Expr, tile: Tile, score: Array | None = None) -> Array:
     return values[id(root)]
 
 
-def _load(node: Load, indices: list[Array], tile: Tile) -> Array:
-    # n-d integer indexing is missing in dask and restricted in the standard; take on the flattened table is
-    # everywhere.
-    xp, table = tile.xp, node.table.value
+def flat_index(node: Load, indices: list[Array], tile: Tile) -> Array | None:
+    """Where a read finds its element in the flattened table; None in a table without axes."""
+    xp = tile.xp
     flat: Array | None = None
-    for kind, index, size in zip((i.kind for i in node.indices), indices, table.shape, strict=True):
+    for kind, index, size in zip(
+        (i.kind for i in node.indices), indices, node.table.value.shape, strict=True
+    ):
         if kind == "float":
             # NaN reads entry 0, and beyond 2**24 entries float32 rounds the last one up.
             index = tile.cast(xp.clip(xp.where(index > 0, index, 0.0), 0, max(size - 1, 0)), "int")
         inside = tile.cast(xp.clip(index, 0, max(size - 1, 0)), "int")
         flat = inside if flat is None else flat * size + inside
+    return flat
+
+
+def _load(node: Load, indices: list[Array], tile: Tile) -> Array:
+    # n-d integer indexing is missing in dask and restricted in the standard; take on the flattened table is
+    # everywhere.
+    xp, table = tile.xp, node.table.value
+    flat = flat_index(node, indices, tile)
     if flat is None:
         return tile.cast(table, node.kind)
     if 0 in table.shape:  # of an empty call: there is nothing to read and nothing that is read
-        return arrays.full(tile.xp, flat.shape, 0, tile.dtype(node.kind), tile.device)
+        return tile.xp.zeros(flat.shape, dtype=tile.dtype(node.kind), device=tile.device)
     if arrays.dtype_name(table) in ("uint16", "uint32", "uint64"):
         table = tile.cast(table, "int")  # torch gathers signed integers only
     values = arrays.take(xp, xp.reshape(table, (-1,)), xp.reshape(flat, (-1,)), axis=-1)
@@ -89,7 +112,7 @@ def _load(node: Load, indices: list[Array], tile: Tile) -> Array:
 
 
 def _aligned(node: Aligned, tile: Tile) -> Array:
-    xp, x = tile.xp, node.value
+    xp, x = tile.xp, tile.aligned.get(id(node), node.value)
     if x.shape[-2] > 1:
         if node.block > 1:
             x = arrays.take(xp, x, tile.symbols["row"][:, 0] // node.block, axis=-2)

@@ -59,7 +59,7 @@ def start_state(logits: Logits, sinks: bool = True) -> State:
     xp, call = logits.xp, logits.call
     if call.sinks is None or not sinks:
         return logits.full(logits.shape(), -xp.inf), logits.full(logits.shape(), 0.0)
-    sink = xp.broadcast_to(xp.reshape(call.sinks, (call.num_heads, 1)), logits.shape())
+    sink = xp.broadcast_to(xp.expand_dims(call.sinks, axis=-1), logits.shape())
     top = arrays.stop_gradient(sink)
     return top, xp.exp(sink - xp.where(top == -xp.inf, 0.0, top))
 
