@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anyattn.call import AttentionCall
     from anyattn.kernels.key import KernelKey
 
-__all__ = ["CAPABILITIES", "Backend"]
+__all__ = ["CAPABILITIES", "LINEAR", "Backend"]
 
 CAPABILITIES: dict[str, str] = {
     "causal": "causal=True",
@@ -35,9 +35,15 @@ CAPABILITIES: dict[str, str] = {
     "stats": "attention_stats",
     "gradients": "the array library can differentiate through the call",
     "traced": "arrays without values: jit tracers, lazy arrays",
-    "strict_masking": "a hidden key contributes nothing even if it is NaN or infinite",
+    "strict_masking": "under use(strict=True) a hidden key contributes nothing even if it is NaN",
     "deterministic_backward": "the same backward twice gives the same bits",
+    "linear_attention": "linear_attention, rule 'linear'",
+    "gated_rule": "linear_attention with decay=",
+    "delta_rule": "linear_attention with beta=",
+    "cu_seqlens": "linear_attention with cu_seqlens=",
 }
+LINEAR = frozenset({"linear_attention", "gated_rule", "delta_rule", "cu_seqlens"})
+"""The capabilities of `linear_attention`, which a backend of `attention` alone does not declare."""
 
 
 class Backend:

@@ -69,8 +69,9 @@ def use(
     threads : int, optional
         Threads that a backend may use for one call.
     strict : bool, optional
-        True leaves out backends that are not strict about hidden keys (capability `strict_masking`) where a
-        call hides any.
+        True asks for strict masking where a call hides keys: what is NaN or infinite there reaches no result
+        and no gradient. It leaves out backends without the capability `strict_masking`, and within one the
+        kernels that are faster and not strict.
     order : sequence of str, optional
         Names to try in this order where no backend is forced, the only way in which a backend from outside
         anyattn is chosen by itself.

@@ -472,7 +472,7 @@ def test_a_backend_refuses_with_its_reasons(generating):
         build(backend="nobody")
 
 
-@pytest.mark.parametrize("name", ["cupy", "torch"])
+@pytest.mark.parametrize("name", ["cupy"])
 def test_backends_without_kernels_refuse_as_attention_does(name):
     with pytest.raises(UnsupportedCallError) as caught:
         build(backend=name, causal=True)

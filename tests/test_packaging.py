@@ -14,7 +14,7 @@ import anyattn as aa
 from anyattn.errors import UnsupportedCallError
 
 BACKENDS = ["numba", "cupy", "torch"]
-SHELLS = ["cupy", "torch"]
+SHELLS = ["cupy"]
 
 
 def test_version() -> None:

@@ -52,6 +52,13 @@ def perform(case: Case, arrays: Mapping[str, Array], backend: str) -> dict[str, 
     """The call of a case on arrays of a library; results by name."""
     import anyattn
 
+    with anyattn.use(strict="strict_masking" in case.needs):
+        return _perform(case, arrays, backend)
+
+
+def _perform(case: Case, arrays: Mapping[str, Array], backend: str) -> dict[str, Array]:
+    import anyattn
+
     if case.operation == "merge":
         return _in_parts(case, arrays, backend)
     arguments, keywords = case.arguments(arrays, _vocabulary())

@@ -1,14 +1,15 @@
-"""PyTorch's own attention (SDPA, FlexAttention) and tiles of torch calls, for torch tensors of any device.
+"""Torch tensors of any device, with gradients: torch's own attention where it means the same, else own tiles.
 
-Dispatch imports this package to read the declaration below, so it does not import torch. It has no kernels
-yet: it declares what it will take and refuses every call.
+Dispatch imports this package to read the declaration below, so it imports nothing heavy. From there `routes`
+says which way a call goes and why: `sdpa`, or `tiles` of its own.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from anyattn.backend import Backend
+from anyattn.backend import CAPABILITIES, Backend
+from anyattn.call import AttentionCall
 
 __all__ = ["backend"]
 
@@ -18,15 +19,23 @@ class TorchBackend(Backend):
 
     name = "torch"
     arrays = ("torch.Tensor",)
-    dtypes = frozenset({"float16", "bfloat16", "float32", "float64"})
     devices = ("*",)
-    capabilities: frozenset[str] = frozenset()
+    # Weights and statistics of torch tensors are those of `reference`, which computes them with torch.
+    capabilities = frozenset(CAPABILITIES) - {"dropout", "weights", "stats"}
     requires = ("torch",)
     extra = "torch"
 
-    def unsupported(self, call: Any) -> tuple[str, ...]:
-        """Return why this backend cannot run `call`."""
-        return ("its translation to SDPA and FlexAttention is not built yet",)
+    def notes(self, call: AttentionCall) -> tuple[str, ...]:
+        """The route of the call, what it keeps in memory, and why other routes do not take it."""
+        from anyattn_torch import routes
+
+        return routes.notes(call)
+
+    def run(self, call: AttentionCall) -> Any:
+        """Run a call."""
+        from anyattn_torch import routes
+
+        return routes.run(call)
 
 
 backend = TorchBackend()

@@ -1,0 +1,106 @@
+"""Which way a call goes on torch, and why: the one place where that is said.
+
+A route is a module with `refusal(call)`, what keeps it from meaning the same, and `attend(call)`. Here they
+are put in order, and left out where they would break a promise that the caller asked for. `explain` shows
+what this page finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from anyattn import settings
+from anyattn.arrays import Array
+from anyattn.call import AttentionCall
+
+__all__ = ["ROUTES", "Route", "choose", "notes", "only", "run"]
+
+ROUTES = ("sdpa", "tiles")
+_NAMES = {"sdpa": "SDPA", "tiles": "own tiles"}
+
+_allowed: ContextVar[tuple[str, ...]] = ContextVar("anyattn_torch_routes", default=ROUTES)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way of a call, and what keeps those before it in the order from taking it."""
+
+    name: str
+    passed: tuple[tuple[str, str], ...]
+
+
+@contextmanager
+def only(*names: str) -> Iterator[None]:
+    """Leave out all routes but these, and the tiles, for tests and measurements."""
+    unknown = sorted(set(names) - set(ROUTES))
+    if unknown:
+        raise ValueError(f"only: no route {unknown[0]!r}; there are {', '.join(ROUTES)}")
+    token = _allowed.set((*names, "tiles"))
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def choose(call: AttentionCall) -> Route:
+    """The first route in the order that nothing keeps from taking a call; the tiles take every call."""
+    passed: list[tuple[str, str]] = []
+    for name in _order(call):
+        reason = _left_out(name, call) or _module(name).refusal(call)
+        if reason is None:
+            return Route(name, tuple(passed))
+        passed.append((name, reason))
+    return Route("tiles", tuple(passed))
+
+
+def run(call: AttentionCall) -> tuple[Array, Array | None]:
+    """(out, lse) of a call."""
+    pair: tuple[Array, Array | None] = _module(choose(call).name).attend(call)
+    return pair
+
+
+def notes(call: AttentionCall) -> tuple[str, ...]:
+    """The route of a call, what it keeps in memory, and why the others do not take it."""
+    route = choose(call)
+    found = [f"runs on {_NAMES[route.name]}", *_module(route.name).memory(call)]
+    found += [f"not on {_NAMES[name]}: it {reason}" for name, reason in route.passed]
+    return tuple(found)
+
+
+def _order(call: AttentionCall) -> tuple[str, ...]:
+    return tuple(name for name in ROUTES if name in _allowed.get() and name != "tiles")
+
+
+def _left_out(name: str, call: AttentionCall) -> str | None:
+    """Why a route is not taken although it means the same."""
+    import torch
+
+    if settings.current().strict and call.visible is not None:
+        return "lets a NaN at a hidden key through, and use(strict=True) asks for strict masking"
+    if call.device_kind != "cpu" and torch.are_deterministic_algorithms_enabled():
+        return "sums gradients in any order there, and torch.use_deterministic_algorithms(True) is on"
+    if _transformed(call):
+        return "has no rule for functorch's transforms of every order"
+    return None
+
+
+def _transformed(call: AttentionCall) -> bool:
+    """Whether a tensor is inside torch.func.vmap, grad, jvp or the like."""
+    import torch
+
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(wrapped(x) for x in (call.q, call.k, call.v, *call.others))
+
+
+def _module(name: str) -> Any:
+    if name == "tiles":
+        from anyattn_torch import plain
+
+        return plain
+    from importlib import import_module
+
+    return import_module(f"anyattn_torch.{name}")

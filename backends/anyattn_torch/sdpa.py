@@ -1,0 +1,158 @@
+"""torch's `scaled_dot_product_attention`, for calls that it means the same by.
+
+Its causal order is aligned to the top left (row r sees keys up to r), ours to the bottom right; it has no
+log-sum-exp, sink, softcap or score function, and knows masks as arrays only. Only its fused kernels are
+used: the plain one ("math") keeps all Lq x Lk scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anyattn import arrays
+from anyattn.arrays import Array
+from anyattn.call import AttentionCall
+from anyattn.expr.nodes import Aligned
+
+__all__ = ["attend", "memory", "refusal"]
+
+
+def refusal(call: AttentionCall) -> str | None:
+    """Why SDPA does not mean the same by a call, or has no fused kernel for it; None if it takes it."""
+    return _other_meaning(call) or _other_mask(call) or _other_memory(call) or _no_kernel(call)
+
+
+def attend(call: AttentionCall) -> tuple[Array, None]:
+    """(out, None) of a call that has no `refusal`."""
+    import torch
+
+    q, k, v = _four_axes(call)
+    with arrays.exactly(call.q):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, **_options(call))
+    return out.reshape(*call.batch_shape, *out.shape[1:]), None
+
+
+def memory(call: AttentionCall) -> tuple[str, ...]:
+    """What it keeps in memory."""
+    found = ["forward and backward keep tiles of scores, not all Lq x Lk"]
+    array = _array(call)
+    if array is not None and arrays.dtype_name(array) == "bool":
+        found.append(f"SDPA converts the mask {tuple(array.shape)} to {call.dtype}")
+    if call.visible is not None:
+        found.append("a NaN at a hidden key may reach the result; use(strict=True) takes own tiles")
+    return tuple(found)
+
+
+def _other_meaning(call: AttentionCall) -> str | None:
+    for name, value in (("softcap", call.softcap), ("score_mod", call.score_mod), ("sinks", call.sinks)):
+        if value is not None:
+            return f"has no {name}"
+    if call.return_lse:
+        return "does not return the lse"
+    if call.kv_lengths is not None:
+        return "reads keys beyond kv_lengths, where a NaN would reach the result"
+    if call.window is not None and call.window != (None, None):
+        return "has no window"
+    if call.scale <= 0:
+        return "splits the scale by its square root, which must be positive"
+    return None
+
+
+def _other_mask(call: AttentionCall) -> str | None:
+    """What keeps causal order, mask and bias from being SDPA's `is_causal` or `attn_mask`."""
+    given = [x is not None for x in (call.mask, call.bias)].count(True) + call.causal
+    if given > 1:
+        return "takes one of causal order, mask and bias, or an Lq x Lk array of all that would be made anew"
+    if call.causal and not (_top_left(call) or _sees_all(call)):
+        return "aligns causal order to the first query and key, which here are not at one position"
+    if call.mask is not None and not (isinstance(call.visible, Aligned) and call.visible.block == 1):
+        return "takes masks as arrays, and this one is an expression"
+    if call.bias is not None:
+        if arrays.dtype_name(call.bias) != call.dtype:
+            return f"rounds the bias from {arrays.dtype_name(call.bias)} to {call.dtype}"
+        if arrays.needs_gradient(call.bias):
+            return "keeps Lq x Lk scores for the gradient of a bias"
+    return None
+
+
+def _top_left(call: AttentionCall) -> bool:
+    return call.q_len == call.k_len and isinstance(call.offset, int) and call.offset == 0
+
+
+def _sees_all(call: AttentionCall) -> bool:
+    return isinstance(call.offset, int) and call.offset >= call.k_len - 1
+
+
+def _other_memory(call: AttentionCall) -> str | None:
+    tensors = {"q": call.q, "k": call.k, "v": call.v}
+    if 0 in (*call.batch_shape, call.num_heads, call.q_len, call.k_len, call.v_head_dim):
+        return "has no fused kernel for empty arrays"
+    if call.v_head_dim != call.head_dim:
+        return f"has no fused kernel for values of {call.v_head_dim} channels beside {call.head_dim}"
+    array = _array(call)
+    if array is not None and len(call.batch_shape) > 1 and any(n > 1 for n in array.shape[:-3]):
+        return "takes one batch axis, and to join those of the mask or bias would copy it"
+    for name, x in tensors.items():
+        if x.stride(-1) != 1:
+            return f"has no fused kernel for {name} with channels that are not next to each other"
+        if _flat_batch(x, call) is None:
+            return f"takes one batch axis, and to join those of {name} would copy it"
+    return None
+
+
+def _no_kernel(call: AttentionCall) -> str | None:
+    """Whether torch itself would choose its plain kernel; from shapes alone where there are no values."""
+    import torch
+
+    if call.traced:
+        if call.device_kind == "cuda" and (call.head_dim % 8 or call.head_dim > 256):
+            return "may have no fused kernel for so many channels"
+        return (
+            None if call.device_kind in ("cpu", "cuda") else f"may have no fused kernel on {call.device_kind}"
+        )
+    choose = getattr(torch, "_fused_sdp_choice", None)
+    if choose is None:
+        return "does not tell which kernel it would run"
+    q, k, v = _four_axes(call)
+    # 0 is SDPBackend.MATH.
+    return "has no fused kernel for this call" if choose(q, k, v, **_options(call)) == 0 else None
+
+
+def _options(call: AttentionCall) -> dict[str, Any]:
+    return {
+        "attn_mask": _array_mask(call),
+        "dropout_p": 0.0,
+        "is_causal": call.causal and not _sees_all(call),
+        "scale": call.scale,
+        "enable_gqa": call.group_size > 1,
+    }
+
+
+def _array_mask(call: AttentionCall) -> Array | None:
+    """The array of mask or bias with the four axes of the scores, of one entry where it broadcasts."""
+    x = _array(call)
+    if x is None:
+        return None
+    x = x.expand(*x.shape[:-2], call.q_len, call.k_len)
+    lead = (1, 1, *x.shape[:-2])[-2:]
+    return x.reshape(*lead, call.q_len, call.k_len)
+
+
+def _array(call: AttentionCall) -> Array | None:
+    return call.visible.value if isinstance(call.visible, Aligned) else call.bias
+
+
+def _four_axes(call: AttentionCall) -> tuple[Array, Array, Array]:
+    q, k, v = (_flat_batch(x, call) for x in (call.q, call.k, call.v))
+    return q, k, v
+
+
+def _flat_batch(x: Array, call: AttentionCall) -> Array | None:
+    """`x` (..., H, L, D) with one batch axis, without a copy; None where that cannot be."""
+    wide = x.expand(*call.batch_shape, *x.shape[-3:])
+    if wide.ndim < 5:
+        return wide if wide.ndim == 4 else wide[None]
+    try:
+        return wide.view(-1, *x.shape[-3:])
+    except RuntimeError:  # strides that one axis cannot have
+        return None
