@@ -22,6 +22,7 @@ from anyattn.settings import use
 if TYPE_CHECKING:
     from anyattn.compiled import compile  # noqa: A004
     from anyattn.multihead import MultiHeadAttention
+    from anyattn.varlen import pack, unpack, varlen_attention
 
 __all__ = [
     "MultiHeadAttention",
@@ -41,12 +42,15 @@ __all__ = [
     "maximum",
     "merge",
     "minimum",
+    "pack",
     "rope",
     "scores",
     "sigmoid",
     "sqrt",
     "tanh",
+    "unpack",
     "use",
+    "varlen_attention",
     "where",
 ]
 
@@ -61,4 +65,8 @@ def __getattr__(name: str) -> Any:
         from anyattn.compiled import compile  # noqa: A004
 
         return compile
+    if name in ("pack", "unpack", "varlen_attention"):
+        from anyattn import varlen
+
+        return getattr(varlen, name)
     raise AttributeError(f"module 'anyattn' has no attribute {name!r}")

@@ -252,7 +252,7 @@ def global_tokens(tokens: int | Sequence[int] | Array, *, positions: bool = True
     shown = table.value.tolist() if table.host and count <= _FEW_TOKENS else f"<{count} tokens>"
     # An array may change.
     listed = tuple(table.value.tolist()) if isinstance(tokens, (list, tuple, range)) else None
-    expr = Deferred(settle, "bool", (i, J), label, parameters=listed)
+    expr = Deferred(settle, "bool", (i, J), label, parameters=listed, local=True)
     return Mask(expr, _words("global_tokens", shown, positions=positions))
 
 

@@ -235,7 +235,7 @@ class Deferred(Expr):
 
     `settle` gets the sizes, and the values of `tables`, which is where others can take their places.
     `parameters` are what it depends on besides the sizes and the position of row 0, None where that is more
-    than can be compared.
+    than can be compared. `local` says that at each index it means the same in every size of call.
     """
 
     settle: Callable[..., Expr]
@@ -244,6 +244,7 @@ class Deferred(Expr):
     label: str
     tables: tuple[Table, ...] = ()
     parameters: tuple[int, ...] | None = None
+    local: bool = False
 
     @property
     def children(self) -> tuple[Expr, ...]:

@@ -1,0 +1,319 @@
+"""Attention over packed sequences: sequences of different lengths end to end, without padding.
+
+No backend knows of packing. A packed batch is one long call whose mask hides keys of other sequences, and in
+whose mask and score functions b, i and j are looked up from the row and the key; the schedule then visits
+the tiles along the diagonal alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from anyattn import arrays, masks, scores
+from anyattn.arrays import Array
+from anyattn.attention import attention
+from anyattn.expr.nodes import ROW, Aligned, Deferred, Expr, J, Load, Symbol, Table, load, rewrite
+from anyattn.expr.tables import table_of
+from anyattn.masks import Mask
+from anyattn.numbers import integer, integers
+from anyattn.scores import Score
+
+__all__ = ["pack", "unpack", "varlen_attention"]
+
+
+def varlen_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Sequence[int] | Array,
+    cu_seqlens_k: Sequence[int] | Array,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Mask | Callable[..., Any] | None = None,
+    score_mod: Score | Callable[..., Any] | None = None,
+    softcap: float | None = None,
+    sinks: Sequence[float] | Array | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention within each of several sequences that lie end to end.
+
+    Sequence n has the queries from ``cu_seqlens_q[n]`` up to ``cu_seqlens_q[n + 1]`` and the keys likewise.
+    Its rows are 0, 1, ..., its query row r stands at position i = r + (keys - queries of the sequence), its
+    keys are j = 0, 1, ..., and b is n, in all options.
+
+    Parameters
+    ----------
+    q : array, shape (Tq, Hq, D)
+    k : array, shape (Tk, Hkv, D)
+    v : array, shape (Tk, Hkv, Dv)
+    cu_seqlens_q, cu_seqlens_k : sequence or integer array, shape (N + 1,)
+        Where sequences begin, and where the last one ends: 0, ..., Tq and 0, ..., Tk, never falling. Values
+        are checked where the host can read them.
+    max_seqlen_q, max_seqlen_k : int, optional
+        Lengths that no sequence exceeds, as flash-attn wants them; no kernel here needs them.
+    causal, window, softcap, sinks, scale, dropout, dropout_seed, backend
+        As for `attention`.
+    mask : Mask or function, optional
+        An expression; one that reads an array for each batch entry reads it for each sequence. Arrays along
+        rows and keys (`dense`, `block_sparse`) are refused, as is `random_blocks`.
+    score_mod : Score or function, optional
+        Likewise; a bias is written ``s + table[...]``. `relative_keys` is refused.
+    return_lse : bool, default False
+
+    Returns
+    -------
+    out : array, shape (Tq, Hq, Dv)
+    lse : array, shape (Hq, Tq)
+        Only with `return_lse`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention`; the message names the argument.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        arrays.check_plain(x, name)
+        if x.ndim != 3:
+            raise ValueError(f"{name}: wanted packed sequences (T, heads, dim), got shape {tuple(x.shape)}")
+    queries = _sequences(cu_seqlens_q, "cu_seqlens_q", q, max_seqlen_q)
+    keys = _sequences(cu_seqlens_k, "cu_seqlens_k", k, max_seqlen_k)
+    if queries.count != keys.count:
+        raise ValueError(
+            f"cu_seqlens_k: wanted {queries.count + 1} entries like cu_seqlens_q, got {keys.count + 1}"
+        )
+    packing = _Packing(queries, keys)
+    seen = [packing.together]
+    seen += [masks.causal().expr] if causal else []
+    seen += [masks.sliding_window(*masks.window_bounds(window, "window")).expr] if window is not None else []
+    seen += [masks.as_mask(mask, "mask").expr] if mask is not None else []
+    visible = seen[0]
+    for part in seen[1:]:
+        visible = visible & packing.localise(part, "mask")
+    score = None if score_mod is None else scores.as_score(score_mod)
+    return attention(
+        q,
+        k,
+        v,
+        mask=Mask(visible, f"{queries.count} packed sequences" + ("" if mask is None else f", {mask!r}")),
+        score_mod=None if score is None else Score(packing.localise(score.expr, "score_mod"), repr(score)),
+        softcap=softcap,
+        sinks=sinks,
+        scale=scale,
+        q_offset=0,
+        dropout=dropout,
+        dropout_seed=dropout_seed,
+        layout="blhd",
+        return_lse=return_lse,
+        backend=backend,
+    )
+
+
+def pack(x: Array, lengths: Sequence[int] | Array) -> tuple[Array, Array]:
+    """Padded sequences without their padding.
+
+    Parameters
+    ----------
+    x : array, shape (B, L, ...)
+        Sequences that begin at 0 of the second axis.
+    lengths : sequence or integer array, shape (B,)
+        Their lengths, which the host can read.
+
+    Returns
+    -------
+    packed : array, shape (sum of lengths, ...)
+    cu_seqlens : integer array, shape (B + 1,)
+        Beside `x`.
+    """
+    import numpy
+
+    arrays.check_plain(x, "x")
+    if x.ndim < 2:
+        raise ValueError(f"x: wanted axes (batch, length, ...), got shape {tuple(x.shape)}")
+    host = _host(lengths, "lengths")
+    if host.shape != (x.shape[0],):
+        raise ValueError(f"lengths: wanted shape ({x.shape[0]},), got {host.shape}")
+    if host.size and (host.min() < 0 or host.max() > x.shape[1]):
+        raise ValueError(
+            f"lengths: wanted lengths between 0 and {x.shape[1]}, got {host.min()} to {host.max()}"
+        )
+    cu_seqlens = numpy.concatenate([[0], numpy.cumsum(host)])
+    places = _places(cu_seqlens, x.shape[1])
+    xp = arrays.namespace(x)
+    flat = xp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
+    return arrays.take(xp, flat, _beside(places, x), axis=-flat.ndim), _beside(cu_seqlens, x)
+
+
+def unpack(packed: Array, cu_seqlens: Sequence[int] | Array, length: int | None = None) -> Array:
+    """The inverse of `pack`, with zeros for the padding.
+
+    Parameters
+    ----------
+    packed : array, shape (T, ...)
+    cu_seqlens : sequence or integer array, shape (B + 1,)
+        Which the host can read.
+    length : int, optional
+        Length L of the result, by default that of the longest sequence.
+
+    Returns
+    -------
+    array, shape (B, L, ...)
+    """
+    import numpy
+
+    arrays.check_plain(packed, "packed")
+    host = _host(cu_seqlens, "cu_seqlens")
+    _check_values(host, "cu_seqlens", int(packed.shape[0]))
+    longest = int(numpy.diff(host).max(initial=0))
+    length = longest if length is None else integer(length, "length", least=longest)
+    count = len(host) - 1
+    # Every place of the padding reads a row of zeros behind the last sequence.
+    source = numpy.full(count * length, packed.shape[0], dtype=numpy.int64)
+    source[_places(host, length)] = numpy.arange(packed.shape[0])
+    xp = arrays.namespace(packed)
+    zero = arrays.full(xp, (1, *packed.shape[1:]), 0, packed.dtype, arrays.device(packed))
+    padded = arrays.take(xp, xp.concat([packed, zero], axis=0), _beside(source, packed), axis=-packed.ndim)
+    return xp.reshape(padded, (count, length, *packed.shape[1:]))
+
+
+def _places(cu_seqlens: Any, length: int) -> Any:
+    """Where each row of packed sequences lies in (B * length,) padded ones."""
+    import numpy
+
+    sizes = numpy.diff(cu_seqlens)
+    shift = numpy.arange(len(sizes)) * length - cu_seqlens[:-1]
+    return numpy.arange(cu_seqlens[-1]) + numpy.repeat(shift, sizes)
+
+
+def _beside(numbers: Any, like: Array) -> Array:
+    """Host integers as an array beside another."""
+    xp, where = arrays.namespace(like), arrays.device(like)
+    return xp.asarray(numbers, dtype=arrays.index_dtype(xp, where), device=where)
+
+
+def _host(value: Any, name: str) -> Any:
+    if not arrays.is_array(value):
+        return integers(value, name)
+    if arrays.kind(value) != "int":
+        raise TypeError(f"{name}: wanted integers, got dtype {arrays.dtype_name(value)}")
+    if not arrays.is_concrete_cpu(value):
+        raise TypeError(f"{name}: wanted numbers that the host can read: they are sizes of the result")
+    return arrays.to_host(value).astype("int64")
+
+
+def _check_values(host: Any, name: str, total: int) -> None:
+    """Raise unless `host` are starts of sequences that make up `total` rows."""
+    if host.ndim != 1 or len(host) == 0:
+        raise ValueError(f"{name}: wanted shape (sequences + 1,), got {host.shape}")
+    if host[0] != 0 or host[-1] != total or (host[1:] < host[:-1]).any():
+        shown = host.tolist() if len(host) <= 8 else f"{host[0]}, ..., {host[-1]}"
+        raise ValueError(f"{name}: wanted numbers from 0 to {total} that never fall, got {shown}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Sequences:
+    """Sequences on one axis: for each row of it the number and the start of its sequence, and all lengths."""
+
+    count: int
+    number: Array
+    start: Array
+    lengths: Array
+
+
+def _sequences(cu_seqlens: Any, name: str, x: Array, longest: Any) -> _Sequences:
+    """The sequences that `cu_seqlens` cuts the first axis of `x` into."""
+    import numpy
+
+    total = int(x.shape[0])
+    if longest is not None:
+        longest = integer(longest, name.replace("cu_seqlens", "max_seqlen"), least=0)
+    xp = arrays.namespace(x)
+    if arrays.is_array(cu_seqlens):
+        if arrays.kind(cu_seqlens) != "int":
+            raise TypeError(f"{name}: wanted integers, got dtype {arrays.dtype_name(cu_seqlens)}")
+        arrays.check_beside(cu_seqlens, name, x, "q")
+    if not arrays.is_array(cu_seqlens) or arrays.is_concrete_cpu(cu_seqlens):
+        host = _host(cu_seqlens, name)
+        _check_values(host, name, total)
+        lengths = numpy.diff(host)
+        if longest is not None and len(lengths) and lengths.max() > longest:
+            raise ValueError(
+                f"{name.replace('cu_seqlens', 'max_seqlen')}: wanted at least {lengths.max()}, the longest "
+                f"sequence, got {longest}"
+            )
+        number = numpy.repeat(numpy.arange(len(lengths)), lengths)
+        rows = (number, host[:-1][number], lengths)
+        return _Sequences(len(lengths), *(_beside(part, x) for part in rows))
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{name}: wanted shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
+    ends = arrays.cast(xp, cu_seqlens[1:], arrays.index_dtype(xp, arrays.device(x)))
+    starts = arrays.cast(xp, cu_seqlens[:-1], ends.dtype)
+    row = xp.arange(total, dtype=ends.dtype, device=arrays.device(x))
+    number = xp.searchsorted(ends, row, side="right")
+    number = xp.clip(arrays.cast(xp, number, ends.dtype), 0, max(int(ends.shape[0]) - 1, 0))
+    return _Sequences(int(ends.shape[0]), number, arrays.take(xp, starts, number, axis=-1), ends - starts)
+
+
+class _Packing:
+    """The indices b, i and j of an expression in packed sequences, from the row and the key of the call."""
+
+    def __init__(self, queries: _Sequences, keys: _Sequences):
+        xp = arrays.namespace(queries.number)
+        ahead = arrays.take(xp, keys.lengths - queries.lengths, queries.number, axis=-1)
+        self.count = queries.count
+        self.b = load(table_of(queries.number, "sequence of each query"), (ROW,))
+        row = ROW - load(table_of(queries.start, "start of each query's sequence"), (ROW,))
+        i = ROW + load(table_of(ahead - queries.start, "position of each query"), (ROW,))
+        j = J - load(table_of(keys.start, "start of each key's sequence"), (J,))
+        self.together = self.b == load(table_of(keys.number, "sequence of each key"), (J,))
+        self.symbols: dict[str, Expr] = {"b": self.b, "row": row, "i": i, "j": j}
+        self.tables: dict[int, Table] = {}
+
+    def localise(self, root: Expr, argument: str) -> Expr:
+        """`root` with its indices counted within the sequences."""
+
+        def change(node: Expr) -> Expr:
+            if isinstance(node, Symbol):
+                return self.symbols.get(node.name, node)
+            if isinstance(node, Aligned):
+                raise ValueError(
+                    f"{argument}: {node.label} lies along rows and keys of one sequence; wanted an expression"
+                )
+            if isinstance(node, Load) and "b" in node.table.axes:
+                return load(self._by_sequence(node.table), node.indices)
+            if isinstance(node, Deferred):
+                return self._deferred(node, argument)
+            return node
+
+        return rewrite(root, change)
+
+    def _by_sequence(self, table: Table) -> Table:
+        """A table with an entry for each batch entry, as one with an entry for each sequence."""
+        for size, axis in zip(table.value.shape, table.axes, strict=True):
+            if axis == "b" and size != self.count:
+                raise ValueError(
+                    f"{table.label}: wanted one entry for each of {self.count} sequences, "
+                    f"got shape {tuple(table.value.shape)}"
+                )
+        if id(table) not in self.tables:
+            axes = tuple(None if axis == "b" else axis for axis in table.axes)
+            self.tables[id(table)] = replace(table, axes=axes)
+        return self.tables[id(table)]
+
+    def _deferred(self, node: Deferred, argument: str) -> Expr:
+        if not node.label.startswith("global_tokens"):
+            raise ValueError(
+                f"{argument}: {node.label} depends on the length of one sequence; not taken here"
+            )
+        settle = node.settle
+        # Of another structure than outside, as what it stands for reads other indices.
+        inputs = tuple(self.localise(child, argument) for child in node.inputs)
+        return replace(node, settle=lambda *given: self.localise(settle(*given), argument), inputs=inputs)
