@@ -108,7 +108,6 @@ def varlen_attention(
         softcap=softcap,
         sinks=sinks,
         scale=scale,
-        q_offset=0,
         dropout=dropout,
         dropout_seed=dropout_seed,
         layout="blhd",
