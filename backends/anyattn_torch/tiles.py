@@ -1,0 +1,162 @@
+"""Attention in tiles of plain torch operations, for tensors of any device, and its registration for autograd.
+
+Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.
+Rows keep their largest score so far, the sum of exp(score - largest), and the sum of these times v; a sink is
+what the first two start from. No array has more than a tile of scores. `backward` has the way back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from anyattn import arrays
+from anyattn.call import AttentionCall
+from anyattn_torch import backward
+from anyattn_torch.chunks import Chunk, Work
+from anyattn_torch.scores import Scores, all_finite, cleaned
+from anyattn_torch.tensors import Template, fold, put_together, take_apart
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["attend", "forward"]
+
+
+def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of a call, differentiable by `anyattn_torch.tensors.differentiable(call)`."""
+    template, tensors = take_apart(call)
+    out, lse = _Attend.apply(template, *tensors)
+    return out, lse if call.return_lse else None
+
+
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call, as constants for automatic differentiation."""
+    with torch.no_grad(), arrays.exactly(call.q):
+        work = Work(call)
+        out, lse = _results(call)
+        joined = work.join(out, 3), work.join(lse, 2)
+        careful = call.visible is not None and not (work.readable and all_finite(call.v))
+        for chunk in work.chunks():
+            _forward(chunk, careful, *joined)
+        return out, lse
+
+
+def _results(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Room for out, in the caller's layout, and lse."""
+    lead, rest = call.batch_shape, (call.num_heads, call.q_len)
+    dtype = getattr(torch, call.accumulate)
+    lse = torch.empty(*lead, *rest, dtype=dtype, device=call.device)
+    swapped = call.layout == "blhd"
+    shape = (*lead, *(rest[::-1] if swapped else rest), call.v_head_dim)
+    out = torch.empty(shape, dtype=call.q.dtype, device=call.device)
+    return out.transpose(-2, -3) if swapped else out, lse
+
+
+def _forward(chunk: Chunk, careful: bool, out: Tensor, lse: Tensor) -> None:
+    """Fill the part of out and lse that belongs to a chunk."""
+    work, call = chunk.work, chunk.work.call
+    scores = Scores(chunk)
+    q = chunk.part(work.join(call.q, 3), heads=True)
+    k = chunk.whole(chunk.part(work.join(call.k, 3), heads=False))
+    v = chunk.whole(chunk.part(work.join(call.v, 3), heads=False))
+    clean = cleaned(v) if careful else v
+    sink = None if call.sinks is None else chunk.part(work.join(call.sinks, 1), heads=True)[..., None, None]
+    out, lse = chunk.part(out, heads=True), chunk.part(lse, heads=True)
+
+    for visit in work.visits.of(chunk.flat, chunk.heads):
+        rows = visit.last - visit.first
+        scaled = chunk.rows(q, visit.first, visit.last) * call.scale
+        state = _start(chunk, rows, sink)
+        for span in visit.spans:
+            seen = scores.seen(visit, span)
+            s = scores.products(scaled, chunk.keys(k, span.start, span.end), rows)
+            s = scores.changed(s, None if seen is None else ~seen, visit, span)
+            state = _advance(
+                chunk, state, s, seen, *(chunk.keys(x, span.start, span.end) for x in (v, clean))
+            )
+        top, total, acc = state
+        base = top.masked_fill(top == -torch.inf, 0.0)
+        acc = acc.view(chunk.shape(rows, call.v_head_dim))
+        out[:, :, visit.first : visit.last] = (acc / total).masked_fill_(total == 0, 0.0)
+        lse[:, :, visit.first : visit.last] = (base + total.log())[..., 0]
+
+
+State = tuple["Tensor", "Tensor", "Tensor"]
+
+
+def _start(chunk: Chunk, rows: int, sink: Tensor | None) -> State:
+    """The largest score, the sum and the weighted values of rows that have seen no key yet."""
+    work = chunk.work
+    place: dict[str, Any] = {"dtype": work.dtype, "device": work.call.device}
+    acc = torch.zeros(chunk.packed(rows, work.call.v_head_dim), **place)
+    shape = chunk.shape(rows, 1)
+    if sink is None:
+        return torch.full(shape, -torch.inf, **place), torch.zeros(shape, **place), acc
+    top = sink.expand(shape)
+    return top, (top != -torch.inf).to(work.dtype), acc
+
+
+def _advance(chunk: Chunk, state: State, s: Tensor, seen: Tensor | None, v: Tensor, clean: Tensor) -> State:
+    """The state after a tile of scores."""
+    top, total, acc = state
+    new = torch.maximum(top, s.amax(-1, keepdim=True))
+    # Rows without a score above -inf keep -inf; -inf - -inf would be NaN.
+    base = new.masked_fill(new == -torch.inf, 0.0)
+    p = torch.sub(s, base, out=chunk.work.buffer("scores", s.shape)).exp_()
+    decay = (top - base).exp_()
+    total = torch.addcmul(p.sum(-1, keepdim=True), total, decay)
+    acc *= decay.view(*acc.shape[:2], 1)
+    packed = p.view(*acc.shape[:2], -1)
+    acc.baddbmm_(packed, v if seen is None else clean)
+    if seen is not None and clean is not v:
+        acc += _seen_nonfinite(packed, seen.expand(p.shape).reshape(packed.shape), v)
+    return new, total, acc
+
+
+def _seen_nonfinite(p: Tensor, seen: Tensor, v: Tensor) -> Tensor:
+    """What the NaN and infinite values at seen keys add to P . V: NaN, inf, -inf, or 0 for nothing."""
+
+    def meets(weights: Tensor, values: Tensor) -> Tensor:
+        return torch.bmm(weights.to(p.dtype), values.to(p.dtype)) > 0
+
+    positive = seen & (p > 0)
+    up, down = meets(positive, v == torch.inf), meets(positive, v == -torch.inf)
+    undefined = meets(seen, v.isnan()) | meets(seen & (p == 0), ~v.isfinite()) | (up & down)
+    zero = torch.zeros((), dtype=p.dtype, device=p.device)
+    return torch.where(undefined, torch.nan, torch.where(up, torch.inf, torch.where(down, -torch.inf, zero)))
+
+
+class _Attend(torch.autograd.Function):  # type: ignore[misc]
+    """`forward` as an operation of autograd and functorch, on the tensors of a call."""
+
+    @staticmethod
+    def forward(template: Template, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return forward(put_together(template, tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        template, *tensors = inputs
+        ctx.template = template
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        count = ctx.template.differentiable
+        found = backward.differentiably(ctx.template, needed[:count], (out, lse), grads, tensors)
+        return (None, *found, *(None,) * (len(tensors) - count))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], template: Template, *tensors: Tensor) -> Any:
+        folded, own = fold(template, tensors, in_dims[1:], info.batch_size, every=False)
+        return _Attend.apply(folded, *own), (0, 0)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "forward-mode derivatives of attention are not built: use reverse mode (torch.func.grad, jacrev)"
+        )
