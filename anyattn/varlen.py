@@ -8,13 +8,14 @@ the tiles along the diagonal alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from anyattn import arrays, masks, scores
 from anyattn.arrays import Array
 from anyattn.attention import attention
-from anyattn.expr.nodes import ROW, Aligned, Deferred, Expr, J, Load, Symbol, Table, load, rewrite
+from anyattn.expr.nodes import ROW, Expr, J, load
+from anyattn.expr.relocate import Relocation
 from anyattn.expr.tables import table_of
 from anyattn.masks import Mask
 from anyattn.numbers import integer, integers
@@ -90,21 +91,19 @@ def varlen_attention(
         raise ValueError(
             f"cu_seqlens_k: wanted {queries.count + 1} entries like cu_seqlens_q, got {keys.count + 1}"
         )
-    packing = _Packing(queries, keys)
-    seen = [packing.together]
-    seen += [masks.causal().expr] if causal else []
-    seen += [masks.sliding_window(*masks.window_bounds(window, "window")).expr] if window is not None else []
-    seen += [masks.as_mask(mask, "mask").expr] if mask is not None else []
-    visible = seen[0]
-    for part in seen[1:]:
-        visible = visible & packing.localise(part, "mask")
+    visible, within = _relocation(queries, keys)
+    seen = [masks.causal()] if causal else []
+    seen += [masks.sliding_window(*masks.window_bounds(window, "window"))] if window is not None else []
+    seen += [masks.as_mask(mask, "mask")] if mask is not None else []
+    for part in seen:
+        visible = visible & within(part.expr, "mask")
     score = None if score_mod is None else scores.as_score(score_mod)
     return attention(
         q,
         k,
         v,
         mask=Mask(visible, f"{queries.count} packed sequences" + ("" if mask is None else f", {mask!r}")),
-        score_mod=None if score is None else Score(packing.localise(score.expr, "score_mod"), repr(score)),
+        score_mod=None if score is None else Score(within(score.expr, "score_mod"), repr(score)),
         softcap=softcap,
         sinks=sinks,
         scale=scale,
@@ -261,58 +260,16 @@ def _sequences(cu_seqlens: Any, name: str, x: Array, longest: Any) -> _Sequences
     return _Sequences(int(ends.shape[0]), number, arrays.take(xp, starts, number, axis=-1), ends - starts)
 
 
-class _Packing:
-    """The indices b, i and j of an expression in packed sequences, from the row and the key of the call."""
-
-    def __init__(self, queries: _Sequences, keys: _Sequences):
-        xp = arrays.namespace(queries.number)
-        ahead = arrays.take(xp, keys.lengths - queries.lengths, queries.number, axis=-1)
-        self.count = queries.count
-        self.b = load(table_of(queries.number, "sequence of each query"), (ROW,))
-        row = ROW - load(table_of(queries.start, "start of each query's sequence"), (ROW,))
-        i = ROW + load(table_of(ahead - queries.start, "position of each query"), (ROW,))
-        j = J - load(table_of(keys.start, "start of each key's sequence"), (J,))
-        self.together = self.b == load(table_of(keys.number, "sequence of each key"), (J,))
-        self.symbols: dict[str, Expr] = {"b": self.b, "row": row, "i": i, "j": j}
-        self.tables: dict[int, Table] = {}
-
-    def localise(self, root: Expr, argument: str) -> Expr:
-        """`root` with its indices counted within the sequences."""
-
-        def change(node: Expr) -> Expr:
-            if isinstance(node, Symbol):
-                return self.symbols.get(node.name, node)
-            if isinstance(node, Aligned):
-                raise ValueError(
-                    f"{argument}: {node.label} lies along rows and keys of one sequence; wanted an expression"
-                )
-            if isinstance(node, Load) and "b" in node.table.axes:
-                return load(self._by_sequence(node.table), node.indices)
-            if isinstance(node, Deferred):
-                return self._deferred(node, argument)
-            return node
-
-        return rewrite(root, change)
-
-    def _by_sequence(self, table: Table) -> Table:
-        """A table with an entry for each batch entry, as one with an entry for each sequence."""
-        for size, axis in zip(table.value.shape, table.axes, strict=True):
-            if axis == "b" and size != self.count:
-                raise ValueError(
-                    f"{table.label}: wanted one entry for each of {self.count} sequences, "
-                    f"got shape {tuple(table.value.shape)}"
-                )
-        if id(table) not in self.tables:
-            axes = tuple(None if axis == "b" else axis for axis in table.axes)
-            self.tables[id(table)] = replace(table, axes=axes)
-        return self.tables[id(table)]
-
-    def _deferred(self, node: Deferred, argument: str) -> Expr:
-        if not node.label.startswith("global_tokens"):
-            raise ValueError(
-                f"{argument}: {node.label} depends on the length of one sequence; not taken here"
-            )
-        settle = node.settle
-        # Of another structure than outside, as what it stands for reads other indices.
-        inputs = tuple(self.localise(child, argument) for child in node.inputs)
-        return replace(node, settle=lambda *given: self.localise(settle(*given), argument), inputs=inputs)
+def _relocation(queries: _Sequences, keys: _Sequences) -> tuple[Expr, Relocation]:
+    """Whether a row and a key are of one sequence, and b, row, i and j within it."""
+    xp = arrays.namespace(queries.number)
+    ahead = arrays.take(xp, keys.lengths - queries.lengths, queries.number, axis=-1)
+    b = load(table_of(queries.number, "sequence of each query"), (ROW,))
+    inside: dict[str, Expr] = {
+        "b": b,
+        "row": ROW - load(table_of(queries.start, "start of each query's sequence"), (ROW,)),
+        "i": ROW + load(table_of(ahead - queries.start, "position of each query"), (ROW,)),
+        "j": J - load(table_of(keys.start, "start of each key's sequence"), (J,)),
+    }
+    together = b == load(table_of(keys.number, "sequence of each key"), (J,))
+    return together, Relocation(inside, queries.count)

@@ -204,7 +204,7 @@ def test_pack_and_unpack():
         ({"cu_seqlens_q": np.array([0.0, 6.0])}, "cu_seqlens_q: wanted integers, got dtype float64"),
         ({"max_seqlen_q": 3}, "max_seqlen_q: wanted at least 4"),
         ({"q": np.zeros((1, 6, 2, 4))}, "q: wanted packed sequences"),
-        ({"mask": np.ones((6, 6), dtype=bool)}, "mask: mask lies along rows and keys"),
+        ({"mask": np.ones((6, 6), dtype=bool)}, "mask: mask is an array along rows and keys"),
         ({"mask": aa.masks.random_blocks(1, 2, 0)}, "mask: random_blocks"),
         ({"mask": aa.masks.padding(np.array([1, 2, 3]))}, "wanted one entry for each of 2 sequences"),
     ],
