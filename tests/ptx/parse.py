@@ -1,0 +1,295 @@
+"""PTX text to instructions: statements, operands, labels, and what a kernel declares.
+
+The grammar is what NVRTC prints, inline assembly with its own scopes and registers included; anything else
+is an error, not a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+__all__ = [
+    "Address",
+    "Instruction",
+    "Kernel",
+    "Literal",
+    "Name",
+    "Negated",
+    "Operand",
+    "Pair",
+    "PtxError",
+    "Vector",
+    "width",
+]
+
+
+class PtxError(RuntimeError):
+    """A program did what is not defined, or what the interpreter does not know."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """A register, a special register, a symbol or a label."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Negated:
+    """A predicate register read as its opposite."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A number as it is written."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Several operands, {a, b, ...}."""
+
+    items: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """d|p of shfl: a value and a predicate."""
+
+    value: Operand
+    predicate: Operand
+
+
+@dataclass(frozen=True)
+class Address:
+    """A place in memory, [base + offset]."""
+
+    base: Operand
+    offset: int
+
+
+Operand = Name | Negated | Literal | Vector | Pair | Address
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: `op` and what stands behind its dots, operands, guard, and where it comes from."""
+
+    op: str
+    modifiers: tuple[str, ...]
+    operands: tuple[Operand, ...]
+    guard: Name | Negated | None
+    where: str
+    text: str
+
+    @property
+    def type(self) -> str:
+        """The last type named, which most instructions work in."""
+        return self.modifiers[-1]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a kernel: where its bytes begin, and how many there are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An array in shared or local memory; `size` 0 is dynamic shared memory."""
+
+    name: str
+    space: str
+    align: int
+    size: int
+
+
+@dataclass
+class Kernel:
+    """A kernel of a module of PTX."""
+
+    name: str
+    parameters: list[Parameter] = field(default_factory=list)
+    registers: dict[str, str] = field(default_factory=dict)
+    variables: list[Variable] = field(default_factory=list)
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    most_threads: int = 1024
+
+    @classmethod
+    def parse(cls, text: str, name: str = "") -> Kernel:
+        """Read the kernel called `name`, or the first one."""
+        text = re.sub(r"//[^\n]*", "", text)
+        wanted = name or r"[\w$]+"
+        entry = re.search(rf"\.entry\s+({wanted})\s*(?:\((.*?)\))?([^{{]*)\{{", text, re.S)
+        if entry is None:
+            raise PtxError(f"there is no kernel {name!r}")
+        kernel = cls(entry[1])
+        kernel._read_parameters(entry[2] or "")
+        threads = re.search(r"\.maxntid\s+([\d, ]+)", entry[3])
+        if threads is not None:
+            kernel.most_threads = 1
+            for n in threads[1].split(","):
+                kernel.most_threads *= int(n)
+        head = text[: entry.start()]
+        for found in re.finditer(_VARIABLE, head):
+            kernel.variables.append(_variable(found))
+        files = {
+            int(n): path.rpartition("/")[2] for n, path in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', text)
+        }
+        kernel._read_body(_inside(text, entry.end()), files)
+        return kernel
+
+    def _read_parameters(self, text: str) -> None:
+        offset = 0
+        for part in _split(text):
+            found = re.fullmatch(_PARAMETER, part, re.S)
+            if found is None:
+                raise PtxError(f"not a parameter: {part}")
+            align, kind, name, count = found.groups()
+            each = width(kind) // 8
+            offset = _rounded(offset, int(align or each))
+            self.parameters.append(Parameter(name, offset, each * int(count or 1)))
+            offset += each * int(count or 1)
+
+    def _read_body(self, body: str, files: dict[int, str]) -> None:
+        where, inner = "?", 0
+        scopes: list[dict[str, str]] = [{}]
+        for statement in _statements(body):
+            if statement == "{":
+                scopes.append({})
+            elif statement == "}":
+                scopes.pop()
+            elif statement.endswith(":"):
+                self.labels[statement[:-1]] = len(self.instructions)
+            elif statement.startswith(".loc"):
+                number, line = statement.split()[1:3]
+                where = f"{files.get(int(number), '?')}:{line}"
+            elif statement.startswith(".reg"):
+                kind, names = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S).groups()
+                for one in _split(names):
+                    counted = re.fullmatch(r"(%\w+)<(\d+)>", one)
+                    if counted:
+                        self.registers |= {f"{counted[1]}{n}": kind for n in range(int(counted[2]))}
+                    else:
+                        inner += 1
+                        scopes[-1][one] = f"{one}@{inner}"
+                        self.registers[f"{one}@{inner}"] = kind
+            elif found := re.fullmatch(_VARIABLE, statement):
+                self.variables.append(_variable(found))
+            elif not statement.startswith(".pragma"):
+                self.instructions.append(_instruction(statement, scopes, where))
+
+    def leaders(self) -> list[int]:
+        """Where straight runs of instructions begin: after branches, at labels, at and after barriers."""
+        found = {0, len(self.instructions), *self.labels.values()}
+        for n, one in enumerate(self.instructions):
+            if one.op in ("bra", "ret", "exit"):
+                found.add(n + 1)
+            if one.op in ("bar", "barrier") and one.modifiers[0] != "warp":
+                found |= {n, n + 1}
+        return sorted(found)
+
+
+_PARAMETER = r"\.param(?:\s+\.align\s+(\d+))?\s+\.(\w+)(?:\s+\.ptr[^%]*?)?\s+([\w$]+)(?:\[(\d+)\])?"
+_VARIABLE = r"(?:\.extern\s+)?\.(shared|local|global|const)\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]"
+_BITS = {"pred": 1, "f16x2": 32, "bf16x2": 32, "bf16": 16}
+
+
+def width(kind: str) -> int:
+    """Bits of a type of PTX."""
+    return _BITS.get(kind) or int(re.fullmatch(r"[busf](\d+)", kind)[1])
+
+
+def _variable(found: re.Match[str]) -> Variable:
+    return Variable(found[3], found[1], int(found[2]), int(found[4] or 0))
+
+
+def _rounded(offset: int, align: int) -> int:
+    return -(-offset // align) * align
+
+
+def _inside(text: str, start: int) -> str:
+    """The text from `start` to the brace that closes it."""
+    depth, at = 1, start
+    while depth:
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        at += 1
+    return text[start : at - 1]
+
+
+def _statements(body: str) -> Iterator[str]:
+    """Statements without their semicolons; braces that open and close scopes; labels with their colons."""
+    body = re.sub(r"^(\s*\.loc\b[^\n]*)$", r"\1;", body, flags=re.M)
+    current, depth = "", 0
+    for letter in body:
+        blank = not current.strip()
+        if blank and letter in "{}":
+            yield letter
+            current = ""
+        elif letter == ";" and depth == 0:
+            if not blank:
+                yield re.sub(r"\s+", " ", current.strip())
+            current = ""
+        elif letter == ":" and re.fullmatch(r"\s*[\w$]+", current):
+            yield current.strip() + ":"
+            current = ""
+        else:
+            current += letter
+            depth += {"{": 1, "}": -1}.get(letter, 0)
+    if current.strip():
+        raise PtxError(f"the text ends within {current.strip()!r}")
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas that stand in no brackets."""
+    parts = re.split(r",(?![^{\[(]*[}\])])", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _instruction(text: str, scopes: list[dict[str, str]], where: str) -> Instruction:
+    guard, rest = None, text
+    if text.startswith("@"):
+        mark, rest = text.split(maxsplit=1)
+        guard = _operand(mark[1:], scopes)
+    op, _, operands = rest.partition(" ")
+    name, *modifiers = op.replace("::", "_").split(".")
+    return Instruction(
+        op=name,
+        modifiers=tuple(modifiers),
+        operands=tuple(_operand(part, scopes) for part in _split(operands)),
+        guard=guard,
+        where=where,
+        text=text,
+    )
+
+
+def _operand(text: str, scopes: list[dict[str, str]]) -> Operand:
+    if text.startswith("{"):
+        return Vector(tuple(_operand(part, scopes) for part in _split(text[1:-1])))
+    if text.startswith("["):
+        base, offset = re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\w+))?\s*\]", text).groups()
+        return Address(_operand(base, scopes), int(offset or "0", 0))
+    if text.startswith("!"):
+        return Negated(_resolved(text[1:].strip(), scopes))
+    if "|" in text:
+        value, predicate = text.split("|")
+        return Pair(_operand(value.strip(), scopes), _operand(predicate.strip(), scopes))
+    if text[0].isdigit() or text[0] == "-":
+        return Literal(text)
+    return Name(_resolved(text, scopes))
+
+
+def _resolved(name: str, scopes: list[dict[str, str]]) -> str:
+    for scope in reversed(scopes):
+        if name in scope:
+            return scope[name]
+    return name
