@@ -1,0 +1,169 @@
+"""Models of Hugging Face transformers under `attn_implementation="anyattn"` against their own `eager`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+from transformers_models import LENGTH, MODELS, UNASKED, VOCABULARY
+
+import anyattn
+from anyattn import dispatch
+
+torch = pytest.importorskip("torch", reason="torch not installed")
+transformers = pytest.importorskip("transformers", reason="transformers not installed")
+
+PADDING = {"none": (0, 0), "left": (5, 0), "right": (0, 5)}
+NEW_TOKENS = 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    from anyattn.compat.transformers import register
+
+    register()
+    # Every configuration made here is explained in its log.
+    transformers.logging.set_verbosity_error()
+
+
+@functools.cache
+def pair(model):
+    """The same weights under eager and under anyattn, large enough that attention is far from uniform."""
+    config = getattr(transformers, model.config)(**model.options)
+    kind = getattr(transformers, model.model)
+    torch.manual_seed(3)
+    eager = kind._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in eager.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.25 + (parameter.ndim == 1 and parameter == 1))
+    ours = kind._from_config(copy.deepcopy(config), attn_implementation="anyattn").eval()
+    ours.load_state_dict(eager.state_dict())
+    return eager, ours
+
+
+def backend_of(records):
+    """The one backend that ran."""
+    (name,) = {record.backend for record in records}
+    return name
+
+
+def first(*names):
+    """The first installed backend that takes a small call."""
+    return next(name for name in names if anyattn.backends()[name].available)
+
+
+def inputs_of(model, side="none", length=LENGTH):
+    """Arguments of a forward pass of two sequences, one padded, and which of its rows count."""
+    generator = torch.Generator().manual_seed(11)
+    tokens = torch.randint(3, VOCABULARY, (2, length), generator=generator)
+    if model.inputs == "image":
+        return {"pixel_values": torch.randn((2, 3, 12, 12), generator=generator)}, None
+    if model.inputs == "speech":
+        speech = torch.randn((2, 6, 22), generator=generator)
+        return {"input_features": speech, "decoder_input_ids": tokens}, None
+    left, right = PADDING[side]
+    kept = torch.ones((2, length), dtype=torch.long)
+    kept[0, :left] = 0
+    kept[0, length - right :] = 0
+    given = {"input_ids": tokens * kept, "attention_mask": kept}
+    if model.kind == "both":
+        return given | {"decoder_input_ids": tokens.flip(1)[:, :9]}, None
+    return given, kept.bool()
+
+
+def close(found, wanted, tolerance, size=0.0):
+    """Equal but for a share of the largest number, or of `size` where that is larger."""
+    assert found.shape == wanted.shape
+    error, size = (found - wanted).abs().max().item(), max(size, wanted.abs().max().item())
+    assert error <= tolerance * size, f"differs by {error:.2e} where numbers are up to {size:.2e}"
+
+
+@pytest.mark.parametrize("side", PADDING)
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)
+def test_logits(model, side):
+    if side != "none" and "padding" not in model.checks:
+        pytest.skip("the model takes no padding")
+    eager, ours = pair(model)
+    given, counts = inputs_of(model, side)
+    with torch.no_grad():
+        wanted = eager(**given).logits
+        with dispatch.recording() as records:
+            found = ours(**given).logits
+    assert len(records) == model.attentions
+    assert backend_of(records) == first("numba", "torch", "reference")
+    if counts is not None:
+        found, wanted = found[counts], wanted[counts]
+    close(found, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if m.kind != "encoder"], ids=lambda m: m.name)
+def test_greedy_generation(model):
+    """From a left-padded prompt, long enough that windows and chunks cut and their caches wrap around."""
+    eager, ours = pair(model)
+    given, _ = inputs_of(model, "left")
+    given.pop("decoder_input_ids", None)
+    options = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    wanted = eager.generate(**given, **options)
+    with dispatch.recording() as records:
+        found = ours.generate(**given, **options)
+    assert torch.equal(found, wanted)
+    encoder, decoder = (2, 4) if model.kind == "both" else (0, 2)
+    assert len(records) == encoder + decoder * NEW_TOKENS
+    assert backend_of(records) == first("numba", "torch", "reference")
+
+
+@pytest.mark.parametrize(
+    "options", [{"cache_implementation": "static"}, {"num_beams": 3}, {"use_cache": False}], ids=str
+)
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
+def test_other_ways_to_generate(name, options):
+    model = next(m for m in MODELS if m.name == name)
+    eager, ours = pair(model)
+    given, _ = inputs_of(model, "left")
+    options = dict(options, max_new_tokens=NEW_TOKENS, do_sample=False)
+    with dispatch.recording() as records:
+        found = ours.generate(**given, **options)
+    assert len(records) == 2 * NEW_TOKENS
+    assert torch.equal(found, eager.generate(**given, **options))
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)
+def test_gradients(model):
+    eager, ours = (copy.deepcopy(m).train() for m in pair(model))
+    for module in (*eager.modules(), *ours.modules()):
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    given, counts = inputs_of(model, "right" if "padding" in model.checks else "none")
+    logits = eager(**given).logits
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
+    if counts is not None:
+        weights = weights * counts[..., None]
+    (logits * weights).mean().backward()
+    with dispatch.recording() as records:
+        (ours(**given).logits * weights).mean().backward()
+    assert len(records) == model.attentions
+    assert "numba" not in {record.backend for record in records}
+    wanted = dict(eager.named_parameters())
+    # The gradients of biases of keys are 0 but for rounding: a row's softmax does not feel them.
+    usual = max(p.grad.abs().max().item() for p in eager.parameters() if p.grad is not None) / 100
+    for name, parameter in ours.named_parameters():
+        if wanted[name].grad is None:
+            assert parameter.grad is None, name
+            continue
+        assert torch.isfinite(parameter.grad).all(), name
+        close(parameter.grad, wanted[name].grad, 1e-4, usual)
+
+
+@pytest.mark.parametrize("name", UNASKED)
+def test_models_that_do_not_ask(name):
+    """Their attention is their own: when one of them begins to ask, it belongs into the table."""
+    config, kind, options = UNASKED[name]
+    made = getattr(transformers, kind)._from_config(
+        getattr(transformers, config)(**options), attn_implementation="anyattn"
+    )
+    with torch.no_grad(), dispatch.recording() as records:
+        made.eval()(input_ids=torch.ones((1, 5), dtype=torch.long))
+    assert records == []
