@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from anyattn.backend import CAPABILITIES, Backend
+from anyattn.backend import CAPABILITIES, LINEAR, Backend
 from anyattn.call import AttentionCall
 
 __all__ = ["backend"]
@@ -21,7 +21,7 @@ class TorchBackend(Backend):
     arrays = ("torch.Tensor",)
     devices = ("*",)
     # Weights and statistics of torch tensors are those of `reference`, which computes them with torch.
-    capabilities = frozenset(CAPABILITIES) - {"dropout", "weights", "stats"}
+    capabilities = frozenset(CAPABILITIES) - LINEAR - {"dropout", "weights", "stats"}
     requires = ("torch",)
     extra = "torch"
 

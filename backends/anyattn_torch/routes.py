@@ -66,9 +66,22 @@ def run(call: AttentionCall) -> tuple[Array, Array | None]:
 def notes(call: AttentionCall) -> tuple[str, ...]:
     """The route of a call, what it keeps in memory, and why the others do not take it."""
     route = choose(call)
-    found = [f"runs on {_NAMES[route.name]}", *_module(route.name).memory(call)]
+    found = [f"runs on {_NAMES[route.name]}", *_memory(route.name, call)]
     found += [f"not on {_NAMES[name]}: it {reason}" for name, reason in route.passed]
     return tuple(found)
+
+
+def _memory(name: str, call: AttentionCall) -> tuple[str, ...]:
+    """What a route keeps in memory."""
+    if name != "tiles":
+        found: tuple[str, ...] = _module(name).memory(call)
+        return found
+    if "gradients" not in call.features:
+        return ("holds tiles of scores, not all Lq x Lk",)
+    return (
+        "forward and backward hold tiles of scores, not all Lq x Lk",
+        "derivatives of second order keep all Lq x Lk scores",
+    )
 
 
 def _order(call: AttentionCall) -> tuple[str, ...]:
@@ -97,10 +110,6 @@ def _transformed(call: AttentionCall) -> bool:
 
 
 def _module(name: str) -> Any:
-    if name == "tiles":
-        from anyattn_torch import plain
-
-        return plain
     from importlib import import_module
 
     return import_module(f"anyattn_torch.{name}")
