@@ -30,7 +30,7 @@ CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 
 # What an array library needs beside the `testing` extra, and the shared environment that holds it.
 SMALL = ["ml-dtypes", "array-api-strict", "dask[array]", "allpairspy", "pytest-xdist"]
-LARGE = [*SMALL, "torch", "jax", "transformers", "numba", "platformdirs", "threadpoolctl"]
+LARGE = [*SMALL, "torch", "jax", "transformers", "onnx", "numba", "platformdirs", "threadpoolctl"]
 # Array library: its shared environment, and the variants of it that the conformance kit knows.
 LIBRARIES = {
     "numpy": ("small", ["numpy", "numpy-readonly", "numpy-strided"]),

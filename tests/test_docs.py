@@ -57,6 +57,16 @@ def test_kernel_cache(capsys: pytest.CaptureFixture[str]) -> None:
     assert f.cache_key.text in capsys.readouterr().out
 
 
+def test_compat() -> None:
+    names = run("compat.md", {})
+    q, k, v = (names[name] for name in "qkv")
+    np.testing.assert_array_equal(names["upper_left"][:, :, 0], v[:, :, 0])
+    np.testing.assert_array_equal(names["lower_right"][:, :, :10], 0)
+    wanted, lse = aa.attention(q, k, v, window=(4, 0), return_lse=True)
+    np.testing.assert_allclose(names["out"].swapaxes(1, 2), wanted, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(names["softmax_lse"], lse, rtol=0, atol=1e-6)
+
+
 def test_every_argument_is_explained() -> None:
     text = (DOCS / "contract.md").read_text(encoding="utf-8")
     for name in signature(aa.attention).parameters:

@@ -1,0 +1,241 @@
+"""`flash_attn.flash_attn_func` of FlashAttention 2 and its packed forms, argument by argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anyattn import arrays, dispatch, scores
+from anyattn.arrays import Array
+from anyattn.attention import attention
+from anyattn.compat.renaming import renaming
+from anyattn.describe import Options, describe
+from anyattn.errors import UnsupportedCallError
+from anyattn.numbers import boolean, integer
+from anyattn.scores import Score
+
+__all__ = ["flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func"]
+
+
+@renaming(
+    {
+        "scale": "softmax_scale",
+        "dropout": "dropout_p",
+        "window": "window_size",
+        "alibi: slopes": "alibi_slopes",
+        "score_mod": "alibi_slopes",
+    }
+)
+def flash_attn_func(
+    q: Array,
+    k: Array,
+    v: Array,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Stand in for `flash_attn.flash_attn_func` (Dao, "FlashAttention-2", 2023).
+
+    Parameters
+    ----------
+    q : array, shape (batch, Lq, Hq, D)
+        Any library, device and floating dtype that `anyattn.attention` takes.
+    k : array, shape (batch, Lk, Hkv, D)
+        Hkv divides Hq; consecutive query heads share a key/value head.
+    v : array, shape (batch, Lk, Hkv, Dv)
+        Dv may differ from D.
+    dropout_p : float, default 0.0
+        Not built yet: a nonzero value is refused.
+    softmax_scale : float, optional
+        Default 1 / sqrt(D).
+    causal : bool, default False
+        The last query sees the last key: row r sees the keys j <= r + Lk - Lq.
+    window_size : (left, right), default (-1, -1)
+        Row r sees the keys r + Lk - Lq - left <= j <= r + Lk - Lq + right; -1 is unbounded.
+    softcap : float, default 0.0
+        c > 0: the scaled scores become c * tanh(score / c).
+    alibi_slopes : array, shape (Hq,) or (batch, Hq), optional
+        Adds -slope * abs(r + Lk - Lq - j) to the capped scores.
+    deterministic : bool, default False
+        Refuse a call whose gradients are wanted unless its backend declares `deterministic_backward`. The
+        forward pass is deterministic in any case.
+    return_attn_probs : bool, default False
+        Also return the log of the softmax denominator, and None where FlashAttention gives the dropout
+        pattern.
+
+    Returns
+    -------
+    out : array, shape (batch, Lq, Hq, Dv)
+        A row that sees no key is 0.
+    softmax_lse : array, shape (batch, Hq, Lq)
+        Only with `return_attn_probs`; float32, or float64 for float64 inputs.
+    S_dmask : None
+        Only with `return_attn_probs`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit.
+    NotImplementedError
+        For dropout.
+    anyattn.errors.UnsupportedCallError
+        For `deterministic` as above.
+
+    Notes
+    -----
+    Where a row sees no key, `softmax_lse` is -inf; FlashAttention 2 writes +inf and FlashAttention 3 -inf.
+    With `causal`, FlashAttention 2 computes ALiBi as slope * j, which differs from the bias above by a
+    constant in each row: `out` is the same, and its `softmax_lse` is greater by slope * (r + Lk - Lq).
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        arrays.check_plain(x, name)
+        if x.ndim != 4:
+            raise ValueError(f"{name}: wanted axes (batch, length, heads, dim), got shape {tuple(x.shape)}")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name}: wanted a batch of {q.shape[0]} like q, got shape {tuple(x.shape)}")
+    options: dict[str, Any] = {
+        "causal": causal,
+        "window": _window(window_size),
+        "score_mod": None if alibi_slopes is None else _alibi(alibi_slopes, q),
+        "softcap": softcap or None,
+        "scale": softmax_scale,
+        "dropout": dropout_p,
+        "layout": "blhd",
+        "return_lse": boolean(return_attn_probs, "return_attn_probs"),
+    }
+    if boolean(deterministic, "deterministic"):
+        _check_deterministic(q, k, v, options)
+    result = attention(q, k, v, **options)
+    return (*result, None) if return_attn_probs else result
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Array,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Stand in for `flash_attn.flash_attn_qkvpacked_func`.
+
+    Parameters
+    ----------
+    qkv : array, shape (batch, L, 3, H, D)
+        q, k and v; read in place.
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        As for `flash_attn_func`.
+
+    Returns
+    -------
+    array or tuple
+        As `flash_attn_func`.
+    """
+    q, k, v = _unpack(qkv, "qkv", 3)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def flash_attn_kvpacked_func(
+    q: Array,
+    kv: Array,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Stand in for `flash_attn.flash_attn_kvpacked_func`.
+
+    Parameters
+    ----------
+    q : array, shape (batch, Lq, Hq, D)
+        As for `flash_attn_func`.
+    kv : array, shape (batch, Lk, 2, Hkv, D)
+        k and v; read in place.
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        As for `flash_attn_func`.
+
+    Returns
+    -------
+    array or tuple
+        As `flash_attn_func`.
+    """
+    k, v = _unpack(kv, "kv", 2)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def _unpack(packed: Array, name: str, count: int) -> tuple[Array, ...]:
+    """Views of the arrays that lie along the third axis."""
+    arrays.check_plain(packed, name)
+    if packed.ndim != 5 or packed.shape[2] != count:
+        raise ValueError(
+            f"{name}: wanted axes (batch, length, {count}, heads, dim), got shape {tuple(packed.shape)}"
+        )
+    return tuple(packed[:, :, n, :, :] for n in range(count))
+
+
+def _window(window_size: Any) -> tuple[int | None, int | None]:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"window_size: wanted a pair (left, right), got {window_size!r}")
+    left, right = (integer(side, "window_size", least=-1) for side in window_size)
+    return (None if left == -1 else left), (None if right == -1 else right)
+
+
+def _alibi(slopes: Array, q: Array) -> Score:
+    arrays.check_beside(slopes, "alibi_slopes", q, "q")
+    batch, _, heads, _ = q.shape
+    if tuple(slopes.shape) not in ((heads,), (batch, heads)) or arrays.kind(slopes) != "float":
+        raise ValueError(
+            f"alibi_slopes: wanted floats of shape ({heads},) or ({batch}, {heads}), "
+            f"got {arrays.dtype_name(slopes)} {tuple(slopes.shape)}"
+        )
+    if slopes.ndim == 1:
+        return scores.alibi(slopes)
+    return scores.from_function(lambda s, b, h, i, j: s - slopes[b, h] * abs(i - j))
+
+
+def _check_deterministic(q: Array, k: Array, v: Array, options: dict[str, Any]) -> None:
+    call = describe("attention", q, k, v, Options(**options))
+    if "gradients" not in call.features:
+        return
+    chosen = dispatch.choose(call, None)
+    if "deterministic_backward" not in chosen.capabilities:
+        reason = "does not declare deterministic_backward"
+        raise UnsupportedCallError(
+            f"deterministic: backend {chosen.name!r}, which would run this call, {reason}",
+            {chosen.name: (reason,)},
+        )

@@ -1,0 +1,147 @@
+"""`anyattn.compat.flash_attn` against FlashAttention's definition; its kernels need a GPU."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+import anyattn as aa
+from anyattn.compat.flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+
+RNG = np.random.default_rng(0)
+Q, K, V = (RNG.standard_normal((2, n, heads, 8)) for n, heads in ((5, 6), (9, 3), (9, 3)))
+SLOPES = RNG.uniform(0.1, 1, (2, 6))
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    """Translation is the same on every backend; the one that defines the meaning runs."""
+    with aa.use(backend="reference"):
+        yield
+
+
+def defined(q, k, v, scale, causal, window, softcap, slopes):
+    """(out, lse) by the formulas of `flash_attn_func`'s documentation."""
+    group = q.shape[2] // k.shape[2]
+    k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+    s = np.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    i, j = np.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1], np.arange(k.shape[1])
+    s = softcap * np.tanh(s / softcap) if softcap else s
+    s = s if slopes is None else s - np.reshape(slopes, (-1, q.shape[2], 1, 1)) * abs(i - j)
+    left, right = window
+    hidden = (
+        (j < i - left if left >= 0 else False) | (j > i + right if right >= 0 else False) | (causal & (j > i))
+    )
+    p = np.where(hidden, 0, np.exp(s))
+    total = p.sum(-1)
+    with np.errstate(divide="ignore"):
+        lse = np.log(total)
+    p /= np.where(total == 0, 1, total)[..., None]
+    return np.einsum("bhij,bjhd->bihd", p, v), lse
+
+
+OPTIONS = list(
+    product(
+        (False, True),
+        ((-1, -1), (2, -1), (0, 1), (-1, 0)),
+        (0.0, 1.5),
+        (None, SLOPES[0], SLOPES),
+        (None, 0.9),
+    )
+)
+
+
+def test_every_combination():
+    for causal, window, softcap, slopes, scale in OPTIONS:
+        out, lse, pattern = flash_attn_func(
+            Q, K, V, 0.0, scale, causal, window, softcap, slopes, return_attn_probs=True
+        )
+        wanted, wanted_lse = defined(Q, K, V, scale, causal, window, softcap, slopes)
+        np.testing.assert_allclose(out, wanted, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(lse, wanted_lse, rtol=1e-9, atol=1e-12)
+        assert pattern is None
+
+
+def test_rows_before_the_first_key():
+    """Bottom-right alignment: of 9 queries on 5 keys, 4 see nothing."""
+    q, k, v = Q[:, :, :3].repeat(2, axis=1)[:, :9], K[:, :5], V[:, :5]
+    for window, slopes in (((-1, -1), None), ((1, 3), SLOPES[:, :3])):
+        out, lse, _ = flash_attn_func(
+            q, k, v, causal=True, window_size=window, alibi_slopes=slopes, return_attn_probs=True
+        )
+        wanted, wanted_lse = defined(q, k, v, None, True, window, 0, slopes)
+        np.testing.assert_allclose(out, wanted, rtol=1e-9, atol=1e-12)
+        np.testing.assert_array_equal(out[:, :4], 0)
+        np.testing.assert_array_equal(lse[:, :, :4], -np.inf)
+        np.testing.assert_allclose(lse, wanted_lse, rtol=1e-9)
+
+
+def test_packed_inputs():
+    options = {"causal": True, "window_size": (3, 0), "softcap": 2.0, "softmax_scale": 0.5}
+    kv = np.stack([K, V], axis=2)
+    got = flash_attn_kvpacked_func(Q, kv, **options, alibi_slopes=SLOPES)
+    np.testing.assert_array_equal(got, flash_attn_func(Q, K, V, **options, alibi_slopes=SLOPES))
+    qkv = np.stack([K, V, K[::-1]], axis=2)
+    got, lse, _ = flash_attn_qkvpacked_func(qkv, **options, return_attn_probs=True)
+    wanted, wanted_lse, _ = flash_attn_func(K, V, K[::-1], **options, return_attn_probs=True)
+    np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_array_equal(lse, wanted_lse)
+
+
+def test_lse_is_float32_beside_16_bits():
+    q, k, v = (x.astype(np.float16) for x in (Q, K, V))
+    out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
+    assert (out.dtype, lse.dtype, lse.shape) == (np.float16, np.float32, (2, 6, 5))
+
+
+def test_gradients_and_determinism():
+    """A backend that does not declare a deterministic backward may not serve `deterministic`."""
+    torch = pytest.importorskip("torch", reason="gradients need torch")
+    q, k, v = (torch.from_numpy(x[:, :3, ::3, :2]).requires_grad_() for x in (Q, K, V))
+    slopes = torch.from_numpy(SLOPES[:, :2]).requires_grad_()
+
+    def f(q, k, v, slopes):
+        return flash_attn_func(q, k, v, causal=True, alibi_slopes=slopes)
+
+    assert torch.autograd.gradcheck(f, (q, k, v, slopes))
+    with pytest.raises(aa.errors.UnsupportedCallError, match=r"^deterministic: backend 'reference'"):
+        flash_attn_func(q, k, v, deterministic=True)
+    with torch.no_grad():
+        torch.testing.assert_close(flash_attn_func(q, k, v, deterministic=True), flash_attn_func(q, k, v))
+
+
+ERRORS = {
+    "axes": ({"k": K[0]}, ValueError, "k: wanted axes"),
+    "batch": ({"v": V[:1]}, ValueError, "v: wanted a batch of 2"),
+    "heads": ({"k": K[:, :, :2], "v": V[:, :, :2]}, ValueError, None),
+    "dropout": ({"dropout_p": 0.1}, NotImplementedError, "dropout_p: 0.1 was asked"),
+    "scale": ({"softmax_scale": "1"}, TypeError, "softmax_scale: wanted"),
+    "causal": ({"causal": 1}, TypeError, "causal: wanted True or False"),
+    "window": ({"window_size": 4}, TypeError, "window_size: wanted a pair"),
+    "side": ({"window_size": (4, -2)}, ValueError, "window_size: wanted -1 or more, got -2"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap: wanted a positive"),
+    "slopes": ({"alibi_slopes": SLOPES[:, :3]}, ValueError, "alibi_slopes: wanted floats of shape"),
+    "integer slopes": ({"alibi_slopes": np.arange(6)}, ValueError, "alibi_slopes: wanted floats"),
+    "no array": ({"alibi_slopes": [0.5] * 6}, TypeError, "alibi_slopes: wanted an array"),
+    "deterministic": ({"deterministic": 1}, TypeError, "deterministic: wanted True or False"),
+    "probs": ({"return_attn_probs": None}, TypeError, "return_attn_probs: wanted True or False"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_the_argument(name):
+    changes, kind, message = ERRORS[name]
+    given = {"q": Q, "k": K, "v": V} | changes
+    if message is None:
+        given["q"], message = Q[:, :, :3], "k: wanted a number of heads that divides q's 3"
+    with pytest.raises(kind, match=f"^{message}"):
+        flash_attn_func(**given)
+
+
+def test_packed_errors_name_the_argument():
+    with pytest.raises(ValueError, match=r"^qkv: wanted axes"):
+        flash_attn_qkvpacked_func(np.stack([K, V], axis=2))
+    with pytest.raises(ValueError, match=r"^kv: wanted axes"):
+        flash_attn_kvpacked_func(Q, K)

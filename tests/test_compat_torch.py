@@ -1,0 +1,167 @@
+"""`anyattn.compat.torch` does what torch's own function does, and refuses what that refuses."""
+
+from __future__ import annotations
+
+import re
+from inspect import signature
+
+import pytest
+
+import anyattn as aa
+from anyattn.compat.torch import scaled_dot_product_attention
+
+torch = pytest.importorskip("torch", reason="compares with torch's own function")
+theirs = torch.nn.functional.scaled_dot_product_attention
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    """Translation is the same on every backend; the one that defines the meaning runs."""
+    with aa.use(backend="reference"):
+        yield
+
+
+def tensors(q, k, v, dtype=torch.float64):
+    """Random tensors of these shapes that want gradients."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in (q, k, v)]
+
+
+def same(inputs, *others, rtol=1e-10, **options):
+    """Outputs and gradients agree with torch's."""
+    wanted, got = theirs(*inputs, **options), scaled_dot_product_attention(*inputs, **options)
+    torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol)
+    leaves = [*inputs, *others]
+    seed = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=wanted.dtype)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, seed) for y in (got, wanted)), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+
+
+SHAPES = {
+    "4 axes": ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)),
+    "2 axes": ((5, 8), (7, 8), (7, 6)),
+    "3 axes": ((4, 5, 8), (4, 7, 8), (4, 7, 6)),
+    "5 axes": ((1, 3, 4, 5, 8), (2, 1, 4, 7, 8), (2, 3, 4, 7, 6)),
+    "one key head": ((2, 4, 5, 8), (2, 1, 7, 8), (2, 1, 7, 6)),
+    "one query head": ((2, 1, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)),
+    "one head in k": ((2, 4, 5, 8), (2, 1, 7, 8), (2, 4, 7, 6)),
+    "axes missing": ((5, 8), (4, 7, 8), (2, 4, 7, 6)),
+    "no keys": ((2, 4, 5, 8), (2, 4, 0, 8), (2, 4, 0, 6)),
+}
+MASKS = {
+    "4 axes": [(5, 7), (5, 1), (1, 7), (4, 1, 7), (2, 1, 5, 7)],
+    "2 axes": [(5, 7)],
+    "5 axes": [(3, 1, 5, 7)],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name):
+    inputs = tensors(*SHAPES[name])
+    same(inputs)
+    same(inputs, is_causal=True)
+    for shape in MASKS.get(name, []):
+        bias = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        same(inputs, bias.requires_grad_(), attn_mask=bias, scale=0.7)
+        same(inputs, attn_mask=bias > -0.5)
+
+
+def test_grouped_heads():
+    inputs = tensors((2, 6, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6))
+    same(inputs, enable_gqa=True, is_causal=True)
+    same(tensors((2, 6, 5, 8), (2, 6, 7, 8), (2, 6, 7, 6)), enable_gqa=True, scale=-0.3)
+
+
+def test_causal_order_starts_in_the_upper_left():
+    """The first query sees the first key, where the contract lets the last one see the last."""
+    q, k, v = tensors((1, 2, 9, 8), (1, 2, 4, 8), (1, 2, 4, 8))
+    same([q, k, v], is_causal=True)
+    out = scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(out[:, :, 0], v[:, :, 0])
+    assert (aa.attention(q, k, v, causal=True)[:, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize("floating", [False, True])
+def test_rows_that_see_no_key(floating):
+    """They are 0 with gradient 0, in torch 2.13 too."""
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[2] = False
+    if floating:
+        mask = torch.zeros(5, 7, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    inputs = tensors(*SHAPES["4 axes"])
+    same(inputs, attn_mask=mask)
+    assert (scaled_dot_product_attention(*inputs, attn_mask=mask)[:, :, 2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes(dtype):
+    """16-bit results are torch's within two units in the last place; float32 masks are taken beside them."""
+    q, k, v = (x.detach() for x in tensors(*SHAPES["4 axes"], dtype=dtype))
+    mask = torch.linspace(-1, 1, 35).reshape(5, 7)
+    got, wanted = (f(q, k, v, mask) for f in (scaled_dot_product_attention, theirs))
+    assert got.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got, wanted, rtol=2 * eps, atol=eps)
+
+
+def test_nan_at_hidden_keys_does_not_matter():
+    """In torch it does: a documented difference."""
+    q, k, v = (x.detach() for x in tensors(*SHAPES["4 axes"]))
+    mask = torch.arange(7) < 6
+    mask = mask.expand(5, 7)
+    wanted = scaled_dot_product_attention(q, k, v, mask)
+    v[..., 6, :] = torch.nan
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask), wanted)
+    assert theirs(q, k, v, mask).isnan().any()
+
+
+def test_signature_is_torchs():
+    named = re.search(r"scaled_dot_product_attention\((.*?)\)", theirs.__doc__, re.DOTALL).group(1)
+    ours = [str(each).split(":")[0] for each in signature(scaled_dot_product_attention).parameters.values()]
+    assert [each.split("=")[0].strip() for each in named.split(",")] == ours
+    defaults = {name: p.default for name, p in signature(scaled_dot_product_attention).parameters.items()}
+    assert list(defaults.values())[3:] == [None, 0.0, False, None, False]
+
+
+Q, K, V = ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6))
+REFUSED = {
+    "mask and causal": (
+        (Q, K, V),
+        {"attn_mask": torch.ones(5, 7), "is_causal": True},
+        "is_causal: wanted False",
+    ),
+    "1 axis": (((8,), (8,), (6,)), {}, "query: wanted axes"),
+    "2 axes, grouped": (((5, 8), (7, 8), (7, 6)), {"enable_gqa": True}, "query: wanted axes"),
+    "heads": ((Q, (2, 2, 7, 8), (2, 2, 7, 6)), {}, "key: wanted 4 heads or 1, got 2"),
+    "groups": ((Q, (2, 3, 7, 8), (2, 3, 7, 6)), {"enable_gqa": True}, "key: wanted a number of heads"),
+    "features": ((Q, (2, 4, 7, 4), V), {}, "key: wanted 8 features like query"),
+    "length": ((Q, K, (2, 4, 3, 6)), {}, "value: wanted length 7 like key"),
+    "batch": ((Q, (3, 4, 7, 8), V), {}, "query, key, value: batch axes"),
+    "mask shape": ((Q, K, V), {"attn_mask": torch.ones(5, 3)}, "attn_mask: wanted a shape"),
+    "mask axes": ((Q, K, V), {"attn_mask": torch.ones(1, 1, 1, 5, 7)}, "attn_mask: wanted 2 axes"),
+    "mask of 1 axis": ((Q, K, V), {"attn_mask": torch.ones(7)}, "attn_mask: wanted"),
+    "integer mask": (
+        (Q, K, V),
+        {"attn_mask": torch.ones(5, 7, dtype=torch.int64)},
+        "attn_mask: wanted dtype",
+    ),
+    "wide mask": ((Q, K, V), {"attn_mask": torch.ones(5, 7, dtype=torch.float64)}, "attn_mask: wanted dtype"),
+    "flag": ((Q, K, V), {"is_causal": 1}, "is_causal: wanted True or False"),
+    "dropout": ((Q, K, V), {"dropout_p": 1.5}, "dropout_p: wanted a probability"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_torch_refuses_is_refused_by_name(name):
+    shapes, options, message = REFUSED[name]
+    inputs = [torch.zeros(shape) for shape in shapes]
+    with pytest.raises((RuntimeError, IndexError, TypeError)):
+        theirs(*inputs, **options)
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        scaled_dot_product_attention(*inputs, **options)
+
+
+def test_dropout_is_refused_by_name():
+    inputs = tensors(Q, K, V)
+    with pytest.raises(NotImplementedError, match=r"^dropout_p: 0\.5 was asked for"):
+        scaled_dot_product_attention(*inputs, dropout_p=0.5)
