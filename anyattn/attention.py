@@ -12,6 +12,7 @@ from typing import Any
 from anyattn import dispatch, masks, plan, scores
 from anyattn.arrays import Array
 from anyattn.describe import Options, check_names, describe
+from anyattn.kv_cache import Cache
 from anyattn.masks import Mask
 from anyattn.scores import Score
 
@@ -25,7 +26,7 @@ Integers = int | Sequence[Any] | Array
 
 def attention(
     q: Array,
-    k: Array,
+    k: Array | Cache,
     v: Array | None = None,
     *,
     causal: bool = False,
@@ -56,9 +57,10 @@ def attention(
         Queries, float16, bfloat16, float32 or float64. Two axes (Lq, D) mean one head.
     k : array, shape (..., Hkv, Lk, D)
         Keys, of the library, device and dtype of q. Hkv divides Hq; query head h reads head h // (Hq // Hkv).
-        Leading axes broadcast as in matmul; heads never do.
+        Leading axes broadcast as in matmul; heads never do. Or a `KVCache` or `PagedKVCache`, which gives
+        keys, values, lengths and offset.
     v : array, shape (..., Hkv, Lk, Dv)
-        Values; needed while `k` is an array.
+        Values; None where `k` is a cache.
     causal : bool, default False
         Key j is seen from position i when j <= i.
     window : (left, right), optional
@@ -131,6 +133,10 @@ def attention(
         layout,
         return_lse,
     )
+    if isinstance(k, Cache):
+        if v is not None:
+            raise TypeError("v: wanted None where k is a cache, which holds the values")
+        k, v, options = k.arguments(q, options)
     signature = plan.signature(q, k, v, options, backend)
     result = plan.run(signature, q, k, v)
     if result is not None:

@@ -17,6 +17,7 @@ from anyattn import arrays
 from anyattn.arrays import Array, Namespace
 from anyattn.attention import attention, attention_weights
 from anyattn.describe import OPTIONS
+from anyattn.kv_cache import Cache
 from anyattn.numbers import boolean, integer
 from anyattn.rope import as_positions, check_options, rope, sequence_length
 from anyattn.rope_scaling import needs_sequence_length
@@ -282,12 +283,13 @@ class MultiHeadAttention:
         x: Array,
         kv: Array | None = None,
         *,
+        cache: Cache | None = None,
         positions: Any = None,
         kv_positions: Any = None,
         return_weights: bool = False,
         **attention_options: Any,
     ) -> Any:
-        """Attend from `x` to itself or to `kv`.
+        """Attend from `x` to itself, to `kv`, or to a cache that `x` is added to.
 
         Parameters
         ----------
@@ -295,6 +297,9 @@ class MultiHeadAttention:
             (..., Lq, width of x), in the library, dtype and device of the weights.
         kv : array, optional
             (..., Lk, width of kv) for cross attention; its batch axes broadcast with those of `x`.
+        cache : KVCache or PagedKVCache, optional
+            Tokens before `x`. The keys and values of `x` are appended to it, so the layer takes a sequence a
+            piece at a time; `x` stands behind what the cache held.
         positions, kv_positions : int, sequence or array, optional
             Positions for `rope`, broadcastable to (..., Lq) and (..., Lk). Row r stands at ``r + q_offset``,
             as it does for causal masks, and key j at j, unless said otherwise; `q_offset` has the default of
@@ -326,8 +331,13 @@ class MultiHeadAttention:
         """
         _check_options("MultiHeadAttention", "attention", attention_options)
         boolean(return_weights, "return_weights")
-        q, k, v = self._project(x, kv, positions, kv_positions, attention_options, values=True)
-        result = attention(q, k, v, layout="blhd", **attention_options)
+        if cache is not None:
+            if kv is not None or kv_positions is not None or return_weights:
+                raise ValueError("cache: wanted None with kv, kv_positions or return_weights")
+            result = self._with_cache(x, cache, positions, attention_options)
+        else:
+            q, k, v = self._project(x, kv, positions, kv_positions, attention_options, values=True)
+            result = attention(q, k, v, layout="blhd", **attention_options)
         heads, *lse = result if isinstance(result, tuple) else (result,)
         joined = arrays.namespace(heads).reshape(
             heads, (*heads.shape[:-2], heads.shape[-2] * heads.shape[-1])
@@ -383,6 +393,21 @@ class MultiHeadAttention:
             parts.append(f"rope={changed or True}")
         parts.append(f"{arrays.library(wq)} {arrays.dtype_name(wq)}")
         return f"MultiHeadAttention({', '.join(parts)})"
+
+    def _with_cache(self, x: Array, cache: Cache, positions: Any, options: Mapping[str, Any]) -> Any:
+        """Attention of `x` to a cache that its keys and values have joined."""
+        import numpy
+
+        if self.rope is not None and needs_sequence_length(self.rope["scaling"]):
+            raise ValueError(
+                "cache: wanted None with a rope that turns by the length: its keys would not fit"
+            )
+        if self.rope is not None and positions is None:
+            positions = (cache.lengths[..., None] + numpy.arange(x.shape[-2])).tolist()
+        q, k, v = self._project(x, None, positions, None, options, values=True)
+        xp = arrays.namespace(x)
+        cache.extend(xp.moveaxis(k, -3, -2), xp.moveaxis(v, -3, -2))
+        return attention(q, cache, layout="blhd", **options)
 
     def _project(
         self,

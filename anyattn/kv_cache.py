@@ -1,0 +1,388 @@
+"""Keys and values of past tokens, in arrays of any library: one buffer that grows, or a ring.
+
+`attention` asks a cache for arrays and options. Tokens of a buffer lie where masks count them. A ring keeps
+the last tokens and the first ones, and the mask is moved to where they lie; positions remain those of the
+whole sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from anyattn import arrays, masks, scores
+from anyattn.arrays import Array
+from anyattn.describe import ARGUMENTS
+from anyattn.expr.functions import where
+from anyattn.expr.nodes import B, Expr, J, load
+from anyattn.expr.relocate import Relocation
+from anyattn.expr.tables import table_of
+from anyattn.masks import Mask
+from anyattn.numbers import integer, integers
+from anyattn.scores import Score
+
+if TYPE_CHECKING:
+    import numpy
+
+__all__ = ["Cache", "KVCache", "Lookup", "write"]
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """What a cache tells `attention`.
+
+    Attributes
+    ----------
+    k, v : arrays (..., Hkv, L, D) and (..., Hkv, L, Dv)
+    lengths : integer array (B,), or an integer
+        Tokens of each sequence.
+    visible : Expr or None
+        Which places of the key axis hold a token of the sequence; None: the first `lengths` ones.
+    token : Expr or None
+        Number of the token that lies at place j; None: j itself.
+    """
+
+    k: Array
+    v: Array
+    lengths: Any
+    visible: Expr | None = None
+    token: Expr | None = None
+
+
+class Cache(ABC):
+    """What `attention` takes in the place of `k`.
+
+    Attributes
+    ----------
+    lengths : numpy.ndarray, shape (...)
+        Tokens of each sequence.
+    """
+
+    lengths: numpy.ndarray[Any, Any]
+
+    @abstractmethod
+    def lookup(self) -> Lookup:
+        """Where the tokens are."""
+
+    @abstractmethod
+    def extend(self, k: Array, v: Array) -> None:
+        """Add (..., Hkv, n, D) and (..., Hkv, n, Dv) at the end of all sequences."""
+
+    def arguments(self, q: Array, given: tuple[Any, ...]) -> tuple[Array, Array, tuple[Any, ...]]:
+        """k, v and the options of a call of `attention` for queries at the end of the sequences.
+
+        Options are in the order of `describe.ARGUMENTS`; `kv_lengths` and `q_offset` are refused, as a cache
+        knows them.
+        """
+        arrays.check_plain(q, "q")
+        options = dict(zip(ARGUMENTS, given, strict=True))
+        for name in ("kv_lengths", "q_offset"):
+            if options[name] is not None:
+                raise ValueError(f"{name}: wanted None with a cache, which knows it")
+        found = self.lookup()
+        changed = dict(options)
+        blhd = options["layout"] == "blhd"
+        q_len = int(q.shape[-3 if blhd and q.ndim > 2 else -2])
+        changed["q_offset"] = found.lengths - q_len
+        if found.visible is None:
+            changed["kv_lengths"] = found.lengths
+        else:
+            changed |= _relocated(found, options)
+        k, v = found.k, found.v
+        if blhd:
+            xp = arrays.namespace(k)
+            k, v = xp.moveaxis(k, -2, -3), xp.moveaxis(v, -2, -3)
+        return k, v, tuple(changed.values())
+
+
+def _relocated(found: Lookup, options: dict[str, Any]) -> dict[str, Any]:
+    """Masks and scores as the cache's places see them."""
+    assert found.visible is not None
+    if options["bias"] is not None:
+        raise ValueError(
+            "bias: an array along keys, which lie elsewhere in this cache; write it as score_mod, "
+            "s + table[h, i - j]"
+        )
+    at_place = Relocation({} if found.token is None else {"j": found.token})
+    parts = [masks.causal()] if options["causal"] else []
+    if options["window"] is not None:
+        parts.append(masks.sliding_window(*masks.window_bounds(options["window"], "window")))
+    if options["mask"] is not None:
+        parts.append(masks.as_mask(options["mask"], "mask"))
+    visible = found.visible
+    for part in parts:
+        visible = visible & at_place(part.expr, "mask")
+    changed: dict[str, Any] = {"causal": False, "window": None}
+    changed["mask"] = Mask(visible, " & ".join(["in the cache", *map(repr, parts)]), "&")
+    if options["score_mod"] is not None:
+        score = scores.as_score(options["score_mod"])
+        changed["score_mod"] = Score(at_place(score.expr, "score_mod"), repr(score))
+    return changed
+
+
+def write(buffer: Array, place: tuple[Any, ...], values: Array) -> Array:
+    """`buffer` with `values` at `place`: changed where its library can, a new array otherwise."""
+    library = arrays.library(buffer)
+    if library == "jax":
+        return buffer.at[place].set(values)
+    if library == "dask":
+        raise TypeError("a cache wants an array library that can write to arrays, got dask")
+    buffer[place] = values
+    return buffer
+
+
+class KVCache(Cache):
+    """Keys and values of past tokens of a batch of sequences.
+
+    Appending writes into the arrays that the cache owns; on a library without writing (JAX) it replaces them.
+    It is meant for eager code: lengths are kept on the host.
+
+    Parameters
+    ----------
+    k : array, shape (..., Hkv, L, D)
+        Keys of the tokens so far, which are copied; L may be 0.
+    v : array, shape (..., Hkv, L, Dv)
+    window : int, optional
+        Keep a ring of the last `window` tokens (and the first `sink_tokens`) and forget the others, which no
+        query then sees. Default: keep all.
+    sink_tokens : int, default 0
+        Tokens at the beginning that a ring keeps (G. Xiao et al., "Efficient Streaming Language Models with
+        Attention Sinks", 2023).
+    capacity : int, optional
+        Tokens to make room for at once; a cache without `window` grows by doubling.
+
+    Attributes
+    ----------
+    k, v : arrays (..., Hkv, capacity, D) and (..., Hkv, capacity, Dv)
+        The buffers.
+    lengths : numpy.ndarray, shape (...)
+        Tokens of each sequence that were appended, those forgotten included.
+
+    Examples
+    --------
+    >>> import numpy as np, anyattn as aa
+    >>> k = v = np.ones((2, 1, 5, 8), dtype=np.float32)
+    >>> cache = aa.KVCache(k, v)
+    >>> cache.append(k[:, :, :1], v[:, :, :1])
+    >>> q = np.ones((2, 4, 1, 8), dtype=np.float32)
+    >>> aa.attention(q, cache).shape, cache
+    ((2, 4, 1, 8), KVCache(2 sequences of 6 tokens, 1 head, capacity 10, numpy float32))
+    """
+
+    def __init__(
+        self,
+        k: Array,
+        v: Array,
+        *,
+        window: int | None = None,
+        sink_tokens: int = 0,
+        capacity: int | None = None,
+    ):
+        import numpy
+
+        _check_tokens(k, v)
+        self.window = None if window is None else integer(window, "window", least=1)
+        self.sink_tokens = integer(sink_tokens, "sink_tokens", least=0)
+        if self.window is None and self.sink_tokens:
+            raise ValueError("sink_tokens: wanted 0 without a window: all tokens are kept")
+        if self.window is not None:
+            if capacity is not None:
+                raise ValueError("capacity: wanted None with a window, which says it")
+            capacity = self.window + self.sink_tokens
+        elif capacity is not None:
+            capacity = integer(capacity, "capacity", least=0)
+        tokens = int(k.shape[-2])
+        room = max(tokens, capacity or 0) if self.window is None else capacity
+        xp, device = arrays.namespace(k), arrays.device(k)
+        self.k, self.v = (
+            xp.zeros((*x.shape[:-2], room, x.shape[-1]), dtype=x.dtype, device=device) for x in (k, v)
+        )
+        self.lengths: numpy.ndarray[Any, Any] = numpy.zeros(tuple(k.shape[:-3]), dtype=numpy.int64)
+        self.append(k, v)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is room for."""
+        return int(self.k.shape[-2])
+
+    def extend(self, k: Array, v: Array) -> None:
+        self.append(k, v)
+
+    def append(self, k: Array, v: Array, lengths: int | Sequence[int] | Array | None = None) -> None:
+        """Add tokens at the end of the sequences.
+
+        Parameters
+        ----------
+        k : array, shape (..., Hkv, n, D)
+        v : array, shape (..., Hkv, n, Dv)
+        lengths : int, sequence or integer array, optional
+            How many of the n are tokens, for each sequence; the others are padding. Default all.
+        """
+        import numpy
+
+        _check_tokens(k, v)
+        for name, new, old in (("k", k, self.k), ("v", v, self.v)):
+            arrays.check_beside(new, name, old, "the cache")
+            if arrays.dtype_name(new) != arrays.dtype_name(old):
+                raise TypeError(
+                    f"{name}: wanted dtype {arrays.dtype_name(old)}, got {arrays.dtype_name(new)}"
+                )
+            if (*new.shape[:-2], new.shape[-1]) != (*old.shape[:-2], old.shape[-1]):
+                wanted = (*old.shape[:-2], "n", old.shape[-1])
+                raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(new.shape)}")
+        count = int(k.shape[-2])
+        added = numpy.broadcast_to(
+            _host(count if lengths is None else lengths, "lengths"), self.lengths.shape
+        )
+        if added.size and (added.min() < 0 or added.max() > count):
+            raise ValueError(
+                f"lengths: wanted numbers between 0 and the {count} new tokens, "
+                f"got {added.min()} to {added.max()}"
+            )
+        longest = int((self.lengths + added).max(initial=0))
+        if self.window is None and longest > self.capacity:
+            self._grow(max(longest, 2 * self.capacity))
+        for entry, start, size in self._uniform(added):
+            for place, first, last in self._places(start, size):
+                index = (*entry, slice(None), place, slice(None))
+                taken = (*entry, slice(None), slice(first, last), slice(None))
+                self.k, self.v = write(self.k, index, k[taken]), write(self.v, index, v[taken])
+        self.lengths = self.lengths + added
+
+    def _grow(self, capacity: int) -> None:
+        xp = arrays.namespace(self.k)
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            shape = (*old.shape[:-2], capacity - old.shape[-2], old.shape[-1])
+            more = xp.zeros(shape, dtype=old.dtype, device=arrays.device(old))
+            setattr(self, name, xp.concat([old, more], axis=-2))
+
+    def _uniform(self, added: numpy.ndarray[Any, Any]) -> Iterator[tuple[tuple[Any, ...], int, int]]:
+        """Entries of the batch that are written alike, with their length and what is added."""
+        import numpy
+
+        if not added.size:
+            return
+        if (self.lengths == self.lengths.flat[0]).all() and (added == added.flat[0]).all():
+            yield (slice(None),) * added.ndim, int(self.lengths.flat[0]), int(added.flat[0])
+            return
+        for entry in numpy.ndindex(added.shape):
+            yield entry, int(self.lengths[entry]), int(added[entry])
+
+    def _places(self, start: int, size: int) -> Iterator[tuple[slice, int, int]]:
+        """Where tokens start, ..., start + size - 1 go: places in a row, and which of the new tokens."""
+        if self.window is None:
+            yield slice(start, start + size), 0, size
+            return
+        end, sinks, window = start + size, self.sink_tokens, self.window
+        if start < sinks:
+            yield slice(start, min(end, sinks)), 0, min(end, sinks) - start
+        # What the ring would overwrite at once is left out.
+        token = max(start, sinks, end - window)
+        while token < end:
+            place = sinks + (token - sinks) % window
+            run = min(end - token, sinks + window - place)
+            yield slice(place, place + run), token - start, token - start + run
+            token += run
+
+    def lookup(self) -> Lookup:
+        lengths = self._lengths_beside()
+        if self.window is None:
+            return Lookup(self.k, self.v, lengths)
+        length: Any = lengths
+        if self.lengths.ndim:
+            flat = arrays.namespace(self.k).reshape(lengths, (-1,))
+            length = load(table_of(flat, "tokens of each sequence"), (B,))
+        last = length - 1
+        in_ring = last - (last - J) % self.window
+        is_first = self.sink_tokens > J
+        kept = where(is_first, length > J, in_ring >= self.sink_tokens)
+        return Lookup(self.k, self.v, lengths, kept, where(is_first, J, in_ring))
+
+    def _lengths_beside(self) -> Any:
+        if not self.lengths.ndim:
+            return self.lengths.item()
+        xp, device = arrays.namespace(self.k), arrays.device(self.k)
+        return xp.asarray(self.lengths, dtype=arrays.index_dtype(xp, device), device=device)
+
+    def reorder(self, indices: Sequence[int] | Array) -> None:
+        """Sequence n becomes what sequence ``indices[n]`` was, as beam search wants it.
+
+        Parameters
+        ----------
+        indices : sequence or integer array, shape (B,)
+            Of a cache with one batch axis; repeated and left out as the search decides.
+        """
+        if self.lengths.ndim != 1:
+            raise ValueError(f"reorder: wanted a cache with one batch axis, got {self.lengths.ndim}")
+        chosen = _host(indices, "indices")
+        count = len(self.lengths)
+        if chosen.ndim != 1 or (chosen.size and (chosen.min() < 0 or chosen.max() >= count)):
+            raise ValueError(f"indices: wanted numbers of the {count} sequences, from 0, got {indices!r}")
+        xp, device = arrays.namespace(self.k), arrays.device(self.k)
+        placed = xp.asarray(chosen, dtype=arrays.index_dtype(xp, device), device=device)
+        self.k, self.v = (arrays.take(xp, x, placed, axis=-x.ndim) for x in (self.k, self.v))
+        self.lengths = self.lengths[chosen]
+
+    def crop(self, lengths: int | Sequence[int] | Array) -> None:
+        """Forget tokens from the end.
+
+        Parameters
+        ----------
+        lengths : int, sequence or integer array
+            Tokens that each sequence keeps at most; shorter ones stay as they are.
+
+        Raises
+        ------
+        ValueError
+            For a ring that has overwritten tokens which would be among the last ones again.
+        """
+        import numpy
+
+        kept = numpy.minimum(self.lengths, _host(lengths, "lengths"))
+        if kept.size and kept.min() < 0:
+            raise ValueError(f"lengths: wanted 0 or more, got {lengths!r}")
+        if (
+            self.window is not None
+            and ((kept < self.lengths) & (self.lengths > self.window + self.sink_tokens)).any()
+        ):
+            raise ValueError("crop: the ring has overwritten tokens that would be the last ones again")
+        self.lengths = kept
+
+    def __repr__(self) -> str:
+        lengths = sorted({int(n) for n in self.lengths.flat})
+        tokens = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else str(*lengths or [0])
+        heads = int(self.k.shape[-3])
+        ring = "" if self.window is None else f", the last {self.window} kept"
+        ring += f" and the first {self.sink_tokens}" if self.sink_tokens else ""
+        count = math.prod(self.lengths.shape)
+        return (
+            f"KVCache({count} sequence{'s' * (count != 1)} of {tokens} tokens{ring}, "
+            f"{heads} head{'s' * (heads != 1)}, capacity {self.capacity}, "
+            f"{arrays.library(self.k)} {arrays.dtype_name(self.k)})"
+        )
+
+
+def _check_tokens(k: Any, v: Any) -> None:
+    """Keys and values of the same tokens."""
+    arrays.check_plain(k, "k")
+    arrays.check_beside(v, "v", k, "k")
+    if k.ndim < 3 or v.ndim != k.ndim or tuple(v.shape[:-1]) != tuple(k.shape[:-1]):
+        raise ValueError(
+            f"v: wanted (..., heads, tokens, dim) with all axes but the last like k, "
+            f"got k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+
+
+def _host(value: Any, name: str) -> Any:
+    """Integers that decide what a cache keeps, on the host."""
+    if not arrays.is_array(value):
+        return integers(value, name)
+    if arrays.kind(value) != "int":
+        raise TypeError(f"{name}: wanted integers, got dtype {arrays.dtype_name(value)}")
+    if not arrays.is_concrete_cpu(value):
+        raise TypeError(f"{name}: wanted numbers that the host can read, as a cache keeps them there")
+    return arrays.to_host(value).astype("int64")

@@ -1,0 +1,287 @@
+"""Keys and values in pages of one pool that sequences of any length share.
+
+W. Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023.
+
+To `attention` the pool is one long key axis that all sequences have in common, and a sequence sees the
+places of its own pages; a schedule visits those alone. Pages are read where they lie. Prefixes are shared by
+counting who uses a page: a page that several sequences use is copied before one of them writes to it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from anyattn import arrays
+from anyattn.arrays import Array
+from anyattn.expr.nodes import B, J, load
+from anyattn.expr.tables import table_of
+from anyattn.kv_cache import Cache, Lookup, write
+from anyattn.numbers import integer
+
+__all__ = ["PagedKVCache", "PagedSequences"]
+
+
+@dataclass
+class _Sequence:
+    """The pages of a sequence, in its order, and its number of tokens."""
+
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+
+
+class PagedKVCache(Cache):
+    """Keys and values of many sequences in one pool of pages.
+
+    It is meant for eager code: tables and lengths are kept on the host. Appending writes into the pool; on a
+    library without writing (JAX) it replaces it.
+
+    Parameters
+    ----------
+    k_pages : array, shape (pages, page_size, Hkv, D)
+        The pool, which the cache writes to from now on.
+    v_pages : array, shape (pages, page_size, Hkv, Dv)
+
+    Attributes
+    ----------
+    k_pages, v_pages : arrays
+    sequences : tuple of int
+        Numbers of the sequences there are, in the order in which they were added; `attention(q, cache)` takes
+        them as the batch entries of q, and ``cache[numbers]`` some of them.
+    free_pages : int
+        Pages that no sequence uses.
+
+    Examples
+    --------
+    >>> import numpy as np, anyattn as aa
+    >>> cache = aa.PagedKVCache(*np.zeros((2, 32, 4, 1, 8), dtype=np.float32))
+    >>> first = cache.add()
+    >>> tokens = np.ones((1, 6, 8), dtype=np.float32)
+    >>> cache.append(first, tokens, tokens)
+    >>> second = cache.fork(first)
+    >>> cache.append(second, tokens[:, :1], tokens[:, :1])
+    >>> cache
+    PagedKVCache(2 sequences, 13 tokens, 3 of 32 pages of 4, 1 head, numpy float32)
+    >>> aa.attention(np.ones((2, 4, 1, 8), dtype=np.float32), cache).shape
+    (2, 4, 1, 8)
+    """
+
+    def __init__(self, k_pages: Array, v_pages: Array):
+        arrays.check_plain(k_pages, "k_pages")
+        arrays.check_beside(v_pages, "v_pages", k_pages, "k_pages")
+        if k_pages.ndim != 4 or v_pages.ndim != 4 or tuple(k_pages.shape[:3]) != tuple(v_pages.shape[:3]):
+            raise ValueError(
+                f"k_pages, v_pages: wanted (pages, page_size, heads, dim) with all axes but the last alike, "
+                f"got {tuple(k_pages.shape)} and {tuple(v_pages.shape)}"
+            )
+        if k_pages.shape[1] == 0:
+            raise ValueError(f"k_pages: wanted pages of 1 token or more, got shape {tuple(k_pages.shape)}")
+        self.k_pages, self.v_pages = k_pages, v_pages
+        self._users = [0] * int(k_pages.shape[0])
+        self._free = list(range(int(k_pages.shape[0])))  # a heap: low pages first keep the pool dense
+        self._sequences: dict[int, _Sequence] = {}
+        self._next = 0
+
+    @property
+    def page_size(self) -> int:
+        return int(self.k_pages.shape[1])
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        return tuple(self._sequences)
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def length(self, sequence: int) -> int:
+        """Tokens of a sequence."""
+        return self._known(sequence).length
+
+    def pages(self, sequence: int) -> tuple[int, ...]:
+        """Pages of a sequence, in its order; its token t lies in entry t // page_size."""
+        return tuple(self._known(sequence).pages)
+
+    def add(self) -> int:
+        """Begin a sequence without tokens; return its number."""
+        return self._insert(_Sequence())
+
+    def fork(self, sequence: int) -> int:
+        """Begin a sequence with the tokens of another, whose pages both use until one writes to them."""
+        known = self._known(sequence)
+        for page in known.pages:
+            self._users[page] += 1
+        return self._insert(_Sequence(list(known.pages), known.length))
+
+    def free(self, sequence: int) -> None:
+        """End a sequence; pages that nobody else uses are free again."""
+        self.crop(sequence, 0)
+        del self._sequences[sequence]
+
+    def crop(self, sequence: int, length: int) -> None:
+        """Forget the tokens of a sequence from number `length` on."""
+        known = self._known(sequence)
+        known.length = min(known.length, integer(length, "length", least=0))
+        used = -(-known.length // self.page_size)
+        for page in known.pages[used:]:
+            self._release(page)
+        del known.pages[used:]
+
+    def append(self, sequence: int, k: Array, v: Array) -> None:
+        """Add tokens at the end of a sequence.
+
+        Parameters
+        ----------
+        sequence : int
+        k : array, shape (Hkv, n, D)
+        v : array, shape (Hkv, n, Dv)
+
+        Raises
+        ------
+        MemoryError
+            If too few pages are free; the cache is then as before.
+        """
+        known = self._known(sequence)
+        for name, new, pool in (("k", k, self.k_pages), ("v", v, self.v_pages)):
+            arrays.check_plain(new, name)
+            arrays.check_beside(new, name, pool, "the cache")
+            if arrays.dtype_name(new) != arrays.dtype_name(pool):
+                raise TypeError(
+                    f"{name}: wanted dtype {arrays.dtype_name(pool)}, got {arrays.dtype_name(new)}"
+                )
+            wanted = (int(pool.shape[2]), int(k.shape[1]) if k.ndim == 3 else "n", int(pool.shape[3]))
+            if tuple(new.shape) != wanted:
+                raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(new.shape)}")
+        count, size = int(k.shape[1]), self.page_size
+        if count == 0:
+            return
+        last = known.length // size
+        shared = last < len(known.pages) and self._users[known.pages[last]] > 1
+        needed = -(-(known.length + count) // size) - len(known.pages) + shared
+        if needed > len(self._free):
+            raise MemoryError(
+                f"append: {count} tokens need {needed} more pages of {size}, {len(self._free)} are free"
+            )
+        if shared:
+            self._copy_page(known, last)
+        done = 0
+        xp = arrays.namespace(k)
+        while done < count:
+            page, start = divmod(known.length, size)
+            if page == len(known.pages):
+                known.pages.append(self._take())
+            run = min(count - done, size - start)
+            place = known.pages[page], slice(start, start + run), slice(None), slice(None)
+            part = slice(None), slice(done, done + run), slice(None)
+            self.k_pages = write(self.k_pages, place, xp.moveaxis(k[part], 0, 1))
+            self.v_pages = write(self.v_pages, place, xp.moveaxis(v[part], 0, 1))
+            known.length += run
+            done += run
+
+    def __getitem__(self, sequences: int | Sequence[int]) -> PagedSequences:
+        """Some sequences, in this order, for `attention`."""
+        chosen = [sequences] if isinstance(sequences, int) else list(sequences)
+        for number in chosen:
+            self._known(number)
+        return PagedSequences(self, tuple(chosen))
+
+    @property
+    def lengths(self) -> Any:  # type: ignore[override]
+        return self[self.sequences].lengths
+
+    def lookup(self) -> Lookup:
+        return self[self.sequences].lookup()
+
+    def extend(self, k: Array, v: Array) -> None:
+        self[self.sequences].extend(k, v)
+
+    def _known(self, sequence: int) -> _Sequence:
+        if sequence not in self._sequences:
+            raise KeyError(f"sequence: the cache has {list(self._sequences)}, got {sequence!r}")
+        return self._sequences[sequence]
+
+    def _insert(self, new: _Sequence) -> int:
+        number = self._next
+        self._next += 1
+        self._sequences[number] = new
+        return number
+
+    def _take(self) -> int:
+        page = heapq.heappop(self._free)
+        self._users[page] = 1
+        return page
+
+    def _release(self, page: int) -> None:
+        self._users[page] -= 1
+        if self._users[page] == 0:
+            heapq.heappush(self._free, page)
+
+    def _copy_page(self, known: _Sequence, entry: int) -> None:
+        """Give a sequence a page of its own with what a shared one holds."""
+        old, new = known.pages[entry], self._take()
+        self.k_pages = write(self.k_pages, (new, ...), self.k_pages[old, ...])
+        self.v_pages = write(self.v_pages, (new, ...), self.v_pages[old, ...])
+        known.pages[entry] = new
+        self._release(old)
+
+    def __repr__(self) -> str:
+        count, heads = len(self._sequences), int(self.k_pages.shape[2])
+        tokens = sum(known.length for known in self._sequences.values())
+        used = len(self._users) - len(self._free)
+        return (
+            f"PagedKVCache({count} sequence{'s' * (count != 1)}, {tokens} tokens, {used} of "
+            f"{len(self._users)} pages of {self.page_size}, {heads} head{'s' * (heads != 1)}, "
+            f"{arrays.library(self.k_pages)} {arrays.dtype_name(self.k_pages)})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PagedSequences(Cache):
+    """Some sequences of a `PagedKVCache`, which `attention` takes as batch entries."""
+
+    cache: PagedKVCache
+    sequences: tuple[int, ...]
+
+    @property
+    def lengths(self) -> Any:  # type: ignore[override]
+        import numpy
+
+        return numpy.asarray([self.cache.length(number) for number in self.sequences], dtype=numpy.int64)
+
+    def extend(self, k: Array, v: Array) -> None:
+        for name, x in (("k", k), ("v", v)):
+            if x.ndim != 4 or x.shape[0] != len(self.sequences):
+                raise ValueError(
+                    f"{name}: wanted tokens (sequences, heads, n, dim) of {len(self.sequences)} sequences, "
+                    f"got shape {tuple(x.shape)}"
+                )
+        for n, number in enumerate(self.sequences):
+            self.cache.append(number, k[n, ...], v[n, ...])
+
+    def lookup(self) -> Lookup:
+        import numpy
+
+        pool = self.cache.k_pages
+        xp, device = arrays.namespace(pool), arrays.device(pool)
+        index = arrays.index_dtype(xp, device)
+        known = [self.cache._known(number) for number in self.sequences]
+        # For each sequence the entry of its table that is this page, -1 if it does not use the page.
+        entry = numpy.full((len(known), int(pool.shape[0])), -1, dtype=numpy.int64)
+        for row, sequence in zip(entry, known, strict=True):
+            row[sequence.pages] = numpy.arange(len(sequence.pages))
+        lengths = xp.asarray([sequence.length for sequence in known], dtype=index, device=device)
+        table = table_of(xp.asarray(entry, dtype=index, device=device), "pages", ("b", None))
+        length = load(table_of(lengths, "tokens of each sequence", ("b",)), (B,))
+        size = self.cache.page_size
+        page = load(table, (B, J // size))
+        token = page * size + J % size
+        k, v = (
+            xp.moveaxis(xp.reshape(x, (x.shape[0] * size, *x.shape[2:])), 1, 0)
+            for x in (self.cache.k_pages, self.cache.v_pages)
+        )
+        return Lookup(k, v, lengths, (page >= 0) & (token < length), token)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
