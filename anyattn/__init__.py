@@ -12,6 +12,7 @@ __version__ = "0.1.0.dev0"
 
 from anyattn import errors, masks, scores
 from anyattn.attention import attention, attention_stats, attention_weights
+from anyattn.dynamo import install as _install
 from anyattn.explain import explain
 from anyattn.expr.functions import clip, exp, floor, log, maximum, minimum, sigmoid, sqrt, tanh, where
 from anyattn.kv_cache import KVCache
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from anyattn.multihead import MultiHeadAttention
     from anyattn.paged_cache import PagedKVCache
     from anyattn.varlen import pack, unpack, varlen_attention
+
+# Before `torch.compile` reads a function that calls one of these.
+_install()
 
 __all__ = [
     "KVCache",

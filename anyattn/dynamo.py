@@ -1,0 +1,277 @@
+"""What `torch.compile` reads in the place of the front door.
+
+Its tracer, Dynamo, follows the bytecode of a function, and cannot follow what anyattn does with expressions,
+caches and locks. Where a function has an attribute `_torchdynamo_inline` it reads that one instead. So inside
+a compiled function the entries of `masks` and `scores` give recipes, nested tuples of numbers and tensors;
+users' functions are called with symbols, which give recipes too; and `attention` hands its recipe and its
+tensors to one operation of the graph, `anyattn_torch.graph`, which makes of them what they stand for.
+
+Nothing here runs outside of a trace, but for what is marked as constant, and nothing imports torch before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from anyattn import masks, scores
+from anyattn.attention import attention
+from anyattn.errors import TraceError
+from anyattn.expr import functions
+from anyattn.masks import Mask
+from anyattn.scores import Score
+
+__all__ = ["MaskRecipe", "ScoreRecipe", "SymbolRecipe", "install"]
+
+
+class MaskRecipe:
+    """Stands for a `Mask` in a compiled function."""
+
+    def __init__(self, recipe: Any):
+        self.recipe = recipe
+
+    def __and__(self, other: Any) -> MaskRecipe:
+        return _and(self, other)
+
+    def __rand__(self, other: Any) -> MaskRecipe:
+        return _rand(self, other)
+
+    def __or__(self, other: Any) -> MaskRecipe:
+        return _or(self, other)
+
+    def __ror__(self, other: Any) -> MaskRecipe:
+        return _ror(self, other)
+
+
+class ScoreRecipe:
+    """Stands for a `Score` in a compiled function."""
+
+    def __init__(self, recipe: Any):
+        self.recipe = recipe
+
+    def __add__(self, other: Any) -> ScoreRecipe:
+        return _plus(self, other)
+
+    def __radd__(self, other: Any) -> ScoreRecipe:
+        return _rplus(self, other)
+
+    def then(self, other: Any) -> ScoreRecipe:
+        """The score `other(self(s))`."""
+        return _then(self, other)
+
+
+class SymbolRecipe:
+    """Stands for an expression of indices and scores, while Dynamo reads a user's function."""
+
+    def __init__(self, recipe: Any):
+        self.recipe = recipe
+
+    # fmt: off
+    def __add__(self, other: Any) -> SymbolRecipe: return _apply("add", self, other)
+    def __radd__(self, other: Any) -> SymbolRecipe: return _apply("add", other, self)
+    def __sub__(self, other: Any) -> SymbolRecipe: return _apply("sub", self, other)
+    def __rsub__(self, other: Any) -> SymbolRecipe: return _apply("sub", other, self)
+    def __mul__(self, other: Any) -> SymbolRecipe: return _apply("mul", self, other)
+    def __rmul__(self, other: Any) -> SymbolRecipe: return _apply("mul", other, self)
+    def __truediv__(self, other: Any) -> SymbolRecipe: return _apply("truediv", self, other)
+    def __rtruediv__(self, other: Any) -> SymbolRecipe: return _apply("truediv", other, self)
+    def __floordiv__(self, other: Any) -> SymbolRecipe: return _apply("floordiv", self, other)
+    def __rfloordiv__(self, other: Any) -> SymbolRecipe: return _apply("floordiv", other, self)
+    def __mod__(self, other: Any) -> SymbolRecipe: return _apply("mod", self, other)
+    def __rmod__(self, other: Any) -> SymbolRecipe: return _apply("mod", other, self)
+    def __pow__(self, other: Any) -> SymbolRecipe: return _apply("pow", self, other)
+    def __rpow__(self, other: Any) -> SymbolRecipe: return _apply("pow", other, self)
+    def __neg__(self) -> SymbolRecipe: return _apply("neg", self)
+    def __pos__(self) -> SymbolRecipe: return self
+    def __abs__(self) -> SymbolRecipe: return _apply("abs", self)
+    def __and__(self, other: Any) -> SymbolRecipe: return _apply("and", self, other)
+    def __rand__(self, other: Any) -> SymbolRecipe: return _apply("and", other, self)
+    def __or__(self, other: Any) -> SymbolRecipe: return _apply("or", self, other)
+    def __ror__(self, other: Any) -> SymbolRecipe: return _apply("or", other, self)
+    def __xor__(self, other: Any) -> SymbolRecipe: return _apply("xor", self, other)
+    def __rxor__(self, other: Any) -> SymbolRecipe: return _apply("xor", other, self)
+    def __lt__(self, other: Any) -> SymbolRecipe: return _apply("lt", self, other)
+    def __le__(self, other: Any) -> SymbolRecipe: return _apply("le", self, other)
+    def __gt__(self, other: Any) -> SymbolRecipe: return _apply("gt", self, other)
+    def __ge__(self, other: Any) -> SymbolRecipe: return _apply("ge", self, other)
+    def __eq__(self, other: Any) -> Any: return _apply("eq", self, other)
+    def __ne__(self, other: Any) -> Any: return _apply("ne", self, other)
+    # fmt: on
+    __hash__ = object.__hash__
+
+    def __getitem__(self, key: Any) -> SymbolRecipe:
+        return _apply("load", self, *(key if isinstance(key, tuple) else (key,)))
+
+    def __bool__(self) -> bool:
+        raise TraceError(
+            "a traced condition has no truth value: write aa.where(condition, x, y) instead of `if`, "
+            "`&` `|` `~` instead of `and` `or` `not`"
+        )
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """A captured tensor met a symbol: it is indexed by one, or an operand beside one."""
+        import torch
+
+        if function is torch.Tensor.__getitem__:
+            return _apply("load", *args)
+        return _apply("torch " + function.__name__, *args)
+
+
+def _apply(operation: str, *args: Any) -> SymbolRecipe:
+    return SymbolRecipe((operation, *[_recipe(x) for x in args]))
+
+
+def _recipe(value: Any) -> Any:
+    if isinstance(value, (MaskRecipe, ScoreRecipe, SymbolRecipe)):
+        return value.recipe
+    if isinstance(value, (Mask, Score)):
+        return _made_before(value)
+    if isinstance(value, list):
+        return ("list", *[_recipe(x) for x in value])
+    if isinstance(value, tuple):
+        return ("tuple", *[_recipe(x) for x in value])
+    return value
+
+
+def _mask(value: Any) -> Any:
+    return _function("mask", value, ("b", "h", "i", "j")) if _is_function(value) else _recipe(value)
+
+
+def _score(value: Any) -> Any:
+    if _is_function(value):
+        return _function("score", value, ("score", "b", "h", "i", "j"))
+    return _recipe(value)
+
+
+def _is_function(value: Any) -> bool:
+    known = isinstance(value, (MaskRecipe, ScoreRecipe, Mask, Score))
+    return not known and not hasattr(value, "shape") and callable(value)
+
+
+def _function(kind: str, function: Callable[..., Any], names: tuple[str, ...]) -> Any:
+    return ("function", kind, _recipe(function(*[SymbolRecipe(("symbol", name)) for name in names])))
+
+
+def _made_before(value: Mask | Score) -> Any:
+    """A mask or score that was made outside: its key, and the tensors that stand in it."""
+    key, paths = _remember(value)
+    found = []
+    for path in paths:
+        x: Any = value
+        for step in path:
+            x = x[step] if isinstance(step, int) else getattr(x, step)
+        found.append(x)
+    return ("object", key, *found)
+
+
+def _remember(value: Mask | Score) -> Any:
+    from anyattn_torch import recipes
+
+    return recipes.remember(value)
+
+
+_remember._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _numbered(recipe: Any, tensors: list[Any]) -> Any:
+    """A recipe with numbers of tensors in their place."""
+    if isinstance(recipe, tuple):
+        return tuple([_numbered(x, tensors) for x in recipe])
+    if hasattr(recipe, "shape"):
+        tensors.append(recipe)
+        return ("tensor", len(tensors) - 1)
+    return recipe
+
+
+def _attention(
+    q: Any,
+    k: Any,
+    v: Any = None,
+    *,
+    mask: Any = None,
+    score_mod: Any = None,
+    **options: Any,
+) -> Any:
+    from anyattn_torch.graph import attention_in_graph
+
+    recipe = [(name, _recipe(value)) for name, value in options.items() if value is not None]
+    if mask is not None:
+        recipe.append(("mask", _mask(mask)))
+    if score_mod is not None:
+        recipe.append(("score_mod", _score(score_mod)))
+    tensors = [x for x in (q, k, v) if x is not None]
+    return attention_in_graph(tensors, _numbered(tuple(recipe), tensors))
+
+
+def _and(self: Any, other: Any) -> MaskRecipe:
+    return MaskRecipe(("and", _mask(self), _mask(other)))
+
+
+def _rand(self: Any, other: Any) -> MaskRecipe:
+    return MaskRecipe(("and", _mask(other), _mask(self)))
+
+
+def _or(self: Any, other: Any) -> MaskRecipe:
+    return MaskRecipe(("or", _mask(self), _mask(other)))
+
+
+def _ror(self: Any, other: Any) -> MaskRecipe:
+    return MaskRecipe(("or", _mask(other), _mask(self)))
+
+
+def _plus(self: Any, other: Any) -> ScoreRecipe:
+    return ScoreRecipe(("plus", _score(self), _score(other)))
+
+
+def _rplus(self: Any, other: Any) -> ScoreRecipe:
+    return ScoreRecipe(("plus", _score(other), _score(self)))
+
+
+def _then(self: Any, other: Any) -> ScoreRecipe:
+    return ScoreRecipe(("then", _score(self), _score(other)))
+
+
+def _entry(kind: type, module: str, name: str) -> Callable[..., Any]:
+    def entry(*args: Any, **options: Any) -> Any:
+        positional = ("tuple", *[_recipe(x) for x in args])
+        return kind(
+            ("entry", module, name, positional, tuple([(key, _recipe(x)) for key, x in options.items()]))
+        )
+
+    return entry
+
+
+def _from_mask_function(function: Any) -> MaskRecipe:
+    return MaskRecipe(_mask(function))
+
+
+def _from_score_function(function: Any) -> ScoreRecipe:
+    return ScoreRecipe(_score(function))
+
+
+def _call(name: str) -> Callable[..., SymbolRecipe]:
+    def call(*args: Any) -> SymbolRecipe:
+        return _apply(name, *args)
+
+    return call
+
+
+def install() -> None:
+    """Give the front door, the entries and the functions of traced functions what Dynamo is to read."""
+    inline: dict[Callable[..., Any], Callable[..., Any]] = {attention: _attention}
+    for name in masks.__all__:
+        if name not in ("Mask", "from_function"):
+            inline[getattr(masks, name)] = _entry(MaskRecipe, "masks", name)
+    for name in scores.__all__:
+        if name not in ("Score", "from_function"):
+            inline[getattr(scores, name)] = _entry(ScoreRecipe, "scores", name)
+    inline[masks.from_function] = _from_mask_function
+    inline[scores.from_function] = _from_score_function
+    for name in functions.__all__:
+        inline[getattr(functions, name)] = _call(name)
+    # Operators of what was made outside, beside a recipe. Dynamo has no rule for `~`.
+    inline |= {Mask.__and__: _and, Mask.__rand__: _rand, Mask.__or__: _or, Mask.__ror__: _ror}
+    inline |= {Score.__add__: _plus, Score.__radd__: _rplus, Score.then: _then}
+    for function, replacement in inline.items():
+        function._torchdynamo_inline = replacement  # type: ignore[attr-defined]

@@ -1,0 +1,167 @@
+"""Attention as an operation of a compiled graph: one call in it, whatever the options.
+
+`anyattn.dynamo` calls `attention_in_graph` while Dynamo reads a compiled function, and torch's compiler calls
+it again with fake tensors. What SDPA means the same by becomes SDPA in the graph; everything else one
+operation, `anyattn::attend`, and one for its gradients. When the graph runs they get tensors with values and
+do what the same call does outside of a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyattn import arrays, attention, settings
+from anyattn.arrays import FLOAT_DTYPES
+from anyattn.call import AttentionCall, canonical
+from anyattn.describe import Options, describe
+from anyattn_torch import recipes
+from anyattn_torch.backward import gradients
+from anyattn_torch.tensors import differentiable
+
+__all__ = ["attention_in_graph"]
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def attention_in_graph(tensors: list[Tensor], recipe: tuple[Any, ...]) -> Any:
+    """`attention` of the first three of `tensors` with the options of a recipe over all of them."""
+    text = recipes.as_text(recipe)
+    options = recipes.read(text)
+    forced = settings.forced_backend(options.get("backend"))
+    # Inside a graph that is only recorded, not compiled, tensors have values.
+    direct = not any(arrays.is_tracer(x) for x in tensors) or (forced and forced[0] != "torch")
+    if direct or _is_plain(options) or recipes.holds(recipe, "relative_keys"):
+        return attention(*tensors[:3], **recipes.options_of(text, tensors))
+    _check(tensors)
+    out, lse = _attend(tensors, text)
+    return (out, lse) if options.get("return_lse") else out
+
+
+def _is_plain(options: dict[str, Any]) -> bool:
+    """Whether SDPA might take a call: no option that it has no word for."""
+    return not any(
+        options.get(name) for name in ("window", "score_mod", "softcap", "sinks", "kv_lengths", "return_lse")
+    ) and (options.get("mask") is None or options["mask"][0] == "tensor")
+
+
+def _check(tensors: Sequence[Tensor]) -> None:
+    """What must hold so that results have a shape; all else is found when the graph runs."""
+    q, k, v = tensors[:3]
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if arrays.dtype_name(x) not in FLOAT_DTYPES:
+            raise TypeError(f"{name}: wanted dtype {', '.join(FLOAT_DTYPES)}, got {x.dtype}")
+        if x.ndim < 2 or (x.ndim == 2) != (q.ndim == 2):
+            raise ValueError(f"{name}: wanted axes (..., heads, length, dim), got shape {tuple(x.shape)}")
+
+
+@torch.library.custom_op("anyattn::attend", mutates_args=())  # type: ignore[untyped-decorator]
+def _attend(tensors: list[Tensor], recipe: str) -> tuple[Tensor, Tensor]:
+    options = recipes.options_of(recipe, tensors)
+    out, lse = attention(*tensors[:3], **{**options, "return_lse": True})
+    return out.contiguous(), lse.contiguous()
+
+
+@_attend.register_fake  # type: ignore[untyped-decorator]
+def _(tensors: list[Tensor], recipe: str) -> tuple[Tensor, Tensor]:
+    q, k, v = tensors[:3]
+    options = recipes.read(recipe)
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if q.ndim == 2:
+        return q.new_empty(q.shape[0], v.shape[1]), q.new_empty(q.shape[0], dtype=accumulate)
+    batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
+    out = q.new_empty(*batch, *q.shape[-3:-1], v.shape[-1])
+    swapped = options.get("layout") == "blhd"
+    rows = (q.shape[-2], q.shape[-3]) if swapped else (q.shape[-3], q.shape[-2])
+    return out, q.new_empty(*batch, *rows, dtype=accumulate)
+
+
+@torch.library.custom_op("anyattn::attend_backward", mutates_args=())  # type: ignore[untyped-decorator]
+def _attend_backward(
+    tensors: list[Tensor],
+    recipe: str,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    needed: list[bool],
+) -> list[Tensor]:
+    options = recipes.options_of(recipe, tensors)
+    options.pop("backend", None)
+    q, k, v = tensors[:3]
+    call = describe("attention", q, k, v, Options(**{**options, "return_lse": True}))
+    inputs = differentiable(call)
+    places = _places(call, inputs, tensors, recipe)
+    rows = (lse, grad_lse) if call.has_heads else (lse[None], None if grad_lse is None else grad_lse[None])
+    found = gradients(
+        call,
+        canonical(out, call.layout),
+        rows[0],
+        canonical(grad_out, call.layout),
+        rows[1],
+        [n >= 0 and needed[n] for n in places],
+    )
+    sums: dict[int, Tensor] = {}
+    for n, grad in zip(places, found, strict=True):
+        if grad is not None:
+            grad = _as_given(call, n, grad)
+            sums[n] = sums[n] + grad if n in sums else grad
+    return [
+        sums[n].to(x.dtype).contiguous() if n in sums else x.new_zeros(x.shape)
+        for n, (x, yes) in enumerate(zip(tensors, needed, strict=True))
+        if yes
+    ]
+
+
+@_attend_backward.register_fake  # type: ignore[untyped-decorator]
+def _(
+    tensors: list[Tensor],
+    recipe: str,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    needed: list[bool],
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x, yes in zip(tensors, needed, strict=True) if yes]
+
+
+def _places(
+    call: AttentionCall, inputs: Sequence[Tensor], tensors: Sequence[Tensor], recipe: str
+) -> list[int]:
+    """Which of the operation's tensors each of `differentiable(call)` is; -1 for what came as numbers."""
+    places = [0, 1, 2]
+    if call.sinks is not None:
+        given = recipes.read(recipe)["sinks"]
+        places.append(given[1] if given[0] == "tensor" else -1)
+    captured = range(3, len(tensors))
+    places += [next((n for n in captured if tensors[n] is x), -1) for x in inputs[len(places) :]]
+    return places
+
+
+def _as_given(call: AttentionCall, place: int, grad: Tensor) -> Tensor:
+    """The gradient of q, k or v in the layout of the caller."""
+    if place > 2:
+        return grad
+    if not call.has_heads:
+        return grad[0]
+    return grad.transpose(-2, -3) if call.layout == "blhd" else grad
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.recipe = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.needed = [x.requires_grad for x in tensors]
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+    *tensors, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    found = iter(_attend_backward(tensors, ctx.recipe, out, lse, grad_out, grad_lse, ctx.needed))
+    return [next(found) if yes else None for yes in ctx.needed], None
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)
