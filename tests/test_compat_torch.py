@@ -45,6 +45,7 @@ SHAPES = {
     "one key head": ((2, 4, 5, 8), (2, 1, 7, 8), (2, 1, 7, 6)),
     "one query head": ((2, 1, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6)),
     "one head in k": ((2, 4, 5, 8), (2, 1, 7, 8), (2, 4, 7, 6)),
+    "batch axes": ((2, 1, 2, 5, 8), (2, 2, 2, 7, 8), (1, 2, 2, 7, 6)),
     "axes missing": ((5, 8), (4, 7, 8), (2, 4, 7, 6)),
     "no keys": ((2, 4, 5, 8), (2, 4, 0, 8), (2, 4, 0, 6)),
 }
@@ -55,8 +56,15 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes(name):
+def test_shapes(name, backend):
+    with aa.use(backend=backend):
+        check_shapes(name)
+
+
+def check_shapes(name):
+    """With no mask, in causal order, and with masks that broadcast."""
     inputs = tensors(*SHAPES[name])
     same(inputs)
     same(inputs, is_causal=True)

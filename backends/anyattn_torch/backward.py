@@ -90,7 +90,10 @@ class _Gradients:
         self.captured = Captured(work, wanted[3 + has_sinks :])
 
     def _zeros(self, x: Tensor) -> Tensor:
-        return torch.zeros(x.shape, dtype=self.work.dtype, device=x.device)
+        # The entries of a chunk side by side in memory: `Chunk.whole` of a sum must not be a copy of it.
+        last = len(self.work.sizes) - 1
+        shape = x.movedim(self.work.inner, last).shape
+        return torch.zeros(shape, dtype=self.work.dtype, device=x.device).movedim(last, self.work.inner)
 
     def results(self, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """The gradients in the shapes and dtypes of the arrays."""
