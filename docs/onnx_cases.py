@@ -17,7 +17,7 @@ from anyattn.compat.onnx import attention
 
 PAGE = Path(__file__).parent / "onnx-cases.md"
 # Backend, and the array library that it is given.
-COLUMNS = (("reference", "numpy"), ("numba", "numpy"), ("reference", "torch"))
+COLUMNS = (("reference", "numpy"), ("numba", "numpy"), ("reference", "torch"), ("torch", "torch"))
 # The values that onnx ships are rounded to 16 bits after each step, and anyattn's once: two units apart.
 ULPS = 2
 HEAD = """# ONNX's own cases

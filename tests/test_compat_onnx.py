@@ -134,6 +134,14 @@ def test_windows_and_causal_order_stand_on_the_offset():
     assert (got[1, :, 0] == 0).all()
 
 
+def test_causal_order_beside_a_mask_of_one_row():
+    """onnx 1.23's reference implementation gives all rows the causal order of the first."""
+    mask = np.linspace(-1, 1, 7, dtype=np.float32)[None]
+    got = attention(Q, K, V, mask, is_causal=1)[0]
+    np.testing.assert_array_equal(got, attention(Q, K, V, np.tile(mask, (5, 1)), is_causal=1)[0])
+    np.testing.assert_allclose(got[:, :, 0], np.repeat(V[:, :, 0], 2, axis=1), rtol=1e-5)
+
+
 def test_gradients_reach_the_past_and_the_mask():
     torch = pytest.importorskip("torch", reason="gradients need torch")
     x = {name: torch.from_numpy(a).double().requires_grad_() for name, a in (("q", Q), ("k", K), ("v", V))}

@@ -12,10 +12,10 @@ from typing import Any
 from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.attention import attention as _attention
-from anyattn.attention import attention_weights
 from anyattn.compat.renaming import renaming
 from anyattn.describe import Options, describe
 from anyattn.numbers import integer
+from anyattn.reference.inspect import weights
 from anyattn.reference.logits import Logits
 
 __all__ = ["attention", "linear_attention"]
@@ -107,7 +107,7 @@ def attention(
     present_key, present_value : arrays, shape (B, Hkv, T, D) and (B, Hkv, T, Dv)
         Without `past_key` these are views of K and V.
     qk_matmul_output : array, shape (B, Hq, L, T)
-        In the dtype of Q. Modes 0, 1 and 2 are computed as `reference` does on every backend.
+        In the dtype of Q; computed as `reference` does, whatever the backend.
 
     Raises
     ------
@@ -119,7 +119,8 @@ def attention(
     Notes
     -----
     Where the text of the operator and its reference implementation (onnx 1.23) differ, the text is followed:
-    mode 0 is not capped, and Y has the dtype of Q where V has another. Scores are scaled once, and 16-bit
+    mode 0 is not capped, Y has the dtype of Q where V has another, and causal order does not end at the rows
+    of a mask that has one. Scores are scaled once, and 16-bit
     inputs are computed in float32, where the operator's function scales Q and K by the root of `scale` and
     rounds each step.
     """
@@ -135,8 +136,8 @@ def attention(
 
     wide = _common_dtype(Q, V, softmax_precision)
     q, k, v = (_cast(x, wide) for x in (q, k, v))
-    shown: dict[str, Any] = {"scale": scale}
-    capped = shown | {"softcap": softcap or None}
+    plain: dict[str, Any] = {"scale": scale}
+    capped = plain | {"softcap": softcap or None}
     masked = capped | {
         "causal": bool(is_causal),
         "window": _window(left_window_size, right_window_size),
@@ -152,10 +153,9 @@ def attention(
         y = _attention(*map(_heads_last, (q, k, v)), layout="blhd", backend=backend, **masked)
         y = arrays.namespace(y).reshape(y, (*y.shape[:2], y.shape[2] * y.shape[3]))
     outputs = [y, *present]
-    if num_outputs == 4 and qk_matmul_output_mode == _AFTER_SOFTMAX:
-        outputs.append(attention_weights(q, k, backend=backend, **masked))
-    elif num_outputs == 4:
-        outputs.append(_logits(q, k, (shown, capped, masked)[qk_matmul_output_mode]))
+    if num_outputs == 4:
+        options = (plain, capped, masked, masked)[qk_matmul_output_mode]
+        outputs.append(_pairs(q, k, options, softmax=qk_matmul_output_mode == _AFTER_SOFTMAX))
     xp = arrays.namespace(Q)
     own = (Q.dtype, K.dtype, V.dtype, Q.dtype)
     with arrays.exactly(Q):
@@ -365,8 +365,8 @@ def _mask_or_bias(attn_mask: Array, q: Array, length: int, opset: int) -> dict[s
     return {"mask" if kind == "bool" else "bias": attn_mask}
 
 
-def _logits(q: Array, k: Array, options: dict[str, Any]) -> Array:
-    """The scores of all pairs, (B, Hq, L, T), in the dtype that is accumulated in."""
+def _pairs(q: Array, k: Array, options: dict[str, Any], softmax: bool) -> Array:
+    """The scores of all pairs or their softmax, (B, Hq, L, T)."""
     call = describe("weights", q, k, None, Options(**options))
     with arrays.exactly(q):
-        return Logits(call).block(0, call.k_len)[0]
+        return weights(call) if softmax else Logits(call).block(0, call.k_len)[0]
