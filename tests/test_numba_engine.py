@@ -5,21 +5,24 @@ Expected values are those of the reference backend, which the same cases hold to
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
 
 import anyattn as aa
-from anyattn import masks, scores
+from anyattn import masks, plan, scores
 from anyattn.describe import Options, describe
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from anyattn_numba import arguments as a
 from anyattn_numba import engine
+from anyattn_numba.engine import Prepared
+from anyattn_numba.hostarrays import address_of, as_numpy
 from anyattn_numba.kernels import shape_for
-from anyattn_numba.work import items_of
+from anyattn_numba.template import Template
 
 BOUND = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 3e-6, "float64": 1e-14}
 
@@ -56,7 +59,8 @@ def assert_equals_reference(q, k, v, dtype="float32", **options):
 
 def work_of(q, k, v, threads, **options):
     call = describe("attention", q, k, v, Options(**options))
-    return items_of(call, shape_for(call.accumulate), threads)
+    template = Template(call, shape_for(call.accumulate), {"Q": q, "K": k, "V": v}, lasting=False)
+    return template.case(call.others, threads).work
 
 
 class TestWork:
@@ -222,14 +226,7 @@ class TestMemory:
     def test_torch_memory_is_read_in_place(self):
         torch = pytest.importorskip("torch", reason="torch is not installed")
         q, k, v = (torch.from_numpy(x) for x in inputs(1, 2, 2, 20, 30, 8))
-        call = describe("attention", q, k, v, Options())
-        block, _ = engine.argument_block(
-            call,
-            shape_for("float32"),
-            items_of(call, shape_for("float32"), 1),
-            {"Q": q.numpy(), "K": k.numpy()},
-        )
-        assert block[a.K // 8] == k.data_ptr()
+        assert address_of(as_numpy(k, "torch")) == k.data_ptr()
         found = aa.attention(q, k, v, backend="numba")
         assert isinstance(found, torch.Tensor)
         assert torch.equal(
@@ -259,23 +256,140 @@ class TestMemory:
         assert peak - q.nbytes < 20e6
 
 
+def changed(rng, x):
+    """Other contents for `x`."""
+    if x.dtype == bool:
+        return rng.random(x.shape) < 0.5
+    if x.dtype.kind == "i":
+        return x[::-1].copy()
+    return rng.standard_normal(x.shape).astype(x.dtype)
+
+
+def spread(limits):
+    return lambda b, h, i, j: abs(i - j) * 0.1 < limits[h]
+
+
+GIVEN = {
+    "everything": lambda rng: {
+        "kv_lengths": rng.integers(0, 30, 2),
+        "q_offset": rng.integers(0, 20, 2),
+        "causal": True,
+        "sinks": rng.standard_normal(4),
+        "score_mod": scores.alibi(rng.random(4).astype("f4")),
+        "bias": rng.standard_normal((2, 1, 12, 30)).astype("f4"),
+        "mask": rng.random((12, 30)) < 0.8,
+        "return_lse": True,
+    },
+    "lengths": lambda rng: {"kv_lengths": rng.integers(0, 30, 2).astype("i4")},
+    "offsets": lambda rng: {"q_offset": rng.integers(-12, 30, 2), "window": (9, 4)},
+    "mask": lambda rng: {"mask": rng.random((2, 4, 12, 30)) < 0.1 + 0.5 * (np.arange(30) > 20)},
+    "floats in a mask": lambda rng: {"mask": masks.from_function(spread(3 * rng.random(4)))},
+}  # fmt: skip
+
+
 class TestPlans:
-    """A call like one before."""
+    """A call like one before, with other values in each of its arrays."""
 
-    def test_new_arrays_of_one_signature(self):
-        for seed in range(4):
-            q, k, v = (drawn((1, 2, 12, 16), seed=3 * seed + n) for n in range(3))
-            assert_equals_reference(q, k, v, causal=True)
+    @pytest.fixture
+    def prepared(self, monkeypatch):
+        """What was prepared; no call is run in another way."""
+        from anyattn_numba import backend
 
-    def test_changed_values_of_arrays(self):
-        q, k, v = inputs(2, 2, 2, 12, 40, 16)
-        lengths, slopes = np.array([5, 40]), np.array([0.5, 0.1], "f4")
+        made = []
+        monkeypatch.setattr(plan, "_plans", {})
+        monkeypatch.setattr(backend, "run", None, raising=False)
+        monkeypatch.setattr(engine, "Prepared", lambda *a, **b: made.append(Prepared(*a, **b)) or made[-1])
+        return made
+
+    @pytest.mark.parametrize("kind", GIVEN)
+    @pytest.mark.parametrize("group", [1, 2])
+    def test_values(self, prepared, kind, group):
+        rng = np.random.default_rng(0)
         for _ in range(3):
-            assert_equals_reference(
-                q, k, v, kv_lengths=lengths, score_mod=scores.alibi(slopes), q_offset=np.array([3, 28])
-            )
-            lengths[0] += 7
-            slopes *= 2
+            q, k, v = inputs(2, 4, 4 // group, 12, 30, 16)
+            options = GIVEN[kind](rng)
+            found = aa.attention(q, k, v, backend="numba", **options)
+            wanted = aa.attention(q, k, v, backend="reference", **options)
+            for x, y in zip(found, wanted, strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+        assert len(prepared) == 1
+
+    def test_arrays_that_change_in_place(self, prepared):
+        q, k, v = inputs(2, 4, 4, 12, 30, 16)
+        lengths, offsets, sinks = np.array([5, 29]), np.array([3, 18]), np.zeros(4, "f4")
+        slopes, bias, seen = np.ones(4, "f4"), np.zeros((2, 1, 12, 30), "f4"), np.ones((12, 30), bool)
+        options = {"kv_lengths": lengths, "q_offset": offsets, "sinks": sinks, "causal": True, "bias": bias}
+        options |= {"score_mod": scores.alibi(slopes), "mask": masks.dense(seen)}
+        rng = np.random.default_rng(9)
+        for x in (q, k, v, lengths, offsets, sinks, slopes, bias, seen):
+            before = aa.attention(q, k, v, backend="numba", **options)
+            x[...] = changed(rng, x)
+            after = aa.attention(q, k, v, backend="numba", **options)
+            assert not np.array_equal(before, after)
+            wanted = aa.attention(q, k, v, backend="reference", **options)
+            np.testing.assert_allclose(after, wanted, rtol=1e-5, atol=1e-5)
+        assert len(prepared) == 1
+
+    def test_wrong_values_are_refused_after_right_ones(self):
+        q, k, v = inputs(2, 4, 4, 1, 30, 16)
+        lengths = np.array([3, 30])
+        wanted = aa.attention(q, k, v, backend="numba", kv_lengths=lengths)
+        for wrong in (31, -1):
+            lengths[0] = wrong
+            with pytest.raises(ValueError, match="kv_lengths: wanted lengths between 0 and the 30 keys"):
+                aa.attention(q, k, v, backend="numba", kv_lengths=lengths)
+        lengths[0] = 3
+        assert np.array_equal(aa.attention(q, k, v, backend="numba", kv_lengths=lengths), wanted)
+
+    def test_no_array_is_kept(self, prepared):
+        rng = np.random.default_rng(2)
+        q, k, v = inputs(2, 4, 4, 12, 30, 16)
+        seen, lengths, slopes = rng.random((12, 30)) < 0.5, np.array([4, 30]), np.ones(4, "f4")
+        bias, sinks, offsets = np.zeros((12, 30), "f4"), np.zeros(4, "f4"), np.array([0, 3])
+        alive = [weakref.ref(x) for x in (q, k, v, seen, lengths, slopes, bias, sinks, offsets)]
+        options = {"kv_lengths": lengths, "q_offset": offsets, "sinks": sinks, "bias": bias, "mask": seen}
+        for _ in range(2):
+            aa.attention(q, k, v, backend="numba", score_mod=scores.alibi(slopes), **options)
+        del q, k, v, seen, lengths, slopes, bias, sinks, offsets, options
+        gc.collect()
+        assert len(prepared) == 1
+        assert not any(x() is not None for x in alive)
+
+    def test_integers_may_outgrow_those_of_the_first_call(self):
+        """Tile code has indices of 32 bits where all integers of a call fit them."""
+        q, k, v = inputs(1, 2, 2, 12, 30, 16)
+        small = np.arange(30) // 7
+        options = [
+            {"mask": masks.documents(ids), "q_offset": 0} for ids in (small, small + 2**40 * (small > 2))
+        ]
+        first, second = (describe("attention", q, k, v, Options(**o)) for o in options)
+        found = engine.prepare(first)(q, k, v, *second.others)[0]
+        wanted = aa.attention(q, k, v, backend="reference", **options[1])
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+    def test_the_number_of_threads_is_that_of_each_call(self, prepared):
+        controller = pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
+        q, k, v = inputs(1, 1, 1, 1, 4000, 16)
+        parts = []
+        for limit in (1, 2, 1):
+            with controller.threadpool_limits(limit, user_api="anyattn"):
+                aa.attention(q, k, v, backend="numba")
+            [one] = prepared
+            parts.append(one.template.case((), limit).work.parts)
+            assert one.template.case((), limit).threads == limit
+        assert parts[0] == parts[2] == 1
+
+    def test_torch_tensors(self, prepared):
+        torch = pytest.importorskip("torch", reason="torch is not installed")
+        rng = np.random.default_rng(3)
+        for _ in range(2):
+            arrays = [*inputs(2, 4, 4, 12, 30, 16), changed(rng, np.zeros((12, 30), bool))]
+            q, k, v, seen = map(torch.from_numpy, arrays)
+            bias = torch.from_numpy(rng.standard_normal((12, 30))).bfloat16()
+            found = aa.attention(q, k, v, backend="numba", mask=seen, bias=bias)
+            wanted = aa.attention(q, k, v, backend="reference", mask=seen, bias=bias)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert len(prepared) == 1
 
 
 class TestNames:

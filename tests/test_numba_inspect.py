@@ -19,7 +19,7 @@ pytest.importorskip("numba", reason="numba is not installed")
 from anyattn_numba import arguments as a
 from anyattn_numba import inspect_engine
 from anyattn_numba.kernels import shape_for
-from anyattn_numba.work import items_of
+from anyattn_numba.template import Template
 
 ALL = ("key_mass", "entropy", "max")
 WINDOW_AND_COLUMNS = masks.sliding_window(100) & ~masks.prefix(7) | masks.global_tokens([5, 1000])
@@ -58,7 +58,8 @@ def test_runs_take_every_item_once_and_those_with_most_keys_first(batch, heads, 
     q, k = drawn(batch, heads, q_len, 8), drawn(batch, heads, q_len, 8)
     call = describe("stats", q, k, None, Options(causal=True, stats=ALL))
     # The register tile differs between processors, and with it the number of items of a head.
-    work, runs, found = inspect_engine._runs(call, items_of(call, shape_for(call.accumulate), 1), threads)
+    work = Template(call, shape_for(call.accumulate), {"Q": q, "K": k}, lasting=False).case((), 1).work
+    work, runs, found = inspect_engine._runs(call, work, threads)
     assert found == min(parts, len(work.items) // (batch * heads))
     assert sorted(runs[:, a.RUN_ROW // 8]) == list(range(batch * heads * found))
     taken = [n for first, end, _ in runs for n in range(first, end)]

@@ -14,9 +14,9 @@ import pytest
 import anyattn as aa
 from anyattn import masks, scores
 from anyattn.describe import Options, describe
+from anyattn.expr.bounds import index_ranges
 from anyattn.expr.evaluate import Tile, evaluate
 from anyattn.expr.program import lower
-from anyattn.expr.statements import aligned_slots, aligned_view
 
 if find_spec("numba") is None:
     pytest.skip("needs numba", allow_module_level=True)
@@ -26,6 +26,7 @@ import numba
 from anyattn_numba import arguments as a
 from anyattn_numba import kernels, threads, tiles
 from anyattn_numba.atomics import invoke
+from anyattn_numba.captures import Captures
 from anyattn_numba.hostarrays import address_of
 from anyattn_numba.target import host, shape_of
 
@@ -90,11 +91,8 @@ def run_tile(call, accumulate, index, action, before, b, heads, rows, columns, g
     """What tile code makes of the scores `before` (keys, width), or of what is seen."""
     program = lower(call.visible, call.score)
     sizes = (call.batch_shape, call.num_heads, call.q_len, call.k_len)
-    views = tuple(
-        aligned_view(np, x, slot.block, *sizes)
-        for x, slot in zip(program.aligned, aligned_slots(program), strict=True)
-    )
-    captured, kept = tiles.capture(program, accumulate, views, "numpy", kernels.entries_address)
+    captures = Captures(program, accumulate, sizes, "numpy", kernels.entries_address)
+    captured, _ = captures.words(())
     code = tiles_by_key(program, accumulate, index)
     keys, width = before.shape
     lanes = np.array([heads, rows, rows + OFFSETS[b]], np.int64)
@@ -118,7 +116,6 @@ def run_tile(call, accumulate, index, action, before, b, heads, rows, columns, g
         words[place // 8] = value
     assert call_code(code, address_of(words)) == 0
     assert (memory[-64:] == 0xA5).all(), "written beyond the memory that was asked for"
-    del kept
     return out, seen
 
 
@@ -196,7 +193,7 @@ def test_values(name, accumulate, index):
 )
 def test_integers_have_32_bits_only_where_they_fit(options, index):
     call = call_of(options)
-    assert tiles.index_type(lower(call.visible, call.score), call) == index
+    assert tiles.index_type(lower(call.visible, call.score), index_ranges(call)) == index
 
 
 def test_calls_of_one_structure_with_small_and_large_integers():

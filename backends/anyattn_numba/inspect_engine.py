@@ -12,19 +12,18 @@ from anyattn.arrays import Array
 from anyattn.call import AttentionCall
 from anyattn.schedule import MASKED, Spans
 from anyattn_numba import arguments as a
-from anyattn_numba.engine import argument_block, run, scratch
+from anyattn_numba.engine import run, scratch
 from anyattn_numba.hostarrays import address_of, as_numpy, empty_like, from_numpy
 from anyattn_numba.kernels import kernel_address, shape_for
 from anyattn_numba.target import Shape
+from anyattn_numba.template import Template, put_work
 from anyattn_numba.thread_count import thread_count
-from anyattn_numba.work import Work, items_of
+from anyattn_numba.work import Work, threads_for
 
 __all__ = ["stats", "weights"]
 
 NDArray = numpy.ndarray[Any, Any]
 
-# Products of a pair and a channel that another thread is worth.
-_WORK_FOR_THREADS = 1 << 20
 # Runs that each thread finds on average, so that all end together.
 _RUNS_OF_THREAD = 4
 
@@ -32,45 +31,48 @@ _RUNS_OF_THREAD = 4
 def weights(call: AttentionCall) -> Array:
     """Softmax weights (..., Hq, R, Lk) of a call of "weights", in the dtype of the call."""
     shape = shape_for(call.accumulate)
-    work = items_of(call, shape, 1)
     rows = None
     if call.rows is not None:
         rows = numpy.ascontiguousarray(as_numpy(call.rows, call.library), numpy.int64)
-        if call.visible is not None:
-            work = _all_masked(call, work)
     q, k = (as_numpy(x, call.library) for x in (call.q, call.k))
     num_rows = call.q_len if rows is None else len(rows)
     result = (*call.batch_shape, call.num_heads, num_rows, call.k_len)
-    out = _zeros(q.dtype, result, call.library, needed=work.spans is not None)
-    block, kept = argument_block(call, shape, work, {"Q": q, "K": k, "OUT": out})
+    out = _zeros(q.dtype, result, call.library, needed=call.visible is not None)
+    template = Template(call, shape, {"Q": q, "K": k, "OUT": out}, lasting=False)
+    case = template.case(call.others, 1)
+    work = case.work if rows is None or call.visible is None else _all_masked(call, case.work)
+    block = _block_of(case.block, work, {a.Q: q, a.K: k, a.OUT: out})
     block[a.Q_LEN // 8] = num_rows
     block[a.ROWS // 8] = 0 if rows is None else address_of(rows)
+    held = template.put_others(block, call.others)
     _add_rooms(block, shape)
-    _run("weights", call, block, len(work.items), _threads_for(call, work))
-    del kept
+    _run("weights", call, block, _threads_for(call, work, len(work.items)))
+    del held
     return from_numpy(out, call.q, call.library)
 
 
 def stats(call: AttentionCall) -> dict[str, Array]:
     """The statistics that a call of "stats" asks for, in the accumulation dtype."""
     shape = shape_for(call.accumulate)
-    work = items_of(call, shape, 1)
-    number = _threads_for(call, work)
-    work, runs, parts = _runs(call, work, number)
+    q, k = (as_numpy(x, call.library) for x in (call.q, call.k))
+    template = Template(call, shape, {"Q": q, "K": k}, lasting=False)
+    case = template.case(call.others, 1)
+    number = _threads_for(call, case.work, len(case.work.items))
+    work, runs, parts = _runs(call, case.work, number)
     kind = numpy.dtype(call.accumulate)
     heads = (*call.batch_shape, call.num_heads)
     entropy, peak = (empty_like(kind, (*heads, call.q_len), False, call.library) for _ in range(2))
     mass = numpy.zeros((math.prod(heads), parts, call.k_len), kind)
-    q, k = (as_numpy(x, call.library) for x in (call.q, call.k))
-    block, kept = argument_block(call, shape, work, {"Q": q, "K": k})
+    block = _block_of(case.block, work, {a.Q: q, a.K: k})
+    held = template.put_others(block, call.others)
     found = {"key_mass": mass, "entropy": entropy, "max": peak}
     for name, place in (("key_mass", a.KEY_MASS), ("entropy", a.ENTROPY), ("max", a.PEAK)):
         block[place // 8] = address_of(found[name]) if name in call.stats else 0
     block[a.NUM_RUNS // 8] = len(runs)
     block[a.RUNS // 8] = address_of(runs)
     _add_rooms(block, shape)
-    _run("stats", call, block, len(runs), number)
-    del kept
+    _run("stats", call, block, min(number, max(len(runs), 1)))
+    del held
     # One part after another: NumPy adds along an axis that is not the last in this order.
     found["key_mass"] = (mass[:, 0] if parts == 1 else mass.sum(axis=1)).reshape(*heads, call.k_len)
     return {name: from_numpy(found[name], call.q, call.library) for name in call.stats}
@@ -123,6 +125,15 @@ def _zeros(dtype: Any, shape: tuple[int, ...], library: str, needed: bool) -> ND
     return out
 
 
+def _block_of(template: NDArray, work: Work, tensors: dict[int, NDArray]) -> NDArray:
+    """A block with other work, and with the addresses of arrays by their places."""
+    block = template.copy()
+    put_work(block, work)
+    for place, x in tensors.items():
+        block[place // 8] = address_of(x)
+    return block
+
+
 def _add_rooms(block: NDArray, shape: Shape) -> None:
     """Room in a thread's memory for the summary of the lanes and for a chunk of weights, transposed."""
     at = int(block[a.SCRATCH_SIZE // 8])
@@ -133,13 +144,13 @@ def _add_rooms(block: NDArray, shape: Shape) -> None:
     block[a.SCRATCH_SIZE // 8] = at
 
 
-def _threads_for(call: AttentionCall, work: Work) -> int:
-    return 1 if work.pairs * call.head_dim < _WORK_FOR_THREADS else thread_count()
+def _threads_for(call: AttentionCall, work: Work, pieces: int) -> int:
+    """Threads for the two passes, which compute each product twice."""
+    return threads_for(work, 2 * call.head_dim, thread_count(), pieces)
 
 
-def _run(kernel: str, call: AttentionCall, block: NDArray, pieces: int, number: int) -> None:
-    """Run a kernel on up to `number` threads."""
-    number = max(1, min(number, pieces))
+def _run(kernel: str, call: AttentionCall, block: NDArray, number: int) -> None:
+    """Run a kernel on `number` threads."""
     block[a.COUNTER // 8] = 0
     block[a.SCRATCH // 8] = scratch(int(block[a.SCRATCH_SIZE // 8]) * number)
     run(kernel_address(kernel, call.dtype), block, number)

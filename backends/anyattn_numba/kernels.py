@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from anyattn.call import AttentionCall
+from anyattn.expr.bounds import index_ranges
 from anyattn.expr.program import Program, lower
 from anyattn.forks import held_over_forks
 from anyattn.kernels.cache import user_store
@@ -106,7 +107,7 @@ def call_source(call: AttentionCall) -> str:
     head = f"# {kernels} of anyattn_numba, for {call.dtype} with sums in {call.accumulate}, "
     if program.visible is None and program.score is None:
         return f"{head}calls no generated code:\n# score unchanged, every key visible\n"
-    source = tile_source(program, call.accumulate, index_type(program, call))
+    source = tile_source(program, call.accumulate, index_type(program, index_ranges(call)))
     return f"{head}calls `tile` for each tile of scores.\n{source}"
 
 

@@ -8,29 +8,24 @@ tile (`anyattn_numba.arguments`), as a task does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
 
-import numpy
-
-from anyattn.expr.bounds import Sizes, fits, index_ranges
-from anyattn.expr.print_numba import numba_arguments, numba_source
+from anyattn.expr.bounds import Range, fits
+from anyattn.expr.print_numba import numba_source
 from anyattn.expr.program import Program
 from anyattn.expr.statements import aligned_slots, body, table_slots
 from anyattn_numba.arguments import SOURCE_WORDS
-from anyattn_numba.hostarrays import as_numpy
 from anyattn_numba.pairs import padded_keys
 from anyattn_numba.target import host, shape_of
 
-__all__ = ["capture", "index_type", "tile_memory", "tile_source"]
+__all__ = ["index_type", "row_words", "tile_memory", "tile_source"]
 
 _SIZE = {"float32": 4, "float64": 8}
 
 
-def index_type(program: Program, sizes: Sizes) -> str:
-    """The type in which a program's integers are computed in a call: int32 if none of them leaves it."""
-    return "int32" if fits(program, index_ranges(sizes)) else "int64"
+def index_type(program: Program, ranges: Mapping[str, Range]) -> str:
+    """The type in which integers are computed where indices have these ranges: int32 if none leaves it."""
+    return "int32" if fits(program, ranges) else "int64"
 
 
 def tile_source(program: Program, accumulate: str, index: str, title: str = "") -> str:
@@ -176,13 +171,13 @@ class _Tile:
         for n, name in enumerate(self.aligned):
             source = f"captured + {at + n * 8 * SOURCE_WORDS}"
             lines.append(f"    invoke(read_word({source}), tile, {source})")
-            before = f"{8 * _held(self.program)} + {(1 + n) * self.shape.itemsize} * entries_stride(keys)"
+            before = f"{8 * row_words(self.program)} + {(1 + n) * self.shape.itemsize} * entries_stride(keys)"
             lines.append(f"    {name} = array_of(room + ({before}) * width, keys, width, TILE)")
         lines += [f"    pairs(out, action, {', '.join(self.passed)})", "    return 0"]
         return lines
 
 
-def _held(program: Program) -> int:
+def row_words(program: Program) -> int:
     """How many words tile code keeps of each query: its indices narrowed, and what is the same in its row."""
     return 3 + sum(len(body(root).row) for root in (program.visible, program.score) if root is not None)
 
@@ -191,34 +186,4 @@ def tile_memory(program: Program, accumulate: str, keys: int) -> int:
     """How many bytes of memory tile code wants for each query of a tile of up to so many keys."""
     arrays = len(program.aligned)
     entries = 1 + arrays if arrays else 0
-    return 8 * _held(program) + entries * padded_keys(keys) * _SIZE[accumulate]
-
-
-def capture(
-    program: Program,
-    accumulate: str,
-    aligned: tuple[Any, ...],
-    library: str,
-    entries_address: Callable[[str, str], int],
-) -> tuple[Any, list[Any]]:
-    """What tile code reads at TILE_CAPTURED, an int64 array, and the arrays that must outlive the call.
-
-    Numbers by slot, then of each table its address, shape and strides, then of each array along pairs the
-    words SOURCE_..., in which `entries_address(dtype, accumulate)` is the code that reads it.
-    """
-    words: list[int] = []
-    kept = []
-    program = replace(program, tables=tuple(as_numpy(x, library) for x in program.tables))
-    values = numba_arguments(program, accumulate, aligned)
-    for n, value in enumerate(values, start=len(aligned) - len(values)):
-        if n >= 0:
-            slot = aligned_slots(program)[n]
-            words += [entries_address(slot.dtype, accumulate), slot.block, 8 * _held(program), n]
-        if isinstance(value, numpy.ndarray):
-            kept.append(value)
-            words += [value.__array_interface__["data"][0], *value.shape, *value.strides]
-        elif isinstance(value, numpy.floating):
-            words.append(int(numpy.float64(value).view(numpy.int64)))
-        else:
-            words.append(int(value))
-    return numpy.array(words, numpy.int64), kept
+    return 8 * row_words(program) + entries * padded_keys(keys) * _SIZE[accumulate]

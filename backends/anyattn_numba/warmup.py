@@ -14,6 +14,7 @@ import numpy
 
 from anyattn import scores
 from anyattn.describe import Options, describe
+from anyattn.expr.bounds import index_ranges
 from anyattn.expr.program import Program, lower
 from anyattn_numba import threads
 from anyattn_numba.kernels import KERNELS, kernel_address, tile_address
@@ -54,7 +55,7 @@ def _program(dtype: str, options: dict[str, Any]) -> tuple[Program, str]:
     x = numpy.zeros((_BATCH, _HEADS, _LENGTH, 8), dtype)
     call = describe("attention", x, x, x, Options(**options))
     program = lower(call.visible, call.score)
-    return program, index_type(program, call)
+    return program, index_type(program, index_ranges(call))
 
 
 def _seconds(function: Callable[..., Any], *arguments: Any) -> float:

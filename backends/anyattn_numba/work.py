@@ -9,22 +9,30 @@ does not tell heads apart; few items with many keys are split over the keys, and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
 
+from anyattn.arrays import Array, to_host
 from anyattn.call import AttentionCall
 from anyattn.schedule import Spans, schedule
+from anyattn.schedule.parts import Parts, parts_of, readable
 from anyattn_numba.arguments import ITEM_WORDS
+from anyattn_numba.bands import Band
+from anyattn_numba.standins import Given, put_in
 from anyattn_numba.target import Shape
 
-__all__ = ["Work", "items_of"]
+__all__ = ["Cut", "Work", "cut", "offsets_of", "spans_of", "threads_for"]
 
 NDArray = numpy.ndarray[Any, Any]
 
 # Keys of a schedule's tile: narrow ones waste less along the diagonal, wide ones make shorter schedules.
 TILE_KEYS = 32
+# Products of a pair and a channel that another thread is worth: entering it takes microseconds, waking it up
+# some tens.
+_WORK_FOR_THREADS = 1 << 21
 # Keys that a part of a split item has at least.
 LEAST_KEYS = 512
 
@@ -51,55 +59,112 @@ class Work:
     pairs: int
 
 
-def items_of(call: AttentionCall, shape: Shape, threads: int) -> Work:
-    """The work of a call on some threads; of the rows that it asks for without a schedule."""
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """How calls of some sizes are cut, before it is known what their masks open.
+
+    Attributes
+    ----------
+    rows : int
+        Queries of a block, and of a tile of the schedule.
+    items : int64 array (n, ITEM_WORDS)
+        Those of a call without a mask.
+    heads : int64 array (n,)
+        The first query head of each.
+    blocks : int64 array (n,)
+        The number of each one's block among those of its head.
+    lines : int
+        Blocks of a head.
+    """
+
+    rows: int
+    items: NDArray
+    heads: NDArray
+    blocks: NDArray
+    lines: int
+    k_len: int
+
+    def work(self, spans: Spans | None, threads: int) -> Work:
+        """The work where a mask opens `spans` of keys (None: all), on some threads."""
+        items = self.items
+        if spans is None:
+            pairs = items[:, 3] * self.k_len
+        else:
+            line = spans.groups[items[:, 0], self.heads].astype(numpy.int64) * self.lines + self.blocks
+            pairs = spans.pairs[line] // self.rows * items[:, 3]
+            order = numpy.lexsort((-pairs, items[:, 1], items[:, 0]))
+            items, pairs = items[order], pairs[order]
+            items[:, 4] = line[order]
+        total = int(pairs.sum())
+        parts = _parts(len(items), self.k_len, threads)
+        if parts > 1:
+            bounds = numpy.linspace(0, -(-self.k_len // TILE_KEYS), parts + 1).astype(numpy.int64) * TILE_KEYS
+            bounds[-1] = self.k_len
+            items = numpy.repeat(items, parts, axis=0)
+            part = numpy.tile(numpy.arange(parts), len(items) // parts)
+            items[:, 5], items[:, 6], items[:, 7] = bounds[part], bounds[part + 1], part
+        return Work(items, spans, parts, total)
+
+
+def cut(call: AttentionCall, shape: Shape) -> Cut:
+    """How calls of the sizes and the structure of `call` are cut; of the rows that it asks for."""
     batch = math.prod(call.batch_shape)
-    q_len, k_len, group = call.q_len, call.k_len, call.group_size
+    q_len, group = call.q_len, call.group_size
     q_len = q_len if call.rows is None else int(call.rows.shape[0])
-    block = _block_rows(q_len, shape)
-    spans = None
     # Statistics add up the rows of one head.
     together = group > 1 and q_len < shape.queries and call.operation != "stats"
-    if call.visible is not None and call.rows is None and q_len > 0:
-        made = schedule(call, rows=q_len if together else block, keys=TILE_KEYS)
-        if together and made.groups[1] > 1:
-            together = False
-            made = schedule(call, rows=block, keys=TILE_KEYS)
-        spans = made.spans
+    if together and q_len > 0 and call.visible is not None and call.rows is None:
+        together = not readable(parts_of(call)).by_head
+    block = _block_rows(q_len, shape)
     lanes = group * q_len if together else q_len
     size = shape.queries if together else block
     first = numpy.arange(0, lanes, size, dtype=numpy.int64)
     count = numpy.minimum(lanes - first, size)
     heads = call.num_kv_heads if together else call.num_heads
-    blocks = len(first)
-    b, h, n = (x.ravel() for x in numpy.indices((batch, heads, blocks)))
+    b, h, n = (x.ravel() for x in numpy.indices((batch, heads, len(first))))
     items = numpy.zeros((len(b), ITEM_WORDS), numpy.int64)
     items[:, 0] = b
     items[:, 1] = h if together else h // group
     items[:, 2] = first[n] + (0 if together else (h % group) * q_len)
     items[:, 3] = count[n]
     items[:, 4] = -1
-    items[:, 6] = k_len
+    items[:, 6] = call.k_len
     items[:, 7] = -1
-    if spans is None:
-        pairs = items[:, 3] * k_len
-    else:
-        per_group = 1 if together else blocks
-        line = spans.groups[b, h * group if together else h].astype(numpy.int64) * per_group
-        line += 0 if together else n
-        items[:, 4] = line
-        pairs = spans.pairs[line] // max(q_len if together else block, 1) * items[:, 3]
-        order = numpy.lexsort((-pairs, items[:, 1], b))
-        items, pairs = items[order], pairs[order]
-    total = int(pairs.sum())
-    parts = _parts(len(items), k_len, threads)
-    if parts > 1:
-        bounds = numpy.linspace(0, -(-k_len // TILE_KEYS), parts + 1).astype(numpy.int64) * TILE_KEYS
-        bounds[-1] = k_len
-        items = numpy.repeat(items, parts, axis=0)
-        part = numpy.tile(numpy.arange(parts), len(items) // parts)
-        items[:, 5], items[:, 6], items[:, 7] = bounds[part], bounds[part + 1], part
-    return Work(numpy.ascontiguousarray(items), spans, parts, total)
+    return Cut(
+        rows=max(q_len, 1) if together else block,
+        items=items,
+        heads=h * group if together else h,
+        blocks=numpy.zeros_like(n) if together else n,
+        lines=1 if together else len(first),
+        k_len=call.k_len,
+    )
+
+
+def offsets_of(parts: Parts) -> NDArray:
+    """The position of row 0 of each batch entry, int64 (batch_size,), contiguous."""
+    offsets = numpy.broadcast_to(numpy.asarray(parts.offset, numpy.int64), parts.batch_shape)
+    return numpy.ascontiguousarray(offsets.reshape(-1))
+
+
+def spans_of(parts: Parts, band: Band | None, others: Sequence[Array], offsets: NDArray, rows: int) -> Spans:
+    """What blocks of `rows` queries visit.
+
+    Parameters
+    ----------
+    parts : Parts
+        Of a mask with `Given` in the places of the arrays `others`.
+    band : Band or None
+        The mask, if it is one.
+    others : sequence of array
+    offsets : int64 array (batch_size,)
+    rows : int
+    """
+    if band is not None:
+        found = band.spans(lambda x: to_host(others[x.number] if isinstance(x, Given) else x), offsets)
+        if found is not None:
+            return found
+    assert parts.visible is not None
+    return schedule(replace(parts, visible=put_in(parts.visible, others)), rows=rows, keys=TILE_KEYS).spans
 
 
 def _block_rows(q_len: int, shape: Shape) -> int:
@@ -114,3 +179,8 @@ def _parts(items: int, k_len: int, threads: int) -> int:
     if threads == 1 or items == 0 or items >= 2 * threads:
         return 1
     return max(1, min(-(-4 * threads // items), k_len // LEAST_KEYS))
+
+
+def threads_for(work: Work, products: int, threads: int, pieces: int) -> int:
+    """How many of `threads` threads share work of so many products a pair, in so many pieces."""
+    return 1 if work.pairs * products < _WORK_FOR_THREADS else max(1, min(threads, pieces))

@@ -1,0 +1,255 @@
+"""Argument blocks of calls of one signature: what is the same in all of them, and what each one puts in.
+
+A call gives its arrays, of which none is kept. What its mask opens may hang on the values in some of them
+(lengths, say), and the work is cut anew where those differ from the last call's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+import numpy
+
+from anyattn.arrays import Array
+from anyattn.call import AttentionCall
+from anyattn.expr.bounds import index_ranges
+from anyattn.expr.nodes import Aligned, Expr, Load, walk
+from anyattn.expr.program import Program, lower
+from anyattn.schedule.parts import parts_of
+from anyattn_numba import arguments as a
+from anyattn_numba.bands import band_of
+from anyattn_numba.captures import Captures
+from anyattn_numba.hostarrays import address_of, as_numpy
+from anyattn_numba.kernels import entries_address, tile_address
+from anyattn_numba.narrow import suits
+from anyattn_numba.standins import Given, take_out
+from anyattn_numba.target import Shape
+from anyattn_numba.tiles import index_type, tile_memory
+from anyattn_numba.work import Work, cut, offsets_of, spans_of
+
+__all__ = ["Case", "Template", "put_work"]
+
+NDArray = numpy.ndarray[Any, Any]
+
+# Keys of a chunk. Scores, keys and values of one stay in the first or second cache.
+_CHUNK = 128
+_NARROW_CHUNK = 64
+# Contents of more bytes are compared by their digest.
+_MOST_BYTES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """The work of calls in which all that decides it is the same, and a block with it."""
+
+    decided_by: tuple[Any, ...]
+    threads: int
+    work: Work
+    block: NDArray
+    offsets: NDArray
+
+
+class Template:
+    """The arguments of calls of one signature.
+
+    Parameters
+    ----------
+    call : AttentionCall
+    shape : Shape
+    tensors : dict of str to NumPy array
+        Q, K and where there are V and OUT; their strides are those of all calls.
+    lasting : bool
+        Whether other calls of the signature are served, in which row 0 may stand anywhere from -Lq to Lk.
+
+    Attributes
+    ----------
+    narrow : bool
+        Whether all items have so few queries that lanes run along the channels.
+    """
+
+    def __init__(self, call: AttentionCall, shape: Shape, tensors: dict[str, NDArray], lasting: bool):
+        numbers: dict[int, int] = {}
+        for n, x in enumerate(call.others):
+            numbers.setdefault(id(x), n)
+        visible, score = (
+            None if root is None else take_out(root, numbers) for root in (call.visible, call.score)
+        )
+        self._library, self._accumulate = call.library, call.accumulate
+        # Numbers of arrays in `AttentionCall.others`.
+        self._offset = numbers.get(id(call.offset))
+        self._sinks = numbers.get(id(call.sinks))
+        self._lengths = numbers.get(id(call.kv_lengths))
+        integers = _numbers_in(visible, "int") | _numbers_in(score, "int")
+        deciding = _numbers_in(visible) | integers | {self._offset}
+        self._deciding = sorted(n for n in deciding if n is not None)
+        self._cut = cut(call, shape)
+        queries = int(self._cut.items[:, 3].max(initial=0))
+        self.narrow = suits(shape, queries, call.head_dim, call.v_head_dim)
+        self._parts = replace(parts_of(call), visible=visible if call.rows is None and call.q_len else None)
+        self._band = None if self._parts.visible is None else band_of(self._parts, self._cut.rows)
+        anywhere = lasting and self._offset is not None
+        self._ranges = index_ranges(
+            replace(call, offset_host=None) if anywhere else call, unread_offset=(-call.q_len, call.k_len)
+        )
+        self._program = program = None if visible is None and score is None else lower(visible, score)
+        self._captures = None if program is None else self._capture(call, program)
+        # Other integers than lengths are read for each case.
+        fixed = program is not None and not integers - {self._lengths}
+        self._index = self._index_type(program, call.others) if program is not None and fixed else None
+        self._kept: list[NDArray] = []
+        self._block = numpy.zeros(a.BLOCK_WORDS, numpy.int64)
+        self._fill(call, shape, tensors)
+        self._case: Case | None = None
+
+    def word(self, place: int) -> int:
+        """A word that is the same in all calls."""
+        return int(self._block[place // 8])
+
+    def case(self, others: Sequence[Array], threads: int) -> Case:
+        """The case of a call on some threads."""
+        decided_by = (threads, *[_contents(as_numpy(others[n], self._library)) for n in self._deciding])
+        case = self._case
+        if case is None or case.decided_by != decided_by:
+            self._case = case = self._new_case(decided_by, others, threads)
+        return case
+
+    def put_others(self, block: NDArray, others: Sequence[Array]) -> list[Any]:
+        """Put the addresses of a call's own arrays into its block; gives what must outlive its use."""
+        found = [as_numpy(x, self._library) for x in others]
+        held: list[Any] = [found]
+        if self._sinks is not None:
+            sinks = numpy.ascontiguousarray(found[self._sinks])
+            block[a.SINKS // 8] = address_of(sinks)
+            held.append(sinks)
+        if self._captures is not None:
+            words, views = self._captures.words(found)
+            block[a.CAPTURED // 8] = address_of(words)
+            held += words, views
+        return held
+
+    def _new_case(self, decided_by: tuple[Any, ...], others: Sequence[Array], threads: int) -> Case:
+        parts, block = self._parts, self._block.copy()
+        if self._offset is not None:
+            parts = replace(parts, offset=as_numpy(others[self._offset], self._library))
+        offsets = offsets_of(parts)
+        spans = None
+        if parts.visible is not None:
+            spans = spans_of(parts, self._band, others, offsets, self._cut.rows)
+        work = self._cut.work(spans, threads)
+        put_work(block, work)
+        block[a.OFFSETS // 8] = address_of(offsets)
+        if self._program is not None:
+            index = self._index or self._index_type(self._program, others)
+            block[a.TILE_CODE // 8] = tile_address(self._program, self._accumulate, index)
+        return Case(decided_by, threads, work, block, offsets)
+
+    def _index_type(self, program: Program, others: Sequence[Array]) -> str:
+        """The type of indices in a call; lengths are taken to be any that a call may have."""
+
+        def read(x: Any) -> Any:
+            if not isinstance(x, Given):
+                return x
+            return numpy.array([0, self._parts.k_len]) if x.number == self._lengths else others[x.number]
+
+        return index_type(replace(program, tables=tuple(map(read, program.tables))), self._ranges)
+
+    def _capture(self, call: AttentionCall, program: Program) -> Captures:
+        return Captures(
+            program,
+            call.accumulate,
+            (call.batch_shape, call.num_heads, call.q_len, call.k_len),
+            call.library,
+            entries_address,
+            [as_numpy(x, call.library) for x in call.others],
+        )
+
+    def _fill(self, call: AttentionCall, shape: Shape, tensors: dict[str, NDArray]) -> None:
+        """The words that are the same in all calls."""
+        block = self._block
+
+        def put(place: int, value: int | NDArray) -> None:
+            if isinstance(value, numpy.ndarray):
+                self._kept.append(value)
+                value = address_of(value)
+            block[place // 8] = value
+
+        put(a.NUM_HEADS, call.num_heads)
+        put(a.GROUP_SIZE, call.group_size)
+        put(a.Q_LEN, call.q_len)
+        put(a.K_LEN, call.k_len)
+        put(a.HEAD_DIM, call.head_dim)
+        put(a.V_HEAD_DIM, call.v_head_dim)
+        for name, x in tensors.items():
+            _put_strides(put, getattr(a, f"{name}_BATCH"), x, call.batch_shape)
+        if call.sinks is not None and self._sinks is None:
+            put(a.SINKS, numpy.ascontiguousarray(as_numpy(call.sinks, call.library)))
+        block[a.SCALE // 8] = numpy.float64(call.scale).view(numpy.int64)
+        put(a.HAS_SCORE, call.score is not None)
+        chunk = _NARROW_CHUNK if self.narrow else _CHUNK
+        put(a.CHUNK, chunk)
+        tile = 0 if self._program is None else tile_memory(self._program, call.accumulate, chunk)
+        _lay_out(put, call, shape, chunk, tile)
+
+
+def put_work(block: NDArray, work: Work) -> None:
+    """Put the items of a call and what they visit into its block."""
+    block[a.NUM_ITEMS // 8], block[a.ITEMS // 8] = len(work.items), address_of(work.items)
+    if work.spans is not None:
+        spans = work.spans
+        for n, x in enumerate((spans.starts, spans.ends, spans.kinds, spans.columns), a.SPAN_STARTS // 8):
+            block[n] = address_of(x)
+
+
+def _numbers_in(root: Expr | None, *kinds: str) -> set[int]:
+    """Numbers of the given arrays of an expression, or of those of some kinds."""
+    found = set()
+    for node in () if root is None else walk(root):
+        x = node.table.value if isinstance(node, Load) else node.value if isinstance(node, Aligned) else None
+        if isinstance(x, Given) and (not kinds or node.kind in kinds):
+            found.add(x.number)
+    return found
+
+
+def _contents(x: NDArray) -> bytes:
+    if x.nbytes <= _MOST_BYTES:
+        return x.tobytes()
+    return blake2b(numpy.ascontiguousarray(x).view(numpy.uint8).data).digest()
+
+
+def _put_strides(put: Any, place: int, x: NDArray, batch_shape: tuple[int, ...]) -> None:
+    """Offsets of the batch entries and strides of an array (..., H, L, D)."""
+    offsets = numpy.zeros(batch_shape, numpy.int64)
+    lead = x.shape[:-3]
+    for axis, (size, stride) in enumerate(zip(lead, x.strides[: len(lead)], strict=True)):
+        if size > 1:
+            index = numpy.arange(size, dtype=numpy.int64) * stride
+            offsets += index.reshape(-1, *[1] * (len(lead) - axis - 1))
+    put(place, numpy.ascontiguousarray(offsets.reshape(-1)))
+    for n, stride in enumerate(x.strides[-3:]):
+        put(place + 8 + 8 * n, stride)
+
+
+def _lay_out(put: Any, call: AttentionCall, shape: Shape, chunk: int, tile: int) -> None:
+    """Where the parts of a thread's memory begin."""
+    size, width, lanes = shape.itemsize, shape.queries, shape.lanes
+    d, dv = (-(-n // lanes) * lanes for n in (call.head_dim, call.v_head_dim))
+    parts = {
+        a.AT_LANES: 3 * width * 8,
+        a.AT_STATE: 5 * width * size,
+        a.AT_QUERY: d * width * size,
+        a.AT_SUM: dv * width * size,
+        a.AT_SCORE: chunk * width * size,
+        a.AT_STAGE: max(d, dv) * width * size,
+        a.AT_KEYS: chunk * call.head_dim * size,
+        a.AT_VALUES: chunk * call.v_head_dim * size,
+        a.AT_SEEN: chunk * width * size,
+        a.AT_TILE: 8 * a.TILE_WORDS + tile * width,
+    }
+    at = 64
+    for place, nbytes in parts.items():
+        put(place, at)
+        at += -(-nbytes // 64) * 64
+    put(a.SCRATCH_SIZE, at)
