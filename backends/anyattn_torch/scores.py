@@ -101,7 +101,7 @@ class Scores:
 
 def all_finite(*arrays_: Tensor) -> bool:
     """Whether readable arrays have no NaN and no infinity; False also where a sum overflows."""
-    return all(bool(torch.isfinite(x.sum(dtype=torch.float64))) for x in arrays_)
+    return all(bool(torch.isfinite(x.sum())) for x in arrays_)
 
 
 def cleaned(x: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def _forward(chunk: Chunk, careful: bool, out: Tensor, lse: Tensor) -> None:
     q = chunk.part(work.join(call.q, 3), heads=True)
     k = chunk.whole(chunk.part(work.join(call.k, 3), heads=False))
     v = chunk.whole(chunk.part(work.join(call.v, 3), heads=False))
-    clean = cleaned(v) if careful else v
+    clean = cleaned(v) if careful else None
     sink = None if call.sinks is None else chunk.part(work.join(call.sinks, 1), heads=True)[..., None, None]
     out, lse = chunk.part(out, heads=True), chunk.part(lse, heads=True)
 
@@ -73,9 +73,12 @@ def _forward(chunk: Chunk, careful: bool, out: Tensor, lse: Tensor) -> None:
             seen = scores.seen(visit, span)
             s = scores.products(scaled, chunk.keys(k, span.start, span.end), rows)
             s = scores.changed(s, None if seen is None else ~seen, visit, span)
-            state = _advance(
-                chunk, state, s, seen, *(chunk.keys(x, span.start, span.end) for x in (v, clean))
-            )
+            state, p = _advance(chunk, state, s)
+            values = chunk.keys(v, span.start, span.end)
+            if seen is not None and clean is not None:
+                _add_seen_nonfinite(state[2], p, seen.expand(s.shape).reshape(p.shape), values)
+                values = chunk.keys(clean, span.start, span.end)
+            state[2].baddbmm_(p, values)
         top, total, acc = state
         base = top.masked_fill(top == -torch.inf, 0.0)
         acc = acc.view(chunk.shape(rows, call.v_head_dim))
@@ -98,8 +101,8 @@ def _start(chunk: Chunk, rows: int, sink: Tensor | None) -> State:
     return top, (top != -torch.inf).to(work.dtype), acc
 
 
-def _advance(chunk: Chunk, state: State, s: Tensor, seen: Tensor | None, v: Tensor, clean: Tensor) -> State:
-    """The state after a tile of scores."""
+def _advance(chunk: Chunk, state: State, s: Tensor) -> tuple[State, Tensor]:
+    """The state before the values of a tile of scores are added, and exp(s - largest), packed."""
     top, total, acc = state
     new = torch.maximum(top, s.amax(-1, keepdim=True))
     # Rows without a score above -inf keep -inf; -inf - -inf would be NaN.
@@ -108,15 +111,11 @@ def _advance(chunk: Chunk, state: State, s: Tensor, seen: Tensor | None, v: Tens
     decay = (top - base).exp_()
     total = torch.addcmul(p.sum(-1, keepdim=True), total, decay)
     acc *= decay.view(*acc.shape[:2], 1)
-    packed = p.view(*acc.shape[:2], -1)
-    acc.baddbmm_(packed, v if seen is None else clean)
-    if seen is not None and clean is not v:
-        acc += _seen_nonfinite(packed, seen.expand(p.shape).reshape(packed.shape), v)
-    return new, total, acc
+    return (new, total, acc), p.view(*acc.shape[:2], -1)
 
 
-def _seen_nonfinite(p: Tensor, seen: Tensor, v: Tensor) -> Tensor:
-    """What the NaN and infinite values at seen keys add to P . V: NaN, inf, -inf, or 0 for nothing."""
+def _add_seen_nonfinite(acc: Tensor, p: Tensor, seen: Tensor, v: Tensor) -> None:
+    """Add what the NaN and infinite values at seen keys give in P . V: NaN, inf, -inf, or 0 for nothing."""
 
     def meets(weights: Tensor, values: Tensor) -> Tensor:
         return torch.bmm(weights.to(p.dtype), values.to(p.dtype)) > 0
@@ -125,7 +124,7 @@ def _seen_nonfinite(p: Tensor, seen: Tensor, v: Tensor) -> Tensor:
     up, down = meets(positive, v == torch.inf), meets(positive, v == -torch.inf)
     undefined = meets(seen, v.isnan()) | meets(seen & (p == 0), ~v.isfinite()) | (up & down)
     zero = torch.zeros((), dtype=p.dtype, device=p.device)
-    return torch.where(undefined, torch.nan, torch.where(up, torch.inf, torch.where(down, -torch.inf, zero)))
+    acc += torch.where(undefined, torch.nan, torch.where(up, torch.inf, torch.where(down, -torch.inf, zero)))
 
 
 class _Attend(torch.autograd.Function):  # type: ignore[misc]
