@@ -50,7 +50,8 @@ class SeenKeys(torch.Tensor):  # type: ignore[misc]
     ) -> SeenKeys:
         self: SeenKeys = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         self.options = options
-        self.dense = functools.cache(dense)
+        # Contiguous, as its strides say it is.
+        self.dense = functools.cache(lambda: dense().contiguous())
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl
