@@ -349,6 +349,43 @@ def test_fork_while_a_thread_compiles(process):
     assert out == ["7"] * 5
 
 
+@fork
+def test_fork_while_a_thread_makes_kernels(process):
+    out = process(
+        """
+        from anyattn.expr.nodes import J, SCORE
+        from anyattn.expr.program import lower
+        from anyattn_numba.kernels import tile_address
+
+        def make(divisor):
+            assert tile_address(lower(None, SCORE + J % divisor), "float32", "int32")
+
+        make(2)
+        made, ended = 2, False
+        def making():
+            global made
+            while not ended:
+                make(made := made + 1)
+        thread = threading.Thread(target=making)
+        thread.start()
+        for fork in range(2):
+            before = made
+            while made == before:
+                time.sleep(0.01)
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)
+                make(100 + fork)
+                os._exit(7)
+            print(os.waitpid(child, 0)[1] >> 8)
+        ended = True
+        thread.join()
+        """,
+        PYTHONWARNINGS="ignore::DeprecationWarning",
+    )
+    assert out == ["7"] * 2
+
+
 @pytest.mark.skipif(os.name != "posix", reason="os.kill ends the process elsewhere")
 def test_interrupts_leave_the_pool_whole(process):
     out = process("""
