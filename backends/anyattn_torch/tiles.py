@@ -13,7 +13,7 @@ import torch
 
 from anyattn import arrays
 from anyattn.call import AttentionCall
-from anyattn_torch import backward
+from anyattn_torch import backward, routes
 from anyattn_torch.chunks import Chunk, Work
 from anyattn_torch.scores import Scores, all_finite, cleaned
 from anyattn_torch.tensors import Template, fold, put_together, take_apart
@@ -132,7 +132,7 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(template: Template, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return forward(put_together(template, tensors))
+        return routes.forward(put_together(template, tensors), template.call)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
