@@ -1,7 +1,9 @@
-"""CUDA C++ kernels through CuPy, for CuPy arrays and CUDA arrays of torch and JAX over DLPack.
+"""CUDA C++ kernels through CuPy.
 
-Dispatch imports this package to read the declaration below, so it does not import CuPy. It has no kernels
-yet: it declares what it will take and refuses every call.
+Dispatch imports this package to read the declaration below, so it imports neither CuPy nor NumPy: `launch`
+does, at the first call. From there `variants` chooses a kernel and its tiles, `schedules` brings the schedule
+to the device, `arguments` lays out what a kernel reads, and `source` joins the text that CuPy compiles from
+the files in `kernels`.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from anyattn.backend import Backend
+from anyattn.call import AttentionCall
 
 __all__ = ["backend"]
 
@@ -17,16 +20,52 @@ class CupyBackend(Backend):
     """Declaration of the `cupy` backend."""
 
     name = "cupy"
-    arrays = ("cupy.ndarray", "torch.Tensor", "jax.Array")
+    arrays = ("cupy.ndarray",)
     dtypes = frozenset({"float16", "bfloat16", "float32", "float64"})
     devices = ("cuda",)
-    capabilities: frozenset[str] = frozenset()
+    capabilities = frozenset(
+        {
+            "causal",
+            "window",
+            "mask",
+            "bias",
+            "score_mod",
+            "softcap",
+            "sinks",
+            "kv_lengths",
+            "q_offset",
+            "grouped_heads",
+            "return_lse",
+            "strict_masking",
+        }
+    )
     requires = ("cupy",)
     extra = "cupy"
 
-    def unsupported(self, call: Any) -> tuple[str, ...]:
-        """Return why this backend cannot run `call`."""
-        return ("its CUDA kernels are not built yet",)
+    def unsupported(self, call: AttentionCall) -> tuple[str, ...]:
+        """Why this backend does not take the call."""
+        from anyattn_cupy.devices import absent
+
+        missing = absent()
+        if missing is not None:
+            return (missing,)
+        reasons = super().unsupported(call)
+        if not reasons:
+            import cupy
+
+            from anyattn_cupy.launch import refusal
+
+            found = refusal(call, cupy)
+            reasons = () if found is None else (found,)
+        return reasons
+
+    def run(self, call: AttentionCall) -> Any:
+        """Run a call on the current device and stream."""
+        import cupy
+
+        from anyattn_cupy.launch import attend
+
+        return attend(call, cupy)
 
 
 backend = CupyBackend()

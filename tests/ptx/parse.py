@@ -219,32 +219,33 @@ def _rounded(offset: int, align: int) -> int:
 
 def _inside(text: str, start: int) -> str:
     """The text from `start` to the brace that closes it."""
-    depth, at = 1, start
-    while depth:
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        at += 1
-    return text[start : at - 1]
+    depth = 1
+    for brace in re.finditer("[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if not depth:
+            return text[start : start + brace.start()]
+    raise PtxError("a brace is not closed")
 
 
 def _statements(body: str) -> Iterator[str]:
     """Statements without their semicolons; braces that open and close scopes; labels with their colons."""
     body = re.sub(r"^(\s*\.loc\b[^\n]*)$", r"\1;", body, flags=re.M)
     current, depth = "", 0
-    for letter in body:
+    for part in re.split("([;{}:])", body):
         blank = not current.strip()
-        if blank and letter in "{}":
-            yield letter
+        if blank and part in ("{", "}"):
+            yield part
             current = ""
-        elif letter == ";" and depth == 0:
+        elif part == ";" and depth == 0:
             if not blank:
                 yield re.sub(r"\s+", " ", current.strip())
             current = ""
-        elif letter == ":" and re.fullmatch(r"\s*[\w$]+", current):
+        elif part == ":" and re.fullmatch(r"\s*[\w$]+\s*", current):
             yield current.strip() + ":"
             current = ""
         else:
-            current += letter
-            depth += {"{": 1, "}": -1}.get(letter, 0)
+            current += part
+            depth += {"{": 1, "}": -1}.get(part, 0)
     if current.strip():
         raise PtxError(f"the text ends within {current.strip()!r}")
 

@@ -1,0 +1,56 @@
+"""The argument block of a kernel: one struct, written once, as CUDA C++ and as a NumPy dtype.
+
+A kernel has two parameters: this block, and what masks and scores capture (`anyattn.expr.print_cuda`), both
+by value. Strides are in elements. What a call has not is a null pointer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+
+__all__ = ["argument_dtype", "argument_source"]
+
+_POINTERS = {
+    # Arrays (..., H, L, D); out has steps of 1, lse (B, Hq, Lq) is contiguous and of the accumulation type.
+    "q": "const void*", "k": "const void*", "v": "const void*", "out": "void*", "lse": "void*",
+    # (Hq,), of the accumulation type.
+    "sinks": "const void*",
+    # Position of row 0 of each batch entry; without it `offset` is that of all.
+    "offsets": "const long long*",
+    # The schedule (`anyattn.schedule.Spans`), and the order in which items are handed out.
+    "span_starts": "const long long*", "span_ends": "const long long*", "span_kinds": "const unsigned char*",
+    "columns": "const int*", "groups": "const int*", "order": "const int*",
+}  # fmt: skip
+_WIDE = (
+    "q_head", "q_row", "q_step", "k_head", "k_row", "k_step", "v_head", "v_row", "v_step",
+    "out_head", "out_row", "offset",
+)  # fmt: skip
+# `blocks` is how many blocks of queries a head has.
+_NARROW = ("q_len", "k_len", "head_dim", "v_head_dim", "num_heads", "group_size", "blocks")
+_PER_BATCH_AXIS = ("q_batch", "k_batch", "v_batch", "out_batch")
+
+
+def _fields(axes: int) -> list[tuple[str, str, str, int]]:
+    """Name, type in C++, type in NumPy, and number of each field; 0 is no array."""
+    fields = [(name, kind, "u8", 0) for name, kind in _POINTERS.items()]
+    fields += [(name, "long long", "i8", 0) for name in _WIDE]
+    fields += [(name, "long long", "i8", axes) for name in _PER_BATCH_AXIS]
+    fields += [("scale", "double", "f8", 0)]
+    fields += [(name, "int", "i4", 0) for name in _NARROW]
+    return [*fields, ("batch_sizes", "int", "i4", axes)]
+
+
+def argument_source(axes: int) -> str:
+    """The struct `Arguments` for arrays of so many batch axes, at least 1."""
+    lines = ["struct Arguments {"]
+    for name, kind, _, count in _fields(axes):
+        lines.append(f"    {kind} {name}{f'[{count}]' if count else ''};")
+    return "\n".join([*lines, "};"]) + "\n"
+
+
+def argument_dtype(axes: int) -> numpy.dtype[Any]:
+    """The same struct as a NumPy dtype."""
+    fields = [(name, kind, (count,)) if count else (name, kind) for name, _, kind, count in _fields(axes)]
+    return numpy.dtype(fields, align=True)

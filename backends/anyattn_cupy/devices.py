@@ -1,0 +1,34 @@
+"""Whether there is a CUDA device that CuPy can use, and what it is."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from anyattn_cupy.variants import Device
+
+__all__ = ["absent", "current_device"]
+
+
+@lru_cache
+def absent() -> str | None:
+    """Why no CUDA device can be used, or None."""
+    try:
+        import cupy
+
+        count = cupy.cuda.runtime.getDeviceCount()
+    # A driver that is missing, too old or broken is told by CuPy in exceptions of several kinds.
+    except Exception as error:  # noqa: BLE001
+        return f"no CUDA device: {type(error).__name__}: {error}"
+    return None if count else "no CUDA device"
+
+
+def current_device(cupy: Any) -> Device:
+    """The device that CuPy runs kernels on now."""
+    return _describe(cupy, cupy.cuda.Device().id)
+
+
+@lru_cache
+def _describe(cupy: Any, number: int) -> Device:
+    device = cupy.cuda.Device(number)
+    return Device(int(device.compute_capability), device.attributes["MaxSharedMemoryPerBlockOptin"])

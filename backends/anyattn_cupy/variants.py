@@ -1,0 +1,153 @@
+"""Which kernel serves a call, in which tiles: the constants that a kernel is compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Device", "Variant", "choose"]
+
+_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What decides about kernels of a device.
+
+    Attributes
+    ----------
+    capability : int
+        80 for compute capability 8.0.
+    shared_memory : int
+        Bytes that a block can have when it asks for them.
+    """
+
+    capability: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel and the constants that it is compiled for.
+
+    Attributes
+    ----------
+    kernel : str
+        Name of its file.
+    dtype : str
+        Of q, k, v and the result.
+    head_dim, v_head_dim : int
+        Padded as the kernel wants it.
+    warps, keys : int
+        Warps of a block, and keys of a tile. A warp has 16 rows.
+    vector_loads : bool
+        Whether rows begin at multiples of 16 bytes and hold whole vectors.
+    batch_axes : int
+    stages : int
+        Tiles of keys and values that shared memory holds.
+    """
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    v_head_dim: int
+    warps: int
+    keys: int
+    vector_loads: bool
+    batch_axes: int = 1
+    stages: int = 1
+
+    @property
+    def accumulate(self) -> str:
+        """The dtype of scores and sums."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block of queries."""
+        return 16 * self.warps
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of dynamic shared memory, as the kernel's file lays it out."""
+        if self.kernel == "forward_mma":
+            pitch, v_pitch = _rounded(self.head_dim, 64), _rounded(self.v_head_dim, 64)
+            return 2 * (self.rows * pitch + self.stages * self.keys * (pitch + v_pitch))
+        size = _SIZE[self.accumulate]
+        vector = 16 // size
+        queries = self.rows * self.head_dim
+        keys = self.keys * (self.head_dim + vector)
+        weights = self.rows * (self.keys + 8)
+        return size * (queries + keys + self.keys * self.v_head_dim + weights)
+
+    def constants(self) -> dict[str, int]:
+        """The macros that the kernel reads."""
+        return {
+            f"ELEMENT_{self.dtype.upper()}": 1,
+            "HEAD_DIM": self.head_dim,
+            "V_HEAD_DIM": self.v_head_dim,
+            "WARPS": self.warps,
+            "BLOCK_ROWS": self.rows,
+            "BLOCK_KEYS": self.keys,
+            "VECTOR_LOADS": int(self.vector_loads),
+            "BATCH_AXES": self.batch_axes,
+            "STAGES": self.stages,
+        }
+
+
+def choose(
+    device: Device, dtype: str, head_dim: int, v_head_dim: int, vector_loads: bool, batch_axes: int = 1
+) -> Variant | None:
+    """The kernel for a call, or None where no tile fits into the shared memory of the device."""
+    if device.capability >= 80 and dtype in ("float16", "bfloat16"):
+        found = _mma(device, dtype, head_dim, v_head_dim, vector_loads, batch_axes)
+        if found is not None:
+            return found
+    return _fma(device, dtype, head_dim, v_head_dim, vector_loads, batch_axes)
+
+
+_MMA_TILES = ((4, 64), (4, 32))
+# Beyond, a thread has no registers for its columns of the result.
+_MMA_MOST = 256
+
+
+def _mma(
+    device: Device, dtype: str, head_dim: int, v_head_dim: int, vector_loads: bool, batch_axes: int
+) -> Variant | None:
+    if max(head_dim, v_head_dim) > _MMA_MOST:
+        return None
+    padded = _rounded(head_dim, 16), _rounded(v_head_dim, 16)
+    tiles = [
+        Variant("forward_mma", dtype, *padded, warps, keys, vector_loads, batch_axes, stages=2)
+        for warps, keys in _MMA_TILES
+    ]
+    for room in (device.shared_memory // 2, device.shared_memory):
+        for one in tiles:
+            if one.shared_memory <= room:
+                return one
+    return None
+
+
+# Tiles from the fastest to the smallest: more rows read keys less often, more keys mean fewer barriers.
+_FMA_TILES = ((4, 32), (2, 32), (2, 16), (1, 16), (1, 8))
+
+
+def _fma(
+    device: Device, dtype: str, head_dim: int, v_head_dim: int, vector_loads: bool, batch_axes: int
+) -> Variant | None:
+    columns = 128 // _SIZE["float64" if dtype == "float64" else "float32"]
+    padded = _rounded(head_dim, 8), _rounded(v_head_dim, columns)
+    for warps, keys in _FMA_TILES:
+        found = Variant("forward_fma", dtype, *padded, warps, keys, vector_loads, batch_axes)
+        # Two blocks of a multiprocessor hide each other's barriers.
+        room = device.shared_memory // 2 if (warps, keys) != _FMA_TILES[-1] else device.shared_memory
+        if found.shared_memory <= room:
+            return found
+    return None
+
+
+def _rounded(n: int, multiple: int) -> int:
+    return -(-max(n, 1) // multiple) * multiple

@@ -1,0 +1,78 @@
+"""NVRTC through the bindings that CuPy brings: source to PTX and machine code, and what the latter needs."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+import pytest
+
+__all__ = ["Compiled", "Resources", "compiled", "need_nvrtc"]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes: registers of a thread, bytes of static shared memory, bytes spilled."""
+
+    registers: int
+    shared_memory: int
+    spilled: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """PTX of a source, and by kernel what its machine code needs (no machine code for `compute_`)."""
+
+    ptx: str
+    machine_code: bytes
+    resources: dict[str, Resources]
+
+
+def need_nvrtc() -> None:
+    """Skip where there is no NVRTC."""
+    pytest.importorskip("cupy", reason="cupy, which brings NVRTC's bindings, is not installed")
+    from cupy.cuda import nvrtc
+
+    try:
+        nvrtc.getVersion()
+    except (OSError, RuntimeError, ImportError) as error:
+        pytest.skip(f"NVRTC is not installed: {error}")
+
+
+@functools.cache
+def compiled(source: str, architecture: str, options: tuple[str, ...] = ("-std=c++17",)) -> Compiled:
+    """Compile for `compute_80` (PTX alone) or `sm_80` (machine code too)."""
+    from cupy.cuda import nvrtc
+
+    unit = nvrtc.createProgram(source, "kernel.cu", (), ())
+    flags = (f"-arch={architecture}", "-lineinfo", "-default-device", "--ptxas-options=-v", *options)
+    try:
+        try:
+            nvrtc.compileProgram(unit, flags)
+        except nvrtc.NVRTCError as error:
+            raise RuntimeError(f"{error}\n{nvrtc.getProgramLog(unit)}") from None
+        real = architecture.startswith("sm_")
+        log = nvrtc.getProgramLog(unit)
+        code = nvrtc.getCUBIN(unit) if real else b""
+        ptx = nvrtc.getPTX(unit)
+        return Compiled(
+            ptx.decode() if isinstance(ptx, bytes) else ptx, code, _resources(log) if real else {}
+        )
+    finally:
+        nvrtc.destroyProgram(unit)
+
+
+_LOG = re.compile(
+    r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+    r"Used (\d+) registers([^\n]*)",
+    re.S,
+)
+
+
+def _resources(log: str) -> dict[str, Resources]:
+    found = {}
+    for name, stores, loads, registers, rest in _LOG.findall(log):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        found[name] = Resources(int(registers), int(shared[1]) if shared else 0, max(int(stores), int(loads)))
+    return found

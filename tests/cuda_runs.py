@@ -1,0 +1,40 @@
+"""Calls through the front door and the launch code of the `cupy` backend, on the PTX interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from cuda_standin import Standin
+
+from anyattn.backend import Backend
+from anyattn_cupy import CupyBackend, launch
+
+__all__ = ["Interpreted"]
+
+
+class Interpreted(CupyBackend):
+    """The backend on arrays of NumPy, which it carries to a stand-in for a device and back.
+
+    Attributes
+    ----------
+    standin : Standin
+        Of the last call.
+    """
+
+    name = "interpreted"
+    arrays = ("numpy.ndarray",)
+    devices = ("cpu",)
+    requires = ()
+
+    def __init__(self, capability: int = 80, **options: Any):
+        self.capability = capability
+        self.options = options
+
+    def unsupported(self, call: Any) -> tuple[str, ...]:
+        return Backend.unsupported(self, call)
+
+    def run(self, call: Any) -> Any:
+        self.standin = Standin(self.capability, **self.options)
+        out, lse = launch.attend(call, self.standin)
+        return np.array(out), None if lse is None else np.array(lse)

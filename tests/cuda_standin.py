@@ -1,0 +1,149 @@
+"""What launch code uses of CuPy, without a device: arrays in an arena, kernels in the PTX interpreter.
+
+Kernels are compiled by the real NVRTC. Limits of launches are checked as the driver does, and arguments have
+the widths that CuPy gives them. An array that NumPy made elsewhere has no address on a device, and asking for
+it is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from cuda_compile import compiled
+from ptx import Arena, Kernel, Machine
+
+__all__ = ["Launch", "Standin", "ndarray"]
+
+# Bytes of shared memory that a block can ask for.
+SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+
+class ndarray(np.ndarray):  # noqa: N801
+    """An array of an arena."""
+
+    arena: Arena | None = None
+
+    def __array_finalize__(self, obj: Any) -> None:
+        self.arena = getattr(obj, "arena", None)
+
+    @property
+    def data(self) -> Any:
+        assert self.arena is not None
+        at = self.__array_interface__["data"][0] - self.arena.data.ctypes.data
+        if not 0 <= at <= len(self.arena.data):
+            raise ValueError("an array that NumPy made has no address on the device")
+        return SimpleNamespace(ptr=Arena.BASE + at)
+
+    def astype(self, dtype: Any) -> ndarray:
+        return placed(self.arena, np.asarray(self).astype(dtype))
+
+
+def placed(arena: Arena, x: Any) -> ndarray:
+    """A contiguous copy in the arena."""
+    x = np.asarray(x)
+    return _view(arena, arena.place(x), x.shape, x.dtype)
+
+
+def _view(arena: Arena, address: int, shape: tuple[int, ...], dtype: Any) -> ndarray:
+    found = arena.read(address, shape, dtype).view(ndarray)
+    found.arena = arena
+    return found
+
+
+class Launch(SimpleNamespace):
+    """A launch that was made: `source`, `grid`, `block`, `shared_memory`, and the `machine` after it ran."""
+
+
+class Standin:
+    """The names of the module `cupy` that launch code uses, for a device of a compute capability."""
+
+    def __init__(self, capability: int = 80, size: int = 1 << 22, count: bool = False):
+        self.arena = Arena(size)
+        self.capability = capability
+        self.count = count
+        self.launches: list[Launch] = []
+        self.change = lambda source: source
+        self.cuda = SimpleNamespace(Device=self._device)
+        self.RawModule = functools.partial(_Module, self)
+
+    def _device(self, number: int = 0) -> Any:
+        attributes = {"MaxSharedMemoryPerBlockOptin": SHARED_MEMORY[self.capability]}
+        return SimpleNamespace(id=number, compute_capability=str(self.capability), attributes=attributes)
+
+    def asarray(self, x: Any) -> ndarray:
+        return x if isinstance(x, ndarray) else placed(self.arena, x)
+
+    def ascontiguousarray(self, x: ndarray) -> ndarray:
+        return x if x.flags.c_contiguous else placed(self.arena, x)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> ndarray:
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return _view(self.arena, Arena.BASE + self.arena.allocate(nbytes), shape, dtype)
+
+    def moveaxis(self, x: ndarray, source: int, destination: int) -> ndarray:
+        return np.moveaxis(x, source, destination)
+
+    def broadcast_to(self, x: ndarray, shape: tuple[int, ...]) -> ndarray:
+        return np.broadcast_to(x, shape, subok=True)
+
+    def reshape(self, x: ndarray, shape: tuple[int, ...]) -> ndarray:
+        found = np.reshape(x, shape)
+        return found if np.shares_memory(found, x) else placed(self.arena, found)
+
+
+class _Module:
+    def __init__(self, standin: Standin, *, code: str, options: tuple[str, ...]):
+        if not all(isinstance(option, str) for option in options):
+            raise TypeError(f"options are {options}")
+        self.standin = standin
+        architecture = f"compute_{standin.capability}"
+        self.source = standin.change(code)
+        self.ptx = compiled(self.source, architecture, tuple(options)).ptx
+
+    def get_function(self, name: str) -> _Function:
+        return _Function(self, Kernel.parse(self.ptx, name))
+
+
+class _Function:
+    max_dynamic_shared_size_bytes = 48 * 1024
+
+    def __init__(self, module: _Module, kernel: Kernel):
+        self.standin = module.standin
+        self.source = module.source
+        self.kernel = kernel
+
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0
+    ) -> None:
+        limits = SHARED_MEMORY[self.standin.capability]
+        sizes = (*grid, 1, 1)[:3]
+        if not all(1 <= n <= most for n, most in zip(sizes, (2**31 - 1, 65535, 65535), strict=True)):
+            raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: grid {grid}")
+        if not 1 <= np.prod(block) <= 1024:
+            raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: block {block}")
+        if not shared_mem <= self.max_dynamic_shared_size_bytes <= limits:
+            allowed = self.max_dynamic_shared_size_bytes
+            raise RuntimeError(
+                f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of shared memory, {allowed} of {limits}"
+            )
+        raw = [_bytes(x) for x in args]
+        arena, count = self.standin.arena, self.standin.count
+        machine = Machine(self.kernel, grid, block, raw, shared_mem, arena, count).run()
+        made = Launch(source=self.source, grid=grid, block=block, shared_memory=shared_mem, machine=machine)
+        self.standin.launches.append(made)
+
+
+def _bytes(x: Any) -> bytes:
+    """An argument as CuPy passes it: Python's numbers in 64 bits, NumPy's arrays by value."""
+    if isinstance(x, ndarray):
+        return np.uint64(x.data.ptr).tobytes()
+    if isinstance(x, np.ndarray):
+        return x.tobytes()
+    if isinstance(x, (bool, int, float)):
+        return np.asarray(x).tobytes()
+    if isinstance(x, (np.number, np.bool_)):
+        return x.tobytes()
+    raise TypeError(f"Unsupported type {type(x)}")

@@ -1,0 +1,209 @@
+"""The kernels of the `cupy` backend, compiled by NVRTC and run by its launch code on the PTX interpreter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_compile import need_nvrtc
+from cuda_runs import Interpreted
+from cuda_standin import Standin
+from ptx import Arena, PtxError
+
+import anyattn as aa
+from anyattn import masks, scores
+from anyattn.describe import Options, describe
+from anyattn.testing.case import Drawn, Entry, Function, Given, Plant, call
+from anyattn.testing.cases import all_cases
+from anyattn.testing.libraries import LIBRARIES
+from anyattn.testing.running import check_values
+from anyattn_cupy import backend, launch
+from anyattn_cupy.variants import Device, choose
+
+NAN, INF = float("nan"), float("inf")
+
+# Of the conformance kit: at least one case of each option, and of what is easily got wrong.
+KIT = (
+    "mask of all axes, float16",
+    "score_mod function, bfloat16",
+    "kv_lengths, float16",
+    "blhd, bfloat16",
+    "one key/value head, float16",
+    "D = 257, float32",
+    "D = 1, Dv = 8",
+    "Lq = 13, Lk = 1, causal = False",
+    "Lq = 5, Lk = 0, sinks and bias",
+    "batch: three axes, bhld",
+    "inf in k and v, hidden from some rows by negated mask",
+    "nan in k and v, hidden from some rows, float16",
+    "inf at a seen key",
+    "rows that see nothing, float64",
+    "bias of -inf, and a mask",
+    "logits of 1e4 with sinks and causal, bfloat16",
+    "a cache, score_mod",
+    "reversed arrays, bhld, float16",
+)
+
+
+def long(name, dtype, dim, **options):
+    """A call over several tiles of queries and keys that divide nothing."""
+    sizes = {"q_len": 70, "k_len": 150, "heads": 2, "kv_heads": 1}
+    return call(name, "cuda", "several tiles", dim=dim, dtype=dtype, return_lse=True, **(sizes | options))
+
+
+def plant(*at, value=NAN, arrays="kv"):
+    """A value in k and v at a key."""
+    return tuple(Plant(x, (0, *at, 1), value) for x in arrays)
+
+
+ALIBI = Entry("scores", "alibi", (2,))
+GATHERED = Entry("masks", "fixed", (40, 2))
+DOCUMENTS = Entry("masks", "documents", (Given("ids", tuple(n // 40 for n in range(150))),))
+FUNCTION = Function(lambda f, t: lambda b, h, i, j: (i + t[j % 7]) % 3 != 0, (Given("t", tuple(range(7))),))
+LENGTHS = {"kv_lengths": Given("n", (150, 65, 0)), "q_offset": Given("at", (130, 50, 0))}
+LONG = (
+    long("float32, causal", "float32", 40, v_dim=20, causal=True, sinks=Drawn("sinks", (2,))),
+    long("float64, window and score", "float64", 24, window=(20, 3), score_mod=ALIBI),
+    long("float16, no mask", "float16", 64, v_dim=48),
+    long("float16, causal", "float16", 72, causal=True, softcap=3.0),
+    long("bfloat16, gathered columns", "bfloat16", 16, mask=GATHERED),
+    long("float16, documents", "float16", 32, batch=(2,), q_len=150, mask=DOCUMENTS),
+    long("float16, bias and an odd width", "float16", 17, v_dim=23, bias=Drawn("bias", (70, 150))),
+    long("bfloat16, nan is hidden", "bfloat16", 24, causal=True, plants=plant(100) + plant(149, value=INF)),
+    long("float32, nan is hidden", "float32", 8, causal=True, plants=plant(100) + plant(149, value=-INF)),
+    long("float16, lengths and offsets", "float16", 24, batch=(3,), q_len=20, causal=True, **LENGTHS),
+    long("float16, a function", "float16", 8, q_len=20, mask=FUNCTION),
+)
+
+
+@pytest.fixture(autouse=True)
+def _nvrtc():
+    need_nvrtc()
+
+
+@pytest.fixture
+def interpreted(install):
+    """The backend on a stand-in for a device of compute capability 8.0."""
+    found = Interpreted()
+    install(found)
+    return found
+
+
+@pytest.mark.parametrize("case", [c for c in all_cases() if c.name in KIT], ids=lambda c: c.name)
+def test_conformance(case, interpreted):
+    check_values(case, LIBRARIES["numpy"], "interpreted")
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda c: c.name)
+def test_several_tiles(case, interpreted):
+    check_values(case, LIBRARIES["numpy"], "interpreted")
+    kernel = "forward_mma.cu" if "16" in case.dtype else "forward_fma.cu"
+    assert kernel in interpreted.standin.launches[0].source
+
+
+def test_every_case_that_is_named_exists():
+    assert set(KIT) <= {c.name for c in all_cases()}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bits_without_tensor_cores(dtype, install):
+    install(Interpreted(capability=75))
+    check_values(long(f"{dtype}, old", dtype, 24, causal=True), LIBRARIES["numpy"], "interpreted")
+    check_values(long(f"{dtype}, old, odd", dtype, 9, causal=True), LIBRARIES["numpy"], "interpreted")
+
+
+def arrays(standin, dtype, q_len, k_len, dim):
+    rng = np.random.default_rng(1)
+    return [standin.asarray(rng.standard_normal((2, n, dim)).astype(dtype)) for n in (q_len, k_len, k_len)]
+
+
+def described(q, k, v, **options):
+    """The description of a call with arrays of the stand-in."""
+    host = [np.array(x) for x in (q, k, v)]
+    made = describe("attention", *host, Options(**options))
+    object.__setattr__(made, "q", q)
+    object.__setattr__(made, "k", k)
+    object.__setattr__(made, "v", v)
+    return made
+
+
+@pytest.mark.parametrize(("dtype", "mask"), [
+    ("float32", masks.sliding_window(10)), ("float16", masks.sliding_window(10)),
+    ("float16", masks.fixed(64, 2) & masks.causal()),
+])  # fmt: skip
+def test_empty_tiles_are_never_read(dtype, mask):
+    standin = Standin()
+    q, k, v = arrays(standin, dtype, 100, 400, 16)
+    made = described(q, k, v, mask=mask)
+    spans = aa.schedule.schedule(made, rows=64, keys=64 if dtype == "float16" else 32).spans
+    read = np.zeros(400, bool)
+    for (first, end), kind in zip(spans.ends, spans.kinds, strict=True):
+        read[spans.columns[first:end] if kind & 2 else slice(first, end)] = True
+    assert not read.all()
+    for x in (k, v):
+        known = np.repeat(np.broadcast_to(read[:, None], x.shape[1:]).reshape(-1), x.dtype.itemsize)
+        at = x.data.ptr - Arena.BASE
+        standin.arena.known[at : at + x.nbytes] = np.tile(known, 2)
+    launch.attend(made, standin)
+    first = np.flatnonzero(read)[0]
+    at = k.data.ptr - Arena.BASE + first * 16 * k.dtype.itemsize
+    standin.arena.known[at] = False
+    with pytest.raises(PtxError, match="nobody has written"):
+        launch.attend(made, standin)
+
+
+@pytest.mark.parametrize(("dtype", "file"), [("float32", "forward_fma.cu"), ("float16", "tensor_cores.cuh")])
+def test_main_loops_have_no_bank_conflicts(dtype, file):
+    standin = Standin(count=True)
+    launch.attend(described(*arrays(standin, dtype, 64, 128, 64)), standin)
+    traffic = standin.launches[0].machine.traffic
+    shared = {where: t for where, t in traffic.items() if where[1] == "shared" and file in where[0]}
+    loads = [t for where, t in shared.items() if where[2] == "load"]
+    assert len(loads) >= 2
+    assert all(t.taken == t.least for t in loads)
+    read = [t for where, t in traffic.items() if where[1:] == ("global", "load") and t.requests > 32]
+    assert read
+    assert all(t.taken == t.least for t in read)
+
+
+def test_a_launch_keeps_to_the_limits_of_the_device():
+    for dim in (64, 128, 256):
+        for dtype in ("float16", "float32"):
+            for capability, room in ((75, 65536), (80, 166912), (86, 101376)):
+                found = choose(Device(capability, room), dtype, dim, dim, True)
+                assert found is not None
+                assert found.shared_memory <= room
+                assert (found.kernel == "forward_mma") == (dtype == "float16" and capability >= 80)
+    assert choose(Device(75, 65536), "float64", 256, 256, True) is None
+    assert choose(Device(80, 166912), "float64", 256, 256, True) is not None
+
+
+def test_batch_axes_are_joined_where_memory_allows():
+    x = np.zeros((2, 3, 4, 1, 5, 6), "f4")
+    broadcast = np.broadcast_to(np.zeros((3, 1, 1, 5, 6), "f4"), (3, 1, 1, 5, 6))
+    assert launch.batch_axes((2, 3, 4), (x,)) == ((24,), [(30,)])
+    sizes, (of_x, of_y) = launch.batch_axes((2, 3, 4), (x, broadcast))
+    assert (sizes, of_x, of_y) == ((2, 3, 4), (360, 120, 30), (0, 30, 0))
+    assert launch.batch_axes((3, 2, 4), (np.swapaxes(x, 0, 1),))[0] == (3, 2, 4)
+    assert launch.batch_axes((), (x[0, 0, 0],)) == ((1,), [(0,)])
+
+
+def test_without_a_device_it_refuses_in_one_line():
+    from anyattn_cupy.devices import absent
+
+    if absent() is None:
+        pytest.skip("there is a CUDA device")
+    [reason] = backend.unsupported(describe("attention", *np.zeros((3, 4, 8), "f4"), Options()))
+    assert reason.startswith("no CUDA device")
+    assert "\n" not in reason
+
+
+def test_scores_and_masks_compile_nothing_again(interpreted):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, n, 8)).astype("f2") for n in (5, 20, 20))
+    sources = set()
+    for window, slopes in ((3, [0.5]), (7, [0.25])):
+        aa.attention(
+            q, k, v, mask=masks.sliding_window(window), score_mod=scores.alibi(slopes), backend="interpreted"
+        )
+        sources |= {x.source for x in interpreted.standin.launches}
+    assert len(sources) == 1
