@@ -22,7 +22,9 @@ from anyattn.rope import rope
 from anyattn.settings import use
 
 if TYPE_CHECKING:
+    from anyattn import feature_maps
     from anyattn.compiled import compile  # noqa: A004
+    from anyattn.linear.front import linear_attention
     from anyattn.multihead import MultiHeadAttention
     from anyattn.paged_cache import PagedKVCache
     from anyattn.varlen import pack, unpack, varlen_attention
@@ -44,7 +46,9 @@ __all__ = [
     "errors",
     "exp",
     "explain",
+    "feature_maps",
     "floor",
+    "linear_attention",
     "log",
     "masks",
     "maximum",
@@ -67,6 +71,7 @@ __all__ = [
 _ON_DEMAND = {
     "MultiHeadAttention": "multihead",
     "compile": "compiled",
+    "linear_attention": "linear.front",
     "PagedKVCache": "paged_cache",
     "pack": "varlen",
     "unpack": "varlen",
@@ -79,4 +84,8 @@ def __getattr__(name: str) -> Any:
         import importlib
 
         return getattr(importlib.import_module(f"anyattn.{_ON_DEMAND[name]}"), name)
+    if name == "feature_maps":
+        import importlib
+
+        return importlib.import_module("anyattn.feature_maps")
     raise AttributeError(f"module 'anyattn' has no attribute {name!r}")

@@ -18,7 +18,16 @@ from anyattn.expr.bind import Geometry, batch_indices, bind, captured_arrays, ch
 from anyattn.expr.nodes import SCORE, Aligned, Expr, J, Table, depends_on, load
 from anyattn.numbers import integer, integers, real
 
-__all__ = ["ARGUMENTS", "OPTIONS", "STATS", "Options", "check_names", "describe"]
+__all__ = [
+    "ARGUMENTS",
+    "OPTIONS",
+    "STATS",
+    "Options",
+    "check_names",
+    "check_shapes",
+    "check_tensors",
+    "describe",
+]
 
 STATS = ("key_mass", "entropy", "max")
 _WEIGHTS = (
@@ -79,11 +88,11 @@ def check_names(function: str, operation: str, options: dict[str, Any]) -> None:
 def describe(operation: str, q: Array, k: Array, v: Array | None, options: Options) -> AttentionCall:
     """The description of a call, or the error that says what is wrong with it."""
     tensors = {"q": q, "k": k} if operation != "attention" else {"q": q, "k": k, "v": v}
-    _check_tensors(tensors)
+    check_tensors(tensors)
     if options.layout not in ("bhld", "blhd"):
         raise ValueError(f"layout: wanted 'bhld' or 'blhd', got {options.layout!r}")
     views = {name: canonical(x, options.layout) for name, x in tensors.items()}
-    batch_shape = _check_shapes(views, tensors)
+    batch_shape = check_shapes(views, tensors)
     if views["q"].shape[-3] == 0:
         # Without query heads no key/value head is read; heads would not line up in a product.
         views = {name: x[..., :0, :, :] for name, x in views.items()}
@@ -177,7 +186,7 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
     )
 
 
-def _check_tensors(tensors: dict[str, Any]) -> None:
+def check_tensors(tensors: dict[str, Any]) -> None:
     """Arrays of one library, device and float dtype, of two axes or more."""
     for name, x in tensors.items():
         arrays.check_plain(x, name)
@@ -196,7 +205,7 @@ def _check_tensors(tensors: dict[str, Any]) -> None:
             raise TypeError(f"{name}: wanted dtype {arrays.dtype_name(q)} like q, got {arrays.dtype_name(x)}")
 
 
-def _check_shapes(views: dict[str, Array], tensors: dict[str, Array]) -> tuple[int, ...]:
+def check_shapes(views: dict[str, Array], tensors: dict[str, Array]) -> tuple[int, ...]:
     """The broadcast batch shape of consistent q, k and v."""
     shapes = _Shapes(tensors)
     for name, x in tensors.items():

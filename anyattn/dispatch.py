@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyattn import registry, settings
 from anyattn.call import AttentionCall
 from anyattn.errors import UnsupportedCallError
+
+if TYPE_CHECKING:
+    from anyattn.linear.call import LinearCall
 
 __all__ = ["Record", "Verdict", "check_pair", "consider", "order_for", "record", "recording", "run", "run_on"]
 
@@ -54,7 +57,7 @@ def recording() -> Iterator[list[Record]]:
         _recorders.reset(token)
 
 
-def order_for(call: AttentionCall) -> tuple[str, ...]:
+def order_for(call: AttentionCall | LinearCall) -> tuple[str, ...]:
     """The backends that are tried for a call where none is forced."""
     chosen = settings.current().order
     if chosen is not None:
@@ -69,7 +72,7 @@ def order_for(call: AttentionCall) -> tuple[str, ...]:
     return ("reference",)
 
 
-def consider(name: str, call: AttentionCall, source: str | None = None) -> Verdict:
+def consider(name: str, call: AttentionCall | LinearCall, source: str | None = None) -> Verdict:
     """What the backend called `name` says to a call.
 
     Where somebody asks for it by name, through `source`, it must be installed; in an order it may be missing.
@@ -89,7 +92,7 @@ def consider(name: str, call: AttentionCall, source: str | None = None) -> Verdi
     return Verdict(name, status.backend, reasons)
 
 
-def _reasons(backend: Any, call: AttentionCall) -> tuple[str, ...]:
+def _reasons(backend: Any, call: AttentionCall | LinearCall) -> tuple[str, ...]:
     """The backend's reasons, or the reason that it cannot tell."""
     try:
         reasons = backend.unsupported(call)
@@ -101,7 +104,7 @@ def _reasons(backend: Any, call: AttentionCall) -> tuple[str, ...]:
     return reasons
 
 
-def notes(backend: Any, call: AttentionCall) -> tuple[str, ...]:
+def notes(backend: Any, call: AttentionCall | LinearCall) -> tuple[str, ...]:
     """What the backend says of how it would run a call, or that it cannot tell."""
     try:
         return tuple(map(str, backend.notes(call)))
@@ -110,7 +113,7 @@ def notes(backend: Any, call: AttentionCall) -> tuple[str, ...]:
         return (f"its notes() raised {type(error).__name__}: {error}",)
 
 
-def choose(call: AttentionCall, backend: str | None) -> Any:
+def choose(call: AttentionCall | LinearCall, backend: str | None) -> Any:
     """The backend that runs a call."""
     forced = settings.forced_backend(backend)
     if forced is not None:
@@ -138,12 +141,12 @@ def record(one: Record) -> None:
         records.append(one)
 
 
-def run(call: AttentionCall, backend: str | None) -> Any:
+def run(call: AttentionCall | LinearCall, backend: str | None) -> Any:
     """Run a call on the backend that is chosen for it."""
     return run_on(choose(call, backend), call)
 
 
-def run_on(chosen: Any, call: AttentionCall) -> Any:
+def run_on(chosen: Any, call: AttentionCall | LinearCall) -> Any:
     """Run a call on a backend that takes it."""
     record(Record(chosen.name, call.operation, call.features))
     result = chosen.run(call)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
+
+if TYPE_CHECKING:
+    from anyattn.linear.call import LinearCall
 
 __all__ = ["BLOCK", "over_keys"]
 
@@ -23,31 +26,42 @@ Step = Callable[[Any, Any, int], tuple[Any, Array | None]]
 
 
 def over_keys(
-    call: AttentionCall, step: Step, carry: Any, start: int = 0, end: int | None = None
+    call: AttentionCall | LinearCall,
+    step: Step,
+    carry: Any,
+    start: int = 0,
+    end: int | None = None,
+    *,
+    block: int | None = None,
+    axis: int = -1,
 ) -> tuple[Any, Array | None]:
-    """`step(carry, start, size) -> (carry, piece)` over keys [start, end), by default all.
+    """`step(carry, start, size) -> (carry, piece)` over keys [start, end), by default all, a block at a time.
 
-    Pieces are joined along the last axis.
+    Pieces are joined along a negative `axis`; a block is BLOCK keys by default.
     """
     end = call.k_len if end is None else end
-    whole = (end - start) // BLOCK
+    block = BLOCK if block is None else block
+    whole = (end - start) // block
     pieces = []
     if call.library == "jax" and whole > 1 and call.traced:
-        carry, piece = _scan(call, step, carry, start, whole)
+        carry, piece = _scan(call, step, carry, start, whole, block, axis)
         pieces.append(piece)
-        start += whole * BLOCK
+        start += whole * block
     # Without keys there is one empty block, so that results hang on q, k and v for automatic differentiation.
-    for first in range(start, max(end, start + 1) if not pieces else end, BLOCK):
-        carry, piece = step(carry, first, min(BLOCK, end - first))
+    for first in range(start, max(end, start + 1) if not pieces else end, block):
+        carry, piece = step(carry, first, min(block, end - first))
         pieces.append(piece)
     found = [piece for piece in pieces if piece is not None]
-    return carry, call.xp.concat(found, axis=-1) if found else None
+    return carry, call.xp.concat(found, axis=axis) if found else None
 
 
-def _scan(call: AttentionCall, step: Step, carry: Any, start: int, blocks: int) -> tuple[Any, Array | None]:
-    starts = call.xp.arange(blocks, dtype=arrays.index_dtype(call.xp, None)) * BLOCK + start
-    carry, pieces = sys.modules["jax"].lax.scan(lambda c, start: step(c, start, BLOCK), carry, starts)
+def _scan(
+    call: AttentionCall | LinearCall, step: Step, carry: Any, start: int, blocks: int, block: int, axis: int
+) -> tuple[Any, Array | None]:
+    starts = call.xp.arange(blocks, dtype=arrays.index_dtype(call.xp, None)) * block + start
+    carry, pieces = sys.modules["jax"].lax.scan(lambda c, start: step(c, start, block), carry, starts)
     if pieces is None:
         return carry, None
-    pieces = call.xp.moveaxis(pieces, 0, -2)  # (blocks, ..., BLOCK) -> (..., blocks, BLOCK)
-    return carry, call.xp.reshape(pieces, (*pieces.shape[:-2], blocks * BLOCK))
+    pieces = call.xp.moveaxis(pieces, 0, axis - 1)  # (blocks, ..., block, ...) -> (..., blocks, block, ...)
+    before, after = pieces.shape[: axis - 1], pieces.shape[axis:][1:]
+    return carry, call.xp.reshape(pieces, (*before, blocks * block, *after))

@@ -29,7 +29,7 @@ class BadCall:
     mentions
         Words of the message: the argument, what came, what was wanted.
     operation
-        "attention", "weights", "stats" or "merge".
+        "attention", "weights", "stats", "linear" or "merge".
     arrays
         q, k and v, or others in their place.
     options
@@ -79,7 +79,10 @@ def _truth_value(_f: Any) -> Any:
 
 def bad_calls() -> tuple[BadCall, ...]:
     """Every call to refuse."""
-    return (*_arrays(), *_masks_and_biases(), *_numbers(), *_lengths_and_offsets(), *_names(), *_around())
+    return (
+        *_arrays(), *_masks_and_biases(), *_numbers(), *_lengths_and_offsets(), *_names(), *_around(),
+        *_linear(),
+    )  # fmt: skip
 
 
 def _arrays() -> tuple[BadCall, ...]:
@@ -324,5 +327,74 @@ def _around() -> tuple[BadCall, ...]:
         BadCall(
             "merge of nothing", "no shape to return", "ValueError", ("outs",), "merge", arrays=two,
             options={"outs": 0, "lses": 0},
+        ),
+    )  # fmt: skip
+
+
+def _linear() -> tuple[BadCall, ...]:
+    same = {"q": Drawn("q", (2, 4, 9, 8), "float32")}
+    decay, beta = Drawn("decay", (2, 4, 9), "float32"), Drawn("beta", (2, 4, 9), "float32")
+
+    def call(
+        name: str,
+        error: str,
+        mentions: tuple[str, ...],
+        arrays: Any = None,
+        reads: bool = False,
+        **options: Any,
+    ) -> BadCall:
+        return BadCall(
+            f"linear: {name}", "strict like attention", error, mentions, "linear", same | (arrays or {}),
+            options, reads_values=reads,
+        )  # fmt: skip
+
+    return (
+        call("unknown rule", "ValueError", ("rule", "gated_delta", "retnet"), rule="retnet"),
+        call("gated without decay", "TypeError", ("decay", "gated", "None"), rule="gated"),
+        call("decay of the linear rule", "ValueError", ("decay", "linear"), decay=decay),
+        call("beta of the gated rule", "ValueError", ("beta", "gated"), rule="gated", decay=decay, beta=beta),
+        call(
+            "decay of one head", "ValueError", ("decay", "(4, 9)", "(2, 1, 9)"), rule="gated",
+            decay=Drawn("decay", (2, 1, 9), "float32"),
+        ),
+        call(
+            "decay of other channels", "ValueError", ("decay", "8", "(2, 4, 9, 3)"), rule="gated",
+            decay=Drawn("decay", (2, 4, 9, 3), "float32"),
+        ),
+        call(
+            "boolean beta", "TypeError", ("beta", "bool"), rule="delta",
+            beta=Drawn("beta", (2, 4, 9), "bool"),
+        ),
+        call(
+            "both ways with decay", "ValueError", ("causal", "gated"), rule="gated", decay=decay,
+            causal=False,
+        ),
+        call(
+            "normalised delta", "ValueError", ("normalize", "delta"), rule="delta", beta=beta,
+            normalize=True,
+        ),
+        call(
+            "state of the inputs' 16 bits", "TypeError", ("state", "float32", "float16"),
+            {name: Drawn(name, (2, 4, 9, 8), "float16") for name in "qkv"},
+            state=Drawn("state", (2, 4, 8, 8), "float16"),
+        ),
+        call(
+            "state of another shape", "ValueError", ("state", "(4, 8, 6)", "(2, 4, 6, 8)"),
+            state=Drawn("state", (2, 4, 6, 8), "float32"),
+        ),
+        call(
+            "a state without its normalizer", "TypeError", ("state", "(S, z)"), normalize=True,
+            state=Drawn("state", (2, 4, 8, 6), "float32"),
+        ),
+        call("unknown feature map", "ValueError", ("feature_map", "elu+1", "gelu"), feature_map="gelu"),
+        call(
+            "other lengths in order", "ValueError", ("k", "5", "9", "causal"),
+            {"q": Drawn("q", (2, 4, 5, 8), "float32")},
+        ),
+        call("packed batches", "ValueError", ("cu_seqlens", "batch"), cu_seqlens=[0, 9]),
+        call(
+            "sequences beyond the tokens", "ValueError", ("cu_seqlens", "9", "10"),
+            {name: Drawn(name, (4, 9, 8), "float32") for name in "qkv"}, reads=True,
+            cu_seqlens=Given("cu_seqlens", (0, 4, 10)),
         ),
     )  # fmt: skip

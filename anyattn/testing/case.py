@@ -70,7 +70,7 @@ class _Term:
 
 @dataclass(frozen=True)
 class Entry(_Term):
-    """An entry of `anyattn.masks` or `anyattn.scores` by name, with its arguments."""
+    """An entry of `anyattn.masks`, `anyattn.scores` or `anyattn.feature_maps` by name, with its arguments."""
 
     section: str
     name: str
@@ -121,10 +121,11 @@ class Value:
 
 
 class Vocabulary(Protocol):
-    """Where a case's masks, scores and functions come from: `anyattn` or the oracle."""
+    """Where a case's masks, scores, feature maps and functions come from: `anyattn` or the oracle."""
 
     masks: Any
     scores: Any
+    feature_maps: Any
     functions: Any
 
     def capture(self, array: Array) -> Any:
@@ -144,7 +145,8 @@ class Case:
     dtype
         Of q, k and v.
     operation
-        "attention", "weights", "stats", or "merge": attention in parts, joined.
+        "attention", "weights", "stats", "linear" (`linear_attention`), or "merge": attention in parts,
+        joined.
     options
         Keyword arguments of the call; arrays are `Drawn` or `Given`, masks and scores `Entry`, `Combined` or
         `Function`, everything else is plain data.
@@ -189,6 +191,9 @@ class Case:
     @property
     def needs(self) -> frozenset[str]:
         """Names of the capabilities that a backend needs for the call."""
+        grouped = {"grouped_heads"} if len(self.q) > 2 and self.q[-3] != self.k[-3] else set()
+        if self.operation == "linear":
+            return frozenset(_linear_needs(self.options) | grouped) | self.also
         named = {name for name in ("causal", "return_lse") if self.options.get(name, False)} | {
             name
             for name in ("window", "mask", "bias", "score_mod", "softcap", "sinks", "kv_lengths", "q_offset")
@@ -196,12 +201,10 @@ class Case:
         }
         if self.operation in ("weights", "stats"):
             named.add(self.operation)
-        if len(self.q) > 2 and self.q[-3] != self.k[-3]:
-            named.add("grouped_heads")
         if "kv_lengths" in named and self.q[-2] == 1:
             # The one query stands at kv_lengths - 1, a position of its own in each batch entry.
             named.add("q_offset")
-        return frozenset(named) | self.also
+        return frozenset(named | grouped) | self.also
 
     @property
     def layout(self) -> str:
@@ -255,7 +258,16 @@ class Case:
 
     @property
     def _positional(self) -> tuple[str, ...]:
-        return POSITION_ARGUMENTS if self.operation in ("attention", "merge") else POSITION_ARGUMENTS[:2]
+        return POSITION_ARGUMENTS[:2] if self.operation in ("weights", "stats") else POSITION_ARGUMENTS
+
+
+def _linear_needs(options: Mapping[str, Any]) -> set[str]:
+    named = {"linear_attention"}
+    named |= {need for name, need in _LINEAR_NEEDS.items() if options.get(name) is not None}
+    return named
+
+
+_LINEAR_NEEDS = {"decay": "gated_rule", "beta": "delta_rule", "cu_seqlens": "cu_seqlens"}
 
 
 def draw(seed: str, spec: Drawn | Given, dtype: str = "float32", *, repeated: bool = False) -> Value:
@@ -328,6 +340,8 @@ def resolve(option: Any, arrays: Mapping[str, Any], vocabulary: Vocabulary) -> A
                 return ~left
             right = resolve(option.right, arrays, vocabulary)
             return _JOIN[option.operator](left, right)
+        case tuple():
+            return tuple(resolve(part, arrays, vocabulary) for part in option)
     return option
 
 
@@ -355,10 +369,17 @@ def arrays_in(option: Any) -> Iterator[Drawn | Given]:
         case Combined():
             yield from arrays_in(option.left)
             yield from arrays_in(option.right)
+        case tuple():
+            for part in option:
+                yield from arrays_in(part)
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return rng.standard_normal(shape)
+
+
+def _unit(x: Array) -> Array:
+    return x / np.sqrt((x * x).sum(axis=-1, keepdims=True))
 
 
 RECIPES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Array]] = {
@@ -369,6 +390,8 @@ RECIPES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Array]] = {
     "positive": lambda rng, shape: rng.uniform(0.1, 1.0, shape),
     "mostly true": lambda rng, shape: rng.random(shape) < 0.7,
     "half true": lambda rng, shape: rng.random(shape) < 0.5,
+    "unit": lambda rng, shape: _unit(rng.standard_normal(shape)),
+    "decays": lambda rng, shape: -rng.uniform(0.01, 0.3, shape),
     "few ids": lambda rng, shape: np.sort(rng.integers(0, 3, shape), axis=-1),
 }
 

@@ -11,12 +11,18 @@ import numpy as np
 
 from anyattn.testing import oracle
 from anyattn.testing.bounds import Bounds, gradient_bounds
+from anyattn.testing.bounds_linear import linear_bounds
 from anyattn.testing.case import ACCUMULATION, Case, Value
+from anyattn.testing.oracle.linear import recur
 
 Array = Any
 
 ORACLE = SimpleNamespace(
-    masks=oracle.masks, scores=oracle.scores, functions=oracle.functions, capture=oracle.functions.Captured
+    masks=oracle.masks,
+    scores=oracle.scores,
+    feature_maps=oracle.feature_maps,
+    functions=oracle.functions,
+    capture=oracle.functions.Captured,
 )
 
 
@@ -33,7 +39,9 @@ class Expected:
 
 
 def expected(case: Case, arrays: Mapping[str, Value] | None = None) -> dict[str, Expected]:
-    """Every array that a case returns, by name ("out", "lse", "weights" or the names of the stats)."""
+    """Every array that a case returns, by name ("out", "lse", "state", "weights", ... or a statistic's)."""
+    if case.operation == "linear":
+        return _linear(case, case.arrays() if arrays is None else arrays)
     dense, options = _dense(case, case.arrays() if arrays is None else arrays)
     bounds = Bounds.of(dense, case.dtype)
     wide = ACCUMULATION[case.dtype]
@@ -57,6 +65,19 @@ def expected(case: Case, arrays: Mapping[str, Value] | None = None) -> dict[str,
     arguments, keywords = case.arguments({n: x.values for n, x in (arrays or case.arrays()).items()}, ORACLE)
     values = oracle.stats(*arguments, **keywords)
     return {name: Expected(x, dense.as_result(named[name]()), wide) for name, x in values.items()}
+
+
+def _linear(case: Case, arrays: Mapping[str, Value]) -> dict[str, Expected]:
+    arguments, keywords = case.arguments({name: value.values for name, value in arrays.items()}, ORACLE)
+    returned = ["out"]
+    if keywords.pop("return_state", False):
+        returned += ["state", "normalizer"] if keywords.get("normalize") else ["state"]
+    dense = oracle.LinearDense.of(*arguments, **keywords)
+    values, bounds = dense.together(recur), linear_bounds(dense, case.dtype)
+    wide = ACCUMULATION[case.dtype]
+    return {
+        name: Expected(values[name], bounds[name], case.dtype if name == "out" else wide) for name in returned
+    }
 
 
 @dataclass(frozen=True)

@@ -66,15 +66,31 @@ def _perform(case: Case, arrays: Mapping[str, Array], backend: str) -> dict[str,
         return {"weights": anyattn.attention_weights(*arguments, **keywords, backend=backend)}
     if case.operation == "stats":
         return dict(anyattn.attention_stats(*arguments, **keywords, backend=backend))
+    if case.operation == "linear":
+        return _linear(anyattn.linear_attention(*arguments, **keywords, backend=backend), keywords)
     result = anyattn.attention(*arguments, **keywords, backend=backend)
     return {"out": result[0], "lse": result[1]} if keywords.get("return_lse") else {"out": result}
+
+
+def _linear(result: Any, keywords: Mapping[str, Any]) -> dict[str, Array]:
+    """The results of `linear_attention` by name."""
+    if not keywords.get("return_state"):
+        return {"out": result}
+    out, state = result
+    if keywords.get("normalize"):
+        return {"out": out, "state": state[0], "normalizer": state[1]}
+    return {"out": out, "state": state}
 
 
 def _vocabulary() -> SimpleNamespace:
     import anyattn
 
     return SimpleNamespace(
-        masks=anyattn.masks, scores=anyattn.scores, functions=anyattn, capture=lambda array: array
+        masks=anyattn.masks,
+        scores=anyattn.scores,
+        feature_maps=anyattn.feature_maps,
+        functions=anyattn,
+        capture=lambda array: array,
     )
 
 
@@ -173,6 +189,7 @@ def check_refused(bad: BadCall, library: Library, backend: str) -> None:
             "attention": anyattn.attention,
             "weights": anyattn.attention_weights,
             "stats": anyattn.attention_stats,
+            "linear": anyattn.linear_attention,
         }
         if bad.operation == "merge":
             counts = (keywords["outs"], keywords["lses"])

@@ -12,6 +12,7 @@ from anyattn.testing.cases import (
     each_option,
     functions,
     hidden,
+    linear,
     memory,
     merging,
     pairwise,
@@ -28,7 +29,7 @@ def all_cases() -> tuple[Case, ...]:
     """Every case whose results are compared with the oracle."""
     families = (
         each_option, shapes, hidden, softmax, positions, vocabulary, functions, memory, around, merging,
-        pairwise,
+        pairwise, linear,
     )  # fmt: skip
     return _distinct(case for family in families for case in family.cases())
 

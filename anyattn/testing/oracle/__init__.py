@@ -6,13 +6,28 @@ Philox and T5 buckets are written anew. A mistake in `reference` and the same mi
 made twice.
 
 `attention`, `weights`, `stats` and `merge` take what their namesakes in `anyattn` take, with NumPy arrays;
-`masks` and `scores` hold the vocabulary; `gradients` gives the derivatives.
+`masks`, `scores` and `feature_maps` hold the vocabulary; `gradients` gives the derivatives,
+`linear_attention` is the recurrence of its namesake.
 """
 
 from __future__ import annotations
 
-from anyattn.testing.oracle import functions, masks, scores
+from anyattn.testing.oracle import feature_maps, functions, masks, scores
 from anyattn.testing.oracle.dense import Dense, attention, merge, stats, weights
 from anyattn.testing.oracle.derivatives import gradients
+from anyattn.testing.oracle.linear import LinearDense, linear_attention
 
-__all__ = ["Dense", "attention", "functions", "gradients", "masks", "merge", "scores", "stats", "weights"]
+__all__ = [
+    "Dense",
+    "LinearDense",
+    "attention",
+    "feature_maps",
+    "functions",
+    "gradients",
+    "linear_attention",
+    "masks",
+    "merge",
+    "scores",
+    "stats",
+    "weights",
+]
