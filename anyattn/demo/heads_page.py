@@ -29,6 +29,7 @@ from anyattn.demo.attention_map import (
     thumbnail,
 )
 from anyattn.demo.text import Words
+from anyattn.viz import summarise
 
 _MOST_BARS = 10
 _FOOTER = (
@@ -84,7 +85,12 @@ def page(heads: Heads) -> str:
     layers, count = heads.weights.shape[:2]
     maps = numpy.concatenate([heads.weights.mean(axis=1, keepdims=True), heads.weights], axis=1)
     columns = count + 1
-    names = [_name(layer, head, count) for layer in range(layers) for head in (None, *range(count))]
+    kinds = summarise(heads.weights)
+    names = [
+        _name(layer, head, count) + ("" if head is None else f": {kinds[layer, head].kind}")
+        for layer in range(layers)
+        for head in (None, *range(count))
+    ]
     chosen = heads.layer * columns + (0 if heads.head is None else heads.head + 1)
     shown = maps.reshape(-1, len(labels), len(labels))[chosen]
     row = shown[heads.word]
@@ -118,7 +124,7 @@ def page(heads: Heads) -> str:
             for step, bound in enumerate(thresholds, start=1)
         ),
         columns=columns,
-        grid=_grid(maps, chosen),
+        grid=_grid(maps, names, chosen),
         footer=_FOOTER,
     )
 
@@ -175,7 +181,7 @@ def _bars(labels: Sequence[str], special: Sequence[bool], row: Any) -> str:
     return "".join(items)
 
 
-def _grid(maps: numpy.ndarray[Any, Any], chosen: int) -> str:
+def _grid(maps: numpy.ndarray[Any, Any], names: Sequence[str], chosen: int) -> str:
     layers, columns = maps.shape[:2]
     cells = ["<span></span>", '<span class="head">mean</span>']
     cells += [f'<span class="head">{head}</span>' for head in range(1, columns)]
@@ -183,7 +189,7 @@ def _grid(maps: numpy.ndarray[Any, Any], chosen: int) -> str:
         cells.append(f'<span class="layer">Layer {layer + 1}</span>')
         for column in range(columns):
             head = column - 1 if column else None
-            name = _name(layer, head, columns - 1)
+            name = names[layer * columns + column]
             current = "true" if layer * columns + column == chosen else "false"
             picture = thumbnail(maps[layer, column].tolist(), name)
             cells.append(

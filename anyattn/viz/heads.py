@@ -1,0 +1,255 @@
+"""What heads do, in numbers: where they look, how sharply, and what that is usually called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from anyattn import arrays
+from anyattn.arrays import Array
+from anyattn.numbers import integer, real
+
+if TYPE_CHECKING:
+    import numpy
+
+    NDArray = numpy.ndarray[Any, Any]
+
+__all__ = ["HeadSummary", "Summary", "host_weights", "rollout", "summarise"]
+
+# A head is called by what takes at least half of its weight; these are tried in order.
+_HALF = 0.5
+_NEAR = 4
+_MOSTLY = 0.8
+_EVEN = 0.9
+
+
+@dataclass(frozen=True)
+class HeadSummary:
+    """What one head does, averaged over its query rows; rows that see no key are left out.
+
+    Attributes
+    ----------
+    distance : float
+        Mean of |i - j| over the weights, in tokens.
+    entropy : float
+        -sum p ln p, in nats: 0 for one key, ln n for n keys alike.
+    first, same, previous, next : float
+        Weight on key 0 and on the keys at i, i - 1 and i + 1, of rows that have such a key (`first`: other
+        than their own).
+    near : float
+        Weight on keys with |i - j| <= 4.
+    evenness : float
+        Entropy over that of equal weights on the keys that have weight, 0 to 1.
+    """
+
+    distance: float
+    entropy: float
+    first: float
+    same: float
+    previous: float
+    next: float
+    near: float
+    evenness: float
+
+    @property
+    def kind(self) -> str:
+        """What such a head is usually called, after what takes most of its weight.
+
+        "first token" (an attention sink: G. Xiao et al. 2023), "previous token", "next token" and "same
+        token" take half of it or more (K. Clark et al., "What Does BERT Look At?", 2019); a "local" head has
+        80 % within four tokens, a "broad" one spreads nearly evenly; the others are "mixed".
+        """
+        shares = {
+            "first token": self.first,
+            "previous token": self.previous,
+            "next token": self.next,
+            "same token": self.same,
+        }
+        most = max(shares, key=shares.__getitem__)
+        if shares[most] >= _HALF:
+            return most
+        if self.evenness >= _EVEN:
+            return "broad"
+        return "local" if self.near >= _MOSTLY else "mixed"
+
+
+class Summary(Sequence[HeadSummary]):
+    """Summaries of heads in order; prints as a table.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Axes of the heads: (heads,) or (layers, heads), as the weights had them.
+    """
+
+    def __init__(self, shape: tuple[int, ...], heads: Sequence[HeadSummary]):
+        self.shape = shape
+        self._heads = tuple(heads)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, tuple):
+            if len(index) != len(self.shape):
+                raise IndexError(f"wanted {len(self.shape)} indices of heads {self.shape}, got {index}")
+            return self._heads[sum(n * math.prod(self.shape[a + 1 :]) for a, n in enumerate(index))]
+        return self._heads[index]
+
+    def kinds(self) -> dict[str, int]:
+        """How many heads there are of each kind, most first."""
+        counted: dict[str, int] = {}
+        for head in self._heads:
+            counted[head.kind] = counted.get(head.kind, 0) + 1
+        return dict(sorted(counted.items(), key=lambda entry: -entry[1]))
+
+    def __repr__(self) -> str:
+        width = max([4, *(len(_name(index)) for index in _indices(self.shape))])
+        kind = max([4, *(len(head.kind) for head in self._heads)])
+        lines = [f"{'head':<{width}}  {'kind':<{kind}}  distance  entropy  first   same  previous   next"]
+        for index, head in zip(_indices(self.shape), self._heads, strict=True):
+            shares = (f"{100 * x:.1f}%" for x in (head.first, head.same, head.previous, head.next))
+            first, same, previous, following = shares
+            lines.append(
+                f"{_name(index):>{width}}  {head.kind:<{kind}}  {head.distance:8.2f}  {head.entropy:7.2f}  "
+                f"{first:>5}  {same:>5}  {previous:>8}  {following:>5}"
+            )
+        return "\n".join(lines)
+
+
+def summarise(weights: Array, q_offset: int | None = None) -> Summary:
+    """What each head does.
+
+    Parameters
+    ----------
+    weights : float array, shape (..., Lq, Lk)
+        Softmax weights, as `attention_weights` gives them, of arrays that the host can read; axes before the
+        last two are heads, layers, batch entries.
+    q_offset : int, optional
+        Position of row 0, by default ``Lk - Lq``.
+
+    Returns
+    -------
+    Summary
+        A `HeadSummary` for each matrix.
+    """
+    import numpy
+
+    w = host_weights(weights, "weights")
+    rows, keys = w.shape[-2:]
+    offset = keys - rows if q_offset is None else integer(q_offset, "q_offset")
+    i = numpy.arange(rows)[:, None] + offset
+    j = numpy.arange(keys)[None, :]
+    total = w.sum(axis=-1, keepdims=True)
+    seen = total[..., 0] > 0
+    p = w / numpy.where(total > 0, total, 1.0)
+
+    def mean(values: NDArray, of: NDArray) -> NDArray:
+        """Mean over the rows `of` (..., Lq) that see anything, 0 of none."""
+        counted = seen & of
+        found: NDArray = (values * counted).sum(axis=-1) / numpy.maximum(counted.sum(axis=-1), 1)
+        return found
+
+    def share(chosen: NDArray) -> NDArray:
+        found: NDArray = (p * chosen).sum(axis=-1)
+        return found
+
+    def on(shift: int) -> NDArray:
+        at = i[:, 0] + shift
+        return mean(share(j == i + shift), (at >= 0) & (at < keys))
+
+    every = numpy.ones(rows, dtype=bool)
+    surprise = -(p * numpy.log(numpy.where(p > 0, p, 1.0))).sum(axis=-1)
+    flat = numpy.log(numpy.maximum((p > 0).sum(axis=-1), 1))
+    found = {
+        "distance": mean((p * abs(i - j)).sum(axis=-1), every),
+        "entropy": mean(surprise, every),
+        "first": mean(share(j == 0), i[:, 0] != 0),
+        "same": on(0),
+        "previous": on(-1),
+        "next": on(1),
+        "near": mean(share(abs(i - j) <= _NEAR), every),
+        "evenness": mean(surprise / numpy.where(flat > 0, flat, 1.0), flat > 0),
+    }
+    shape = w.shape[:-2]
+    heads = [
+        HeadSummary(**{name: float(numpy.asarray(x)[index]) for name, x in found.items()})
+        for index in numpy.ndindex(shape)
+    ]
+    return Summary(shape, heads)
+
+
+def rollout(weights: Array | Sequence[Array], residual: float = 0.5) -> NDArray:
+    """How much of each input token reaches each output token, through all layers.
+
+    S. Abnar and W. Zuidema, "Quantifying Attention Flow in Transformers", 2020: heads are averaged, a layer
+    passes on ``residual`` of what it gets beside ``1 - residual`` of what it attends to, and layers multiply.
+
+    Parameters
+    ----------
+    weights : arrays of shape (..., H, L, L), from the first layer to the last
+        Or one array with layers on its first axis. The host must be able to read them.
+    residual : float, default 0.5
+        In [0, 1].
+
+    Returns
+    -------
+    numpy.ndarray, shape (layers, ..., L, L)
+        Rollout up to each layer, float64; rows sum to 1 where the weights' do.
+    """
+    import numpy
+
+    residual = real(residual, "residual")
+    if not 0 <= residual <= 1:
+        raise ValueError(f"residual: wanted a share in [0, 1], got {residual}")
+    layers = [host_weights(layer, "weights") for layer in _layers(weights)]
+    if not layers:
+        raise ValueError("weights: wanted one layer or more, got none")
+    found: list[NDArray] = []
+    for number, layer in enumerate(layers):
+        if layer.ndim < 3 or layer.shape[-1] != layer.shape[-2] or layer.shape[-1] != layers[0].shape[-1]:
+            raise ValueError(
+                f"weights: wanted layers (..., heads, L, L) of one L, got {layer.shape} in layer {number}"
+            )
+        mixed = (1 - residual) * layer.mean(axis=-3) + residual * numpy.eye(layer.shape[-1])
+        found.append(mixed @ found[-1] if found else mixed)
+    return numpy.stack(found)
+
+
+def host_weights(weights: Any, name: str) -> NDArray:
+    """Weights as float64 on the host, where they can be read there."""
+    import numpy
+
+    if not arrays.is_array(weights):
+        raise TypeError(f"{name}: wanted an array, got {type(weights).__name__}")
+    if not arrays.is_concrete_cpu(weights):
+        raise TypeError(
+            f"{name}: wanted an array that the host can read, got one on {arrays.device(weights)}"
+        )
+    found = arrays.to_host(weights)
+    if arrays.kind(weights) != "float" or found.ndim < 2:
+        raise ValueError(
+            f"{name}: wanted floats of shape (..., rows, keys), got {arrays.dtype_name(weights)} "
+            f"{tuple(found.shape)}"
+        )
+    return numpy.asarray(found, dtype=numpy.float64)
+
+
+def _layers(weights: Any) -> Iterator[Any]:
+    if arrays.is_array(weights):
+        for number in range(weights.shape[0]):
+            yield weights[number, ...]
+    else:
+        yield from weights
+
+
+def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    import numpy
+
+    return numpy.ndindex(shape)
+
+
+def _name(index: tuple[int, ...]) -> str:
+    return ".".join(map(str, index)) or "-"
