@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from anyattn.backend import CAPABILITIES, Backend
+from anyattn.backend import CAPABILITIES, LINEAR, Backend
 from anyattn.call import AttentionCall
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class NumbaBackend(Backend):
     arrays = ("*",)
     dtypes = frozenset({"float16", "bfloat16", "float32", "float64"})
     devices = ("cpu",)
-    capabilities = frozenset(CAPABILITIES) - {
+    capabilities = frozenset(CAPABILITIES) - LINEAR - {
         "dropout",
         "gradients",
         "traced",
