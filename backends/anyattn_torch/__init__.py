@@ -1,7 +1,8 @@
 """Torch tensors of any device, with gradients: torch's own attention where it means the same, else own tiles.
 
 Dispatch imports this package to read the declaration below, so it imports nothing heavy. From there `routes`
-says which way a call goes and why: `sdpa`, or `tiles` of its own.
+says which way a call goes and why: `sdpa`, `flex`, or `tiles` of its own, whose forward may be `joined` to
+Numba's. What `torch.compile` gets is in `graph` and `recipes`.
 """
 
 from __future__ import annotations

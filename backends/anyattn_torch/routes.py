@@ -19,10 +19,13 @@ from anyattn.call import AttentionCall
 
 __all__ = ["ROUTES", "Route", "choose", "forward", "notes", "only", "run"]
 
-ROUTES = ("sdpa", "tiles")
-_NAMES = {"sdpa": "SDPA", "tiles": "own tiles"}
+ROUTES = ("sdpa", "flex", "tiles")
+_NAMES = {"sdpa": "SDPA", "flex": "FlexAttention", "tiles": "own tiles"}
 
-_allowed: ContextVar[tuple[str, ...]] = ContextVar("anyattn_torch_routes", default=ROUTES)
+# Scores of a head from which on a kernel of FlexAttention's own is worth compiling.
+_LARGE = 1 << 18
+
+_allowed: ContextVar[tuple[str, ...] | None] = ContextVar("anyattn_torch_routes", default=None)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ def _memory(name: str, call: AttentionCall) -> tuple[str, ...]:
 
 
 def _order(call: AttentionCall) -> tuple[str, ...]:
-    return tuple(name for name in ROUTES if name in _allowed.get() and name != "tiles")
+    allowed = _allowed.get()
+    return tuple(name for name in ROUTES if name != "tiles" and (allowed is None or name in allowed))
 
 
 def _left_out(name: str, call: AttentionCall) -> str | None:
@@ -126,8 +130,29 @@ def _left_out(name: str, call: AttentionCall) -> str | None:
         return "lets a NaN at a hidden key through, and use(strict=True) asks for strict masking"
     if call.device_kind != "cpu" and torch.are_deterministic_algorithms_enabled():
         return "sums gradients in any order there, and torch.use_deterministic_algorithms(True) is on"
+    if name == "flex" and _allowed.get() is None:
+        reason = _not_worth_compiling(call)
+        if reason is not None:
+            return reason
     if _transformed(call):
         return "has no rule for functorch's transforms of every order"
+    return None
+
+
+def _not_worth_compiling(call: AttentionCall) -> str | None:
+    """Why FlexAttention does not pay.
+
+    On CPU it takes 2.7 to 29 times what Numba takes (two cores of a Xeon, eight kinds of calls), has no
+    gradients, and compiles for some 20 s; on a CUDA device a small call does not make up for that.
+    """
+    if call.device_kind == "cpu":
+        return "is slower on CPU than Numba's kernels, and compiles for seconds"
+    if call.q_len * call.k_len < _LARGE:
+        return f"compiles for seconds, and {call.q_len} x {call.k_len} scores are few"
+    import torch
+
+    if not torch.utils._triton.has_triton():
+        return "needs Triton, which is not installed"
     return None
 
 

@@ -13,6 +13,7 @@ from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
 from anyattn.expr.nodes import Aligned
+from anyattn_torch.axes import four_axes, one_batch_axis
 
 __all__ = ["attend", "memory", "refusal"]
 
@@ -26,7 +27,7 @@ def attend(call: AttentionCall) -> tuple[Array, None]:
     """(out, None) of a call that has no `refusal`."""
     import torch
 
-    q, k, v = _four_axes(call)
+    q, k, v = four_axes(call)
     with arrays.exactly(call.q):
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, **_options(call))
     return out.reshape(*call.batch_shape, *out.shape[1:]), None
@@ -95,7 +96,7 @@ def _other_memory(call: AttentionCall) -> str | None:
     for name, x in tensors.items():
         if x.stride(-1) != 1:
             return f"has no fused kernel for {name} with channels that are not next to each other"
-        if _flat_batch(x, call) is None:
+        if one_batch_axis(x, call.batch_shape) is None:
             return f"takes one batch axis, and to join those of {name} would copy it"
     return None
 
@@ -113,7 +114,7 @@ def _no_kernel(call: AttentionCall) -> str | None:
     choose = getattr(torch, "_fused_sdp_choice", None)
     if choose is None:
         return "does not tell which kernel it would run"
-    q, k, v = _four_axes(call)
+    q, k, v = four_axes(call)
     # 0 is SDPBackend.MATH.
     return "has no fused kernel for this call" if choose(q, k, v, **_options(call)) == 0 else None
 
@@ -140,19 +141,3 @@ def _array_mask(call: AttentionCall) -> Array | None:
 
 def _array(call: AttentionCall) -> Array | None:
     return call.visible.value if isinstance(call.visible, Aligned) else call.bias
-
-
-def _four_axes(call: AttentionCall) -> tuple[Array, Array, Array]:
-    q, k, v = (_flat_batch(x, call) for x in (call.q, call.k, call.v))
-    return q, k, v
-
-
-def _flat_batch(x: Array, call: AttentionCall) -> Array | None:
-    """`x` (..., H, L, D) with one batch axis, without a copy; None where that cannot be."""
-    wide = x.expand(*call.batch_shape, *x.shape[-3:])
-    if wide.ndim < 5:
-        return wide if wide.ndim == 4 else wide[None]
-    try:
-        return wide.view(-1, *x.shape[-3:])
-    except RuntimeError:  # strides that one axis cannot have
-        return None
