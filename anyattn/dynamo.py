@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from anyattn import masks, scores
+from anyattn import arrays, masks, scores
 from anyattn.attention import attention
 from anyattn.errors import TraceError
 from anyattn.expr import functions
@@ -257,6 +257,20 @@ def _call(name: str) -> Callable[..., SymbolRecipe]:
     return call
 
 
+def _dtype_name(x: Any) -> str:
+    return str(x.dtype).rpartition(".")[2]
+
+
+def _device(x: Any) -> Any:
+    return x.device
+
+
+def _namespace(x: Any) -> Any:
+    from array_api_compat import torch
+
+    return torch
+
+
 def install() -> None:
     """Give the front door, the entries and the functions of traced functions what Dynamo is to read."""
     inline: dict[Callable[..., Any], Callable[..., Any]] = {attention: _attention}
@@ -273,5 +287,8 @@ def install() -> None:
     # Operators of what was made outside, beside a recipe. Dynamo has no rule for `~`.
     inline |= {Mask.__and__: _and, Mask.__rand__: _rand, Mask.__or__: _or, Mask.__ror__: _ror}
     inline |= {Score.__add__: _plus, Score.__radd__: _rplus, Score.then: _then}
+    # Caches would be guarded as they were before the call that fills them, or warned of.
+    inline |= {arrays.dtype_name: _dtype_name, arrays._library_of_type: arrays._find_library}
+    inline |= {arrays.device: _device, arrays.namespace: _namespace}
     for function, replacement in inline.items():
         function._torchdynamo_inline = replacement  # type: ignore[attr-defined]

@@ -8,6 +8,8 @@ from inspect import signature
 import pytest
 
 import anyattn as aa
+from anyattn import arrays
+from anyattn.compat.flash_attn import flash_attn_func
 from anyattn.compat.torch import scaled_dot_product_attention
 
 torch = pytest.importorskip("torch", reason="compares with torch's own function")
@@ -121,6 +123,24 @@ def test_nan_at_hidden_keys_does_not_matter():
     v[..., 6, :] = torch.nan
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask), wanted)
     assert theirs(q, k, v, mask).isnan().any()
+
+
+def test_compiled_without_breaks(monkeypatch):
+    """Also where nothing was called before: filling a cache in a trace would break it."""
+    for cache in ("_dtype_names", "_libraries"):
+        monkeypatch.setattr(arrays, cache, {})
+    q, k, v = (x.detach() for x in tensors((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 8), torch.float32))
+    mask, slopes = torch.arange(35).reshape(5, 7) % 3 > 0, torch.rand(2, 5)
+
+    def call(q, k, v, mask, slopes):
+        first = scaled_dot_product_attention(q, k[:, :1], v, mask)
+        return first + flash_attn_func(q, k, v, causal=True, alibi_slopes=slopes).sum()
+
+    with aa.use(backend="torch"):
+        # The same arrays are five heads to flash-attn.
+        inputs = q, k[:, :, :5], v[:, :, :5], mask[:, :5], slopes
+        compiled = torch.compile(call, backend="eager", fullgraph=True)(*inputs)
+        torch.testing.assert_close(compiled, call(*inputs))
 
 
 def test_signature_is_torchs():

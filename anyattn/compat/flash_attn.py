@@ -225,7 +225,9 @@ def _alibi(slopes: Array, q: Array) -> Score:
         )
     if slopes.ndim == 1:
         return scores.alibi(slopes)
-    return scores.from_function(lambda s, b, h, i, j: s - slopes[b, h] * abs(i - j))
+    # One index: what reads a function for torch.compile meets the symbols of a tuple too late.
+    flat = arrays.namespace(slopes).reshape(slopes, (batch * heads,))
+    return scores.from_function(lambda s, b, h, i, j: s - flat[b * heads + h] * abs(i - j))
 
 
 def _check_deterministic(q: Array, k: Array, v: Array, options: dict[str, Any]) -> None:
