@@ -139,7 +139,7 @@ def _backward(chunk: Chunk, careful: bool, found: _Gradients, rows: tuple[Tensor
             p = torch.sub(s, base[:, :, here, None], out=work.buffer(weights, s.shape)).exp_()
             packed = chunk.packed(count, span.end - span.start)
             if dv is not None:
-                _add_keys(chunk, dv, p.view(packed), g, span.start, span.end)
+                _add_keys(chunk, dv, p.reshape(packed), g, span.start, span.end)
             ds = torch.bmm(
                 g, chunk.keys(v, span.start, span.end).transpose(1, 2), out=work.buffer("slopes", packed)
             ).view(p.shape)
@@ -148,7 +148,7 @@ def _backward(chunk: Chunk, careful: bool, found: _Gradients, rows: tuple[Tensor
                 ds.masked_fill_(p == 0, 0.0)
             if call.score is not None:
                 ds = found.captured.through(chunk, scores.tile(visit, span), ds, plain)
-            ds = ds.view(packed)
+            ds = ds.reshape(packed)
             if seen is not None:
                 keys = chunk.keys(clean, span.start, span.end)
             if dq is not None:

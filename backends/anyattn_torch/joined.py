@@ -24,6 +24,8 @@ def refusal(call: AttentionCall) -> str | None:
     status = registry.find("numba")
     if not status.available:
         return f"is unavailable: {status.reason}"
+    if call.sinks is not None and call.sinks.ndim > 1:
+        return "takes one sink a head, not the mapped ones of torch.func.vmap"
     reasons: tuple[str, ...] = status.backend.unsupported(_plain(call))
     return reasons[0] if reasons else None
 

@@ -110,8 +110,8 @@ def _advance(chunk: Chunk, state: State, s: Tensor) -> tuple[State, Tensor]:
     p = torch.sub(s, base, out=chunk.work.buffer("scores", s.shape)).exp_()
     decay = (top - base).exp_()
     total = torch.addcmul(p.sum(-1, keepdim=True), total, decay)
-    acc *= decay.view(*acc.shape[:2], 1)
-    return (new, total, acc), p.view(*acc.shape[:2], -1)
+    acc *= decay.reshape(*acc.shape[:2], 1)
+    return (new, total, acc), p.reshape(*acc.shape[:2], -1)
 
 
 def _add_seen_nonfinite(acc: Tensor, p: Tensor, seen: Tensor, v: Tensor) -> None:
