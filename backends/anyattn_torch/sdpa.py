@@ -35,7 +35,9 @@ def attend(call: AttentionCall) -> tuple[Array, None]:
 
 def memory(call: AttentionCall) -> tuple[str, ...]:
     """What it keeps in memory."""
-    found = ["forward and backward keep tiles of scores, not all Lq x Lk"]
+    found = ["forward and backward hold tiles of scores, not all Lq x Lk"]
+    if "gradients" in call.features:
+        found.append("SDPA has no derivatives of second order; anyattn_torch.routes.only('tiles') has")
     array = _array(call)
     if array is not None and arrays.dtype_name(array) == "bool":
         found.append(f"SDPA converts the mask {tuple(array.shape)} to {call.dtype}")
