@@ -214,6 +214,21 @@ def test_gradients(model):
         close(parameter.grad, wanted[name].grad, 1e-4, usual)
 
 
+def test_compiled_without_a_break():
+    eager, ours = pair(named("Llama"))
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    for side in ("none", "left"):
+        given, counts = inputs_of(named("Llama"), side)
+        given = {"input_ids": given["input_ids"]} if side == "none" else given
+        with torch.no_grad():
+            wanted = eager(**given).logits
+            with dispatch.recording() as records:
+                found = compiled(**given, use_cache=False).logits
+        close(found[counts], wanted[counts], 1e-5)
+        # Without padding no mask is needed.
+        assert {"causal", "mask"} & records[-1].features == ({"causal"} if side == "none" else {"mask"})
+
+
 @pytest.mark.parametrize("name", UNASKED)
 def test_models_that_do_not_ask(name):
     """Their attention is their own: when one of them begins to ask, it belongs into the table."""

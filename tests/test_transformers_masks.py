@@ -135,6 +135,12 @@ def test_a_function_that_cannot_be_traced_is_evaluated():
     assert torch.equal(weights > 0, hf.sdpa_mask(B, L, L, attention_mask=KEPT, allow_is_causal_skip=False))
 
 
+def test_a_row_of_a_static_cache_on_a_device_is_computed_there():
+    seen = seen_keys(B, 1, 12, q_offset=torch.tensor(6, device="meta"), device="meta")
+    assert type(seen) is torch.Tensor
+    assert (seen.shape, seen.device.type) == ((B, 1, 1, 12), "meta")
+
+
 class Layer(torch.nn.Module):
     is_causal = True
 

@@ -73,8 +73,9 @@ def seen_keys(
     local_size: int | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    allow_is_causal_skip: bool = True,
     **kwargs: Any,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """The mask of one kind of layer; the signature is that of transformers' own, `sdpa_mask`.
 
     Parameters
@@ -93,11 +94,13 @@ def seen_keys(
         Whether `mask_function` may only be called with single indices.
     device : torch.device or str
         Where the model's inputs are.
+    allow_is_causal_skip : bool
+        Whether None may stand for a plain causal mask.
 
     Returns
     -------
-    tensor of bool, shape (B, 1, Lq, Lk)
-        `SeenKeys`, or the entries themselves while a graph is being traced.
+    tensor of bool, shape (B, 1, Lq, Lk), or None
+        `SeenKeys`. While a graph is being traced the entries themselves, or None for a plain causal mask.
     """
     dense = functools.partial(
         masking_utils.sdpa_mask,
@@ -113,8 +116,12 @@ def seen_keys(
         device=device,
     )
     if is_tracing(attention_mask):
-        return dense()
+        plain = mask_function is masking_utils.causal_mask_function and attention_mask is None
+        return None if plain and allow_is_causal_skip and q_length == kv_length else dense()
     first_query, first_key = _number(q_offset), _number(kv_offset)
+    if q_length == 1 and isinstance(first_query, torch.Tensor):
+        # A static cache on a device: its row is computed there, and nothing waits for a position to be read.
+        return dense()
     try:
         options = _pattern(mask_function, local_size, first_key)
     except TraceError as error:
