@@ -334,6 +334,10 @@ def test_arrays_for_a_kernel():
     assert lengths.spans.kinds.tolist() == [0, GATHERED, 0]
     assert lengths.spans.ends.tolist() == [[0, 64], [0, 6], [0, 100]]
     assert lengths.spans.columns[:6].tolist() == [64, 65, 66, 67, 68, 69]
+    of_two = build(parts(masks.padding([70, 100]), 64, 100, (2,), 2), 64, 64).spans
+    assert of_two.groups.tolist() == [[0, 0], [1, 1]]
+    of_heads = build(parts(masks.from_function(lambda b, h, i, j: j < 64 * h), 64, 100, (3,), 2), 64, 64)
+    assert of_heads.spans.groups.tolist() == [[0, 1]] * 3
 
 
 def test_columns_under_a_condition_on_rows_are_masked():

@@ -16,7 +16,7 @@ numba = pytest.importorskip("numba", reason="numba is not installed")
 
 from anyattn_numba import vector_math  # noqa: E402
 
-BOUNDS = {"exp": 1.3, "log": 1.3, "tanh": 3.0, "sigmoid": 2.6}
+BOUNDS = {"exp": 1.07, "log": 0.81, "tanh": 2.5, "sigmoid": 2.33}
 TRUE = {"exp": np.exp, "log": np.log, "tanh": np.tanh, "sigmoid": lambda x: 1 / (1 + np.exp(-x))}
 KINDS = [(name, dtype) for name in BOUNDS for dtype in ("float32", "float64")]
 
