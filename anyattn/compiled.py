@@ -161,8 +161,9 @@ class CompiledAttention:
         self._accumulate = "float64" if dtype == "float64" else "float32"
         self._options = options
         self._per_call = per_call
-        roots = [x.expr for x in (options.mask, options.score_mod) if x is not None]
-        self._captures = find_captures(roots)
+        given = [x for x in (options.mask, options.score_mod) if x is not None]
+        roots = [x.expr for x in given]
+        self._captures = find_captures(roots, [read for x in given for read in x.reads])
         for name in sorted(per_call & self._captures.keys()):
             raise ValueError(
                 f"{name}: calls will give attention's {name}, and a function captures an array of that name; "

@@ -22,7 +22,7 @@ from anyattn.expr.bind import Geometry, check_same_place
 from anyattn.expr.functions import where
 from anyattn.expr.nodes import ROW, Aligned, B, Const, Deferred, Expr, I, J, Size, load
 from anyattn.expr.tables import table_of
-from anyattn.expr.trace import trace_mask, words
+from anyattn.expr.trace import Read, trace_mask, words
 from anyattn.numbers import boolean, integer, is_integer
 
 if TYPE_CHECKING:
@@ -59,11 +59,13 @@ class Mask:
     arrays and with functions (b, h, i, j) -> bool.
     """
 
-    __slots__ = ("_operator", "_words", "expr")
+    __slots__ = ("_operator", "_words", "expr", "reads")
     __array_ufunc__ = None
 
-    def __init__(self, expr: Expr, words: str, operator: str = ""):
+    def __init__(self, expr: Expr, words: str, operator: str = "", reads: tuple[Read, ...] = ()):
         self.expr = expr
+        # Arrays, with their names, whose values were read while a function was traced.
+        self.reads = reads
         self._words = words
         self._operator = operator
 
@@ -78,7 +80,8 @@ class Mask:
         other = as_mask(other, "mask")
         first, second = (self, other) if left else (other, self)
         expr = first.expr & second.expr if operator == "&" else first.expr | second.expr
-        return Mask(expr, f"{first._within(operator)} {operator} {second._within(operator)}", operator)
+        words = f"{first._within(operator)} {operator} {second._within(operator)}"
+        return Mask(expr, words, operator, first.reads + second.reads)
 
     def __and__(self, other: Any) -> Mask:
         return self._join(other, "&")
@@ -93,7 +96,7 @@ class Mask:
         return self._join(other, "|", left=False)
 
     def __invert__(self) -> Mask:
-        return Mask(~self.expr, f"~{self._within('~')}", "~")
+        return Mask(~self.expr, f"~{self._within('~')}", "~", self.reads)
 
     def picture(
         self,
@@ -357,8 +360,9 @@ def dense(array: Array, *, _label: str = "dense: array") -> Mask:
 
 def from_function(function: Callable[..., Any]) -> Mask:
     """A mask from a Python function (b, h, i, j) -> bool, which is called once, with symbols."""
-    expr = trace_mask(function)
-    return Mask(expr, f"from_function({words(function, expr)})")
+    reads: list[Read] = []
+    expr = trace_mask(function, reads)
+    return Mask(expr, f"from_function({words(function, expr)})", reads=tuple(reads))
 
 
 def window_bounds(window: Any, argument: str) -> tuple[int | None, int | None]:

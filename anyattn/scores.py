@@ -17,7 +17,7 @@ from anyattn.expr.bind import Geometry, batch_indices, check_same_place
 from anyattn.expr.functions import clip, tanh, where
 from anyattn.expr.nodes import ROW, SCORE, Deferred, Expr, H, I, J, Symbol, load, rewrite
 from anyattn.expr.tables import table_of
-from anyattn.expr.trace import trace_score, words
+from anyattn.expr.trace import Read, trace_score, words
 from anyattn.numbers import boolean, integer, is_integer, real
 
 __all__ = ["Score", "alibi", "from_function", "relative_bias", "relative_keys", "softcap", "t5_bias"]
@@ -26,11 +26,13 @@ __all__ = ["Score", "alibi", "from_function", "relative_bias", "relative_keys", 
 class Score:
     """A score modification; made by the functions of `anyattn.scores`, combined with `+` and `then`."""
 
-    __slots__ = ("_words", "expr")
+    __slots__ = ("_words", "expr", "reads")
     __array_ufunc__ = None
 
-    def __init__(self, expr: Expr, words: str):
+    def __init__(self, expr: Expr, words: str, reads: tuple[Read, ...] = ()):
         self.expr = expr
+        # Arrays, with their names, whose values were read while a function was traced.
+        self.reads = reads
         self._words = words
 
     def __repr__(self) -> str:
@@ -38,7 +40,8 @@ class Score:
 
     def __add__(self, other: Any) -> Score:
         other = as_score(other)
-        return Score(self.expr + other.expr - SCORE, f"{self!r} + {other!r}")
+        words = f"{self!r} + {other!r}"
+        return Score(self.expr + other.expr - SCORE, words, self.reads + other.reads)
 
     def __radd__(self, other: Any) -> Score:
         return as_score(other) + self
@@ -47,7 +50,8 @@ class Score:
         """The score `other(self(s))`."""
         other = as_score(other)
         first = f"({self!r})" if " + " in self._words else repr(self)
-        return Score(substitute_score(other.expr, self.expr), f"{first}.then({other!r})")
+        words = f"{first}.then({other!r})"
+        return Score(substitute_score(other.expr, self.expr), words, self.reads + other.reads)
 
 
 def as_score(value: Any) -> Score:
@@ -206,8 +210,9 @@ def softcap(c: float) -> Score:
 
 def from_function(function: Callable[..., Any]) -> Score:
     """A score from a Python function (score, b, h, i, j) -> score, which is called once, with symbols."""
-    expr = trace_score(function)
-    return Score(expr, f"from_function({words(function, expr)})")
+    reads: list[Read] = []
+    expr = trace_score(function, reads)
+    return Score(expr, f"from_function({words(function, expr)})", tuple(reads))
 
 
 def soft_cap(c: Any, label: str) -> float:

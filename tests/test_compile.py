@@ -208,6 +208,29 @@ def test_captured_numbers_are_given_anew_unless_they_were_read():
         g(Q, K, V, power=np.array(3))
 
 
+@pytest.mark.parametrize("table", [SLOPES, SLOPES.tolist()], ids=["array", "list"])
+def test_what_one_function_read_is_not_given_anew_to_another(table):
+    def sees(b, h, i, j):
+        return j <= i + table[h] * 8
+
+    def scaled(s, b, h, i, j):
+        return s * float(table[0])
+
+    def whole(s, b, h, i, j):
+        return s + table[h]
+
+    for options in (
+        {"mask": sees, "score_mod": scaled},
+        {"mask": masks.causal() | ~masks.from_function(sees), "score_mod": scores.softcap(3.0) + scaled},
+        {"score_mod": scores.from_function(scaled).then(whole)},
+    ):
+        f = build(**options)
+        assert f.arrays == {}
+        with pytest.raises(ValueError, match="table: its values were read while the function was traced"):
+            f(Q, K, V, table=SLOPES * 2)
+    assert "table" in build(score_mod=whole).arrays
+
+
 def test_sizes_that_a_function_used_stay():
     table = SLOPES
     f = build(score_mod=lambda s, b, h, i, j: s - table[h % len(table)] * abs(i - j))

@@ -8,7 +8,7 @@ follow the call (batch entries, query heads). Where one was built from its value
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,19 +24,18 @@ _HOST_DTYPES = {"bool": "bool", "int": "int64"}
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """A captured array; where it is read in several places, one part for each."""
+    """A captured array; where it is read in several places, one part for each.
+
+    `fixed` where expressions were built from its values, so that no other array takes its place.
+    """
 
     name: str
     parts: tuple[Table | Aligned, ...]
+    fixed: bool
 
     @property
     def value(self) -> Any:
         return self.parts[0].value
-
-    @property
-    def fixed(self) -> bool:
-        """Whether expressions were built from the values, so that no other array takes its place."""
-        return any(isinstance(part, Table) and part.fixed == "values" for part in self.parts)
 
     @property
     def per_call(self) -> bool:
@@ -60,8 +59,11 @@ def arrays_of(node: Expr) -> tuple[Table | Aligned, ...]:
     return (node,) if isinstance(node, Aligned) else ()
 
 
-def find_captures(roots: Iterable[Expr]) -> dict[str, Capture]:
-    """The captures of unbound expressions by name; a name used for two arrays is told apart by a number."""
+def find_captures(roots: Iterable[Expr], reads: Sequence[tuple[str, Any]] = ()) -> dict[str, Capture]:
+    """The captures of unbound expressions by name; a name used for two arrays is told apart by a number.
+
+    `reads` are arrays, with their names, whose values were read while functions were traced.
+    """
     groups: list[tuple[str, list[Table | Aligned]]] = []
     seen: set[int] = set()
     for root in roots:
@@ -82,7 +84,7 @@ def find_captures(roots: Iterable[Expr]) -> dict[str, Capture]:
         while own in found:
             number += 1
             own = f"{name}_{number}"
-        found[own] = Capture(own, tuple(parts))
+        found[own] = Capture(own, tuple(parts), any(_was_read(x, name, reads) for x in parts))
     return found
 
 
@@ -128,6 +130,24 @@ def _name(part: Table | Aligned) -> str | None:
         return None  # a table of flags, made from the tokens
     name = part.label.rpartition(": ")[2]
     return None if " " in name else name
+
+
+def _was_read(part: Table | Aligned, name: str, reads: Sequence[tuple[str, Any]]) -> bool:
+    """Whether the values of an array were read by the function that captures it, or by another."""
+    if isinstance(part, Table) and part.fixed == "values":
+        return True
+    for called, value in reads:
+        if part.value is value:
+            return True
+        # A list is converted anew at each place where a function reads it.
+        host = isinstance(part, Table) and part.host and not arrays.is_array(value)
+        if host and called == name and part.value.tolist() == _listed(value):
+            return True
+    return False
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(x) for x in value] if isinstance(value, Sequence) else value
 
 
 def _same(one: Table | Aligned, other: Table | Aligned) -> bool:

@@ -37,6 +37,7 @@ class Use:
     """What one tracing made of one captured array; `fixed` as of `Table`."""
 
     value: Any
+    label: str
     fixed: str = ""
     tables: dict[str, Table] = field(default_factory=dict)
 

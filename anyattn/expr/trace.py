@@ -18,19 +18,38 @@ from typing import Any
 from anyattn import arrays
 from anyattn.errors import TraceError
 from anyattn.expr.definition import Definition
-from anyattn.expr.nodes import SCORE, Apply, B, Expr, H, I, J, Load, NoValueError, apply, as_expr, load, walk
+from anyattn.expr.nodes import (
+    SCORE,
+    Apply,
+    B,
+    Expr,
+    H,
+    I,
+    J,
+    Load,
+    NoValueError,
+    apply,
+    as_expr,
+    load,
+    walk,
+)
 from anyattn.expr.nodes import rewrite as rewritten
 from anyattn.expr.standins import CapturedArray, Holder, Use, WholeArrayError
 from anyattn.expr.tables import is_numbers
 from anyattn.expr.untraceable import Place, advice, place_of, whole_array
 
-__all__ = ["trace_mask", "trace_score", "words"]
+__all__ = ["Read", "trace_mask", "trace_score", "words"]
+
+Read = tuple[str, Any]
 
 
-def trace_mask(function: Callable[..., Any]) -> Expr:
-    """The expression of a mask function (b, h, i, j) -> bool."""
+def trace_mask(function: Callable[..., Any], reads: list[Read] | None = None) -> Expr:
+    """The expression of a mask function (b, h, i, j) -> bool.
+
+    `reads` gets the captured arrays (name, array) whose values were read while it was traced.
+    """
     traced = _Tracing(function, "mask", (B, H, I, J))
-    result = traced.result("a condition")
+    result = traced.result("a condition", reads)
     if result.kind != "bool":
         raise traced.wrong_result(
             f"gives {result.kind}; wanted a condition: write {{result}} != 0, or give it to bias or score_mod"
@@ -38,10 +57,10 @@ def trace_mask(function: Callable[..., Any]) -> Expr:
     return result
 
 
-def trace_score(function: Callable[..., Any]) -> Expr:
-    """The expression of a score function (score, b, h, i, j) -> score."""
+def trace_score(function: Callable[..., Any], reads: list[Read] | None = None) -> Expr:
+    """The expression of a score function (score, b, h, i, j) -> score; `reads` as of `trace_mask`."""
     traced = _Tracing(function, "score_mod", (SCORE, B, H, I, J))
-    result = traced.result("a score")
+    result = traced.result("a score", reads)
     if result.kind == "bool":
         raise traced.wrong_result(
             "gives a condition; wanted a score: give the condition to mask, or write aa.where({result}, x, y)"
@@ -85,13 +104,17 @@ class Captures:
         if isinstance(value, types.FunctionType):
             return value if _is_library(value.__module__) else self.function(value)
         if arrays.is_array(value) or is_numbers(value):
-            return CapturedArray(self._uses.setdefault(id(value), Use(value)), label, self)
+            return CapturedArray(self._uses.setdefault(id(value), Use(value, label)), label, self)
         if id(value) in self._holders:
             return self._holders[id(value)]
         if _holds_arrays(value, _DEPTH):
             self._holders[id(value)] = Holder(value, label, self)
             return self._holders[id(value)]
         return value
+
+    def reads(self) -> list[Read]:
+        """The arrays whose values the function read."""
+        return [(use.label, use.value) for use in self._uses.values() if use.fixed == "values"]
 
     def noted(self, root: Expr) -> Expr:
         """`root`, whose tables say what the function made of them while it was traced."""
@@ -241,7 +264,7 @@ class _Tracing:
         self._function = function
         self._symbols = symbols
 
-    def result(self, wanted: str) -> Expr:
+    def result(self, wanted: str, reads: list[Read] | None) -> Expr:
         """The expression that the function gives."""
         try:
             found = self._captures.prepare(self._function)(*self._symbols)
@@ -256,6 +279,8 @@ class _Tracing:
         if found is None:
             raise self.wrong_result(f"gives None; wanted {wanted}: is a `return` missing?")
         try:
+            if reads is not None:
+                reads += self._captures.reads()
             return self._captures.noted(as_expr(found))
         except WholeArrayError as error:
             raise self.wrong_result(f"gives an array; wanted {wanted}: {error}") from error
