@@ -1,8 +1,8 @@
-"""Runs the node tests of ONNX's operator Attention, and writes `docs/onnx-cases.md`, their table by backend.
+"""Runs the node tests of ONNX's attention operators and writes `docs/onnx-cases.md`, their tables by backend.
 
 Run it as `python docs/onnx_cases.py`; the page is committed, and the tests run the cases and compare the
 page. The cases are those of the installed `onnx`; the ones called `_expanded` spell the operator out as
-other operators and have no Attention node.
+other operators and have no node of these.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from anyattn.compat.onnx import attention
+from anyattn.compat.onnx import attention, linear_attention
 
 PAGE = Path(__file__).parent / "onnx-cases.md"
 # Backend, and the array library that it is given.
 COLUMNS = (("reference", "numpy"), ("numba", "numpy"), ("reference", "torch"), ("torch", "torch"))
+LINEAR_COLUMNS = (("reference", "numpy"), ("reference", "torch"))
 # The values that onnx ships are rounded to 16 bits after each step, and anyattn's once: two units apart.
 ULPS = 2
 HEAD = """# ONNX's own cases
@@ -33,14 +34,16 @@ A case passes where dtypes and shapes agree and the values lie within the tolera
 
 
 @cache
-def cases() -> dict[str, Any]:
-    """Return the shipped cases by name."""
+def cases(operator: str = "Attention") -> dict[str, Any]:
+    """Return the shipped cases of an operator by name."""
     import onnx.backend.test.case.node as node
 
-    # `collect_testcases("Attention")` gives the same list after 6 s of importing every other operator's.
-    import onnx.backend.test.case.node.attention  # noqa: F401
+    # `collect_testcases(operator)` gives the same lists after 6 s of importing every other operator's.
+    import onnx.backend.test.case.node.attention
+    import onnx.backend.test.case.node.linear_attention  # noqa: F401
 
-    return {case.name: case for case in node._NodeTestCases if not case.name.endswith("_expanded")}
+    found = (case for case in node._NodeTestCases if not case.name.endswith("_expanded"))
+    return {case.name: case for case in found if case.model.graph.node[0].op_type == operator}
 
 
 def opset(case: Any) -> int:
@@ -56,12 +59,15 @@ def outcome(case: Any, backend: str, library: str) -> str | None:
     [(given, wanted)] = case.data_sets
     values = dict(zip((each.name for each in case.model.graph.input), given, strict=True))
     attributes = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+    options = {n: x.decode() if isinstance(x, bytes) else x for n, x in attributes.items()}
+    function = linear_attention
+    if node.op_type == "Attention":
+        function, options["opset"] = attention, opset(case)
     try:
-        found = attention(
+        found = function(
             *(_place(values[name], library) if name else None for name in node.input),
-            **attributes,
+            **options,
             num_outputs=len(node.output),
-            opset=opset(case),
             backend=backend,
         )
     except Exception as error:  # noqa: BLE001
@@ -131,9 +137,24 @@ def page(outcomes: dict[tuple[str, str], dict[str, str | None]]) -> str:
     for name, case in cases().items():
         marks = ["pass" if outcomes[column][name] is None else "**fails**" for column in COLUMNS]
         lines.append(f"| `{name.removeprefix('test_')}` | {opset(case)} | {' | '.join(marks)} |")
+    titles = [f"`{backend}`, {library}" for backend, library in LINEAR_COLUMNS]
+    lines += [
+        "",
+        "## LinearAttention",
+        "",
+        "The same for `anyattn.compat.onnx.linear_attention` and operator LinearAttention of opset 27.",
+        "",
+        f"| case | {' | '.join(titles)} |",
+        f"| --- | {' | '.join(['---'] * len(titles))} |",
+    ]
+    for name in cases("LinearAttention"):
+        marks = ["pass" if outcomes[column][name] is None else "**fails**" for column in LINEAR_COLUMNS]
+        lines.append(f"| `{name.removeprefix('test_')}` | {' | '.join(marks)} |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
     found = {column: {name: outcome(case, *column) for name, case in cases().items()} for column in COLUMNS}
+    for column in LINEAR_COLUMNS:
+        found[column] |= {name: outcome(case, *column) for name, case in cases("LinearAttention").items()}
     PAGE.write_text(page(found), encoding="utf-8")

@@ -44,9 +44,18 @@ def test_shipped_cases(backend, library):
     assert {name: what for name, what in wrong.items() if what} == {}
 
 
+@pytest.mark.parametrize(("backend", "library"), shipped.LINEAR_COLUMNS)
+def test_shipped_linear_cases(backend, library):
+    cases = shipped.cases("LinearAttention")
+    assert len(cases) == 14
+    wrong = {name: shipped.outcome(case, backend, library) for name, case in cases.items()}
+    assert {name: what for name, what in wrong.items() if what} == {}
+
+
 def test_page_of_shipped_cases_is_current():
-    """Every case passes in every column, as the test above holds."""
-    text = shipped.page({column: dict.fromkeys(shipped.cases()) for column in shipped.COLUMNS})
+    """Every case passes in every column, as the tests above hold."""
+    every = dict.fromkeys([*shipped.cases(), *shipped.cases("LinearAttention")])
+    text = shipped.page(dict.fromkeys(shipped.COLUMNS, every))
     assert shipped.PAGE.read_text(encoding="utf-8") == text, "run python docs/onnx_cases.py"
 
 
@@ -215,6 +224,32 @@ def test_errors_name_the_argument(name):
         attention(**{"Q": Q, "K": K, "V": V} | changes)
 
 
-def test_linear_attention_says_what_is_missing():
-    with pytest.raises(NotImplementedError, match=r"anyattn\.linear_attention, which it translates to"):
-        linear_attention(P3["Q"], P3["K"], P3["V"], q_num_heads=6, kv_num_heads=3)
+LINEAR_ERRORS = {
+    "heads": ({"query": RNG.standard_normal((2, 5, 14))}, r"query: wanted shape \(B, T, 4 \* D\)"),
+    "decay": ({"decay": np.zeros((2, 5, 3))}, r"decay: wanted shape \(B, T, 2\) or \(B, T, 6\), got"),
+    "no beta": ({"beta": None}, "beta: update_rule 'gated_delta' needs it"),
+    "rule": ({"update_rule": "rwkv"}, "update_rule: wanted one of linear"),
+    "state": ({"past_state": np.zeros((2, 2, 3, 5))}, r"past_state: wanted shape \(2, 3, 4\)"),
+    "outputs": ({"num_outputs": 3}, "num_outputs: wanted one of 1, 2, got 3"),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR_ERRORS)
+def test_errors_of_linear_attention_name_the_argument(name):
+    changes, message = LINEAR_ERRORS[name]
+    given = {
+        "query": np.zeros((2, 5, 12)), "key": np.zeros((2, 5, 6)), "value": np.zeros((2, 5, 8)),
+        "decay": np.zeros((2, 5, 2)), "beta": np.zeros((2, 5, 1)), "q_num_heads": 4, "kv_num_heads": 2,
+    }  # fmt: skip
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        linear_attention(**given | changes)
+
+
+def test_a_state_of_16_bits_comes_back_so():
+    q, k, v = (RNG.standard_normal((2, 3, 8)).astype(np.float32) for _ in range(3))
+    state = RNG.standard_normal((2, 2, 4, 4)).astype(np.float16)
+    heads = {"q_num_heads": 2, "kv_num_heads": 2, "update_rule": "linear"}
+    _, present = linear_attention(q, k, v, state, num_outputs=2, **heads)
+    wide = linear_attention(q, k, v, state.astype(np.float32), num_outputs=2, **heads)[1]
+    assert present.dtype == np.float16
+    np.testing.assert_array_equal(present, wide.astype(np.float16))

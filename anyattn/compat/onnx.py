@@ -1,4 +1,4 @@
-"""The operators Attention (opsets 23 to 25) and LinearAttention (opset 27) of ONNX as functions.
+"""The operators Attention (opsets 23 to 25) and LinearAttention (27, in `onnx_linear`) of ONNX as functions.
 
 Inputs come in the operator's order, attributes as keywords, and a tuple of `num_outputs` outputs goes back.
 The main output is a translation; what only ONNX has (integer masks, masks that are too short, a V of another
@@ -12,6 +12,7 @@ from typing import Any
 from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.attention import attention as _attention
+from anyattn.compat.onnx_linear import linear_attention
 from anyattn.compat.renaming import renaming
 from anyattn.describe import Options, describe
 from anyattn.numbers import integer
@@ -161,68 +162,6 @@ def attention(
     with arrays.exactly(Q):
         cast = tuple(arrays.cast(xp, x, dtype) for x, dtype in zip(outputs, own, strict=False))
     return cast[:num_outputs]
-
-
-def linear_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    past_state: Array | None = None,
-    decay: Array | None = None,
-    beta: Array | None = None,
-    *,
-    kv_num_heads: int,
-    q_num_heads: int,
-    chunk_size: int = 64,
-    scale: float = 0.0,
-    update_rule: str = "gated_delta",
-    num_outputs: int = 1,
-    backend: str | None = None,
-) -> tuple[Array, ...]:
-    """Operator LinearAttention of ONNX, opset 27.
-
-    Parameters
-    ----------
-    query : array, shape (B, T, Hq * D)
-        Float16, bfloat16 or float32.
-    key : array, shape (B, T, Hkv * D)
-        Of the dtype of `query`.
-    value : array, shape (B, T, Hkv * Dv)
-        Of the dtype of `query`.
-    past_state : array, shape (B, Hkv, D, Dv), optional
-        Default zeros.
-    decay : array, shape (B, T, Hkv * D) or (B, T, Hkv), optional
-        In log space; for the rules "gated" and "gated_delta".
-    beta : array, shape (B, T, Hkv) or (B, T, 1), optional
-        For the rules "delta" and "gated_delta".
-    kv_num_heads, q_num_heads : int
-        `kv_num_heads` divides `q_num_heads`.
-    chunk_size : int
-        A hint that changes no result.
-    scale : float
-        0 is 1 / sqrt(D).
-    update_rule : "linear", "gated", "delta" or "gated_delta"
-        The recurrence.
-    num_outputs : 1 or 2
-        How many outputs are returned.
-    backend : str, optional
-        As for `anyattn.attention`.
-
-    Returns
-    -------
-    output : array, shape (B, T, Hq * Dv)
-        In the dtype of `query`.
-    present_state : array, shape (B, Hkv, D, Dv)
-        The state after the last token.
-
-    Raises
-    ------
-    NotImplementedError
-        Always: `anyattn.linear_attention`, which this translates to, is not built yet.
-    """
-    raise NotImplementedError(
-        "linear_attention: anyattn.linear_attention, which it translates to, is not built yet"
-    )
 
 
 def _check_attributes(opset: int, is_causal: int, mode: int, precision: int | None, outputs: int) -> None:
