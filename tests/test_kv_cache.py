@@ -109,6 +109,9 @@ def test_a_ring_sees_its_window_and_the_first_tokens(name, sinks):
         append(cache, k[:, :, n : n + 1], v[:, :, n : n + 1])
         found = aa.attention(q[:, :, n : n + 1], cache, backend="reference", **options)
         close(found, whole[:, :, n : n + 1])
+    # Places that hold nothing yet are not seen, with or without a mask that would hide them.
+    cache = aa.KVCache(k[:, :, :2], v[:, :, :2], window=6, sink_tokens=sinks)
+    close(aa.attention(q[:, :, :1], cache), aa.attention(q[:, :, :1], k[:, :, :2], v[:, :, :2]))
     # A ring that is wider than the window serves a chunk.
     cache = aa.KVCache(k[:, :, :0], v[:, :, :0], window=6 + 8, sink_tokens=sinks)
     append(cache, k[:, :, :9], v[:, :, :9])
@@ -122,10 +125,11 @@ def test_sequences_of_different_lengths():
     lengths = np.array([7, 3])
     cache.append(k[:, :, :7], v[:, :, :7], lengths)
     cache.append(k[:, :, 7:9], v[:, :, 7:9], [2, 1])
-    assert cache.lengths.tolist() == [9, 4]
+    cache.append(k[:, :, 9:10], v[:, :, 9:10])
+    assert cache.lengths.tolist() == [10, 5]
     found = aa.attention(q[:, :, :1], cache, causal=True)
-    own = [np.concatenate([x[1, :, :3], x[1, :, 7:8]], axis=1) for x in (k, v)]
-    close(found[0], aa.attention(q[0, :, :1], k[0, :, :9], v[0, :, :9]))
+    own = [np.concatenate([x[1, :, :3], x[1, :, 7:8], x[1, :, 9:10]], axis=1) for x in (k, v)]
+    close(found[0], aa.attention(q[0, :, :1], k[0, :, :10], v[0, :, :10]))
     close(found[1], aa.attention(q[1, :, :1], *own))
 
 
@@ -169,7 +173,7 @@ def test_a_shared_prefix_is_held_once_until_somebody_writes():
     assert cache.pages(first)[2] != cache.pages(third)[2]
     assert cache.free_pages == before - 1
     cache.append(second, k[1, :, :3], v[1, :, :3])
-    found = aa.attention(q[:, :, :1], cache[[third, first]], causal=True)
+    found = aa.attention(q[:, :, :1], cache[[third, first]])
     mixed = [np.concatenate([x[0, :, :10], x[1, :, 10:11]], axis=1) for x in (k, v)]
     close(found[0], aa.attention(q[0, :, :1], *mixed))
     close(found[1], aa.attention(q[1, :, :1], k[0, :, :12], v[0, :, :12]))
@@ -191,6 +195,11 @@ def test_a_pool_that_is_full_says_so_and_stays_as_it_was():
     assert cache.free_pages == 4
     cache.append(second, k[1, :, :8], v[1, :, :8])
     assert cache.length(second) == 8
+    cache.crop(second, 7)
+    third = cache.fork(second)
+    cache.append(first, k[0, :, :8], v[0, :, :8])
+    with pytest.raises(MemoryError, match="1 tokens need 1 more pages of 4, 0 are free"):
+        cache.append(third, k[1, :, 7:8], v[1, :, 7:8])
 
 
 @pytest.mark.parametrize("library", ["torch", "jax.numpy", "array_api_strict"])
