@@ -128,6 +128,19 @@ def nvrtc(session: nox.Session) -> None:
     session.run("pytest", "tests/test_printers.py", "-k", "nvrtc", *session.posargs)
 
 
+@nox.session(default=False)
+def cuda(session: nox.Session) -> None:
+    """The kernels of `cupy` without a GPU: compiled by NVRTC, interpreted, broken on purpose."""
+    if sys.platform == "darwin":
+        session.skip("NVRTC has no wheels for macOS")
+    needed = ["ml-dtypes", "cupy-cuda13x", "nvidia-cuda-nvrtc", "pytest-xdist"]
+    session.install(*CONSTRAINTS, "-e", ".[testing]", *needed)
+    # Without NVRTC the tests would skip.
+    session.run("python", "-c", "from cupy.cuda import nvrtc; print('NVRTC', *nvrtc.getVersion())")
+    files = ("ptx_interpreter", "cuda_kernels", "cuda_mutants", "cuda_budget")
+    session.run("pytest", *PARALLEL, *(f"tests/test_{name}.py" for name in files), *session.posargs)
+
+
 @nox.session(venv_backend="none")
 @nox.parametrize("backend,library", [nox.param(*pair, id="-".join(pair)) for pair in PAIRS])
 def conformance(session: nox.Session, backend: str, library: str) -> None:

@@ -8,6 +8,7 @@ it is an error.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,14 +59,32 @@ class Launch(SimpleNamespace):
 
 
 class Standin:
-    """The names of the module `cupy` that launch code uses, for a device of a compute capability."""
+    """The names of the module `cupy` that launch code uses.
 
-    def __init__(self, capability: int = 80, size: int = 1 << 22, count: bool = False):
+    Parameters
+    ----------
+    capability : int
+        Compute capability of the device, 80 for 8.0.
+    size : int
+        Bytes of its memory.
+    count : bool
+        Whether machines count memory traffic.
+    change : callable
+        What becomes of a source before it is compiled.
+    """
+
+    def __init__(
+        self,
+        capability: int = 80,
+        size: int = 1 << 22,
+        count: bool = False,
+        change: Callable[[str], str] = lambda source: source,
+    ):
         self.arena = Arena(size)
         self.capability = capability
         self.count = count
         self.launches: list[Launch] = []
-        self.change = lambda source: source
+        self.change = change
         self.cuda = SimpleNamespace(Device=self._device)
         self.RawModule = functools.partial(_Module, self)
 

@@ -55,17 +55,19 @@ class CupyBackend(Backend):
 
             from anyattn_cupy.launch import refusal
 
-            found = refusal(call, cupy)
+            with call.q.device:
+                found = refusal(call, cupy)
             reasons = () if found is None else (found,)
         return reasons
 
     def run(self, call: AttentionCall) -> Any:
-        """Run a call on the current device and stream."""
+        """Run a call on the device of its arrays, on the current stream."""
         import cupy
 
         from anyattn_cupy.launch import attend
 
-        return attend(call, cupy)
+        with call.q.device:
+            return attend(call, cupy)
 
 
 backend = CupyBackend()

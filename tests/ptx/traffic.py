@@ -38,22 +38,25 @@ def wavefronts(offsets: NDArray, size: int, warps: NDArray, lanes: NDArray) -> T
     # Threads that are served together.
     phase = warps * words + lanes * words // 32
     word = offsets[:, None] // 4 + np.arange(words)
-    _, phase = np.unique(phase, return_inverse=True)
-    pairs = np.unique(np.stack([np.repeat(phase, words), word.reshape(-1)]), axis=1)
-    number = int(phase.max()) + 1
-    used = np.zeros((number, 32), int)
-    np.add.at(used, (pairs[0], pairs[1] % 32), 1)
-    taken = int(used.max(axis=1).sum())
-    different = np.bincount(pairs[0], minlength=number)
-    return Traffic(len(np.unique(warps)), taken, int((-(-different // 32)).sum()))
+    phases, of = np.unique(phase, return_inverse=True)
+    of, word = _different(np.repeat(of, words), word.reshape(-1))
+    used = np.bincount(of * 32 + word % 32, minlength=32 * len(phases)).reshape(-1, 32)
+    different = used.sum(axis=1)
+    return Traffic(len(np.unique(warps)), int(used.max(axis=1).sum()), int((-(-different // 32)).sum()))
+
+
+def _different(first: NDArray, second: NDArray) -> tuple[NDArray, NDArray]:
+    """The different pairs of two columns of numbers that are not negative."""
+    span = int(second.max()) + 1
+    pairs = np.unique(first * span + second)
+    return pairs // span, pairs % span
 
 
 def sectors(offsets: NDArray, size: int, warps: NDArray, lanes: NDArray) -> Traffic:
     """Sectors of global memory; `lanes` are not needed, as a warp's sectors are merged."""
     _, of = np.unique(warps, return_inverse=True)
     parts = np.arange(0, size, min(size, 32))
-    touched = np.stack([np.repeat(of, len(parts)), ((offsets[:, None] + parts) // 32).reshape(-1)])
-    taken = np.unique(touched, axis=1).shape[1]
-    each = np.unique(np.stack([of, offsets]), axis=1)[0]
-    least = int((-(-np.bincount(each) * size // 32)).sum())
-    return Traffic(int(of.max()) + 1, taken, least)
+    touched, _ = _different(np.repeat(of, len(parts)), ((offsets[:, None] + parts) // 32).reshape(-1))
+    places, _ = _different(of, offsets)
+    least = int((-(-np.bincount(places) * size // 32)).sum())
+    return Traffic(int(of.max()) + 1, len(touched), least)

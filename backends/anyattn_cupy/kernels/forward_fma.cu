@@ -7,7 +7,8 @@
 // lane holds 4 rows x BLOCK_KEYS / 8 keys of the scores, and 4 rows x V_HEAD_DIM / 8 columns of the result.
 //
 // Given: WARPS, BLOCK_KEYS, HEAD_DIM (a multiple of 8) and V_HEAD_DIM (of 128 bytes), VECTOR_LOADS: whether rows
-// of q, k and v begin at multiples of 16 bytes and have whole vectors. Shared memory is dynamic: SHARED_BYTES.
+// of q, k and v begin at multiples of 16 bytes and have whole vectors; LEAST_BLOCKS of a multiprocessor. Shared
+// memory is dynamic.
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROWS = 4;                   // of a lane: row_group + 4 r
@@ -78,7 +79,7 @@ __device__ __forceinline__ void add_values(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
 forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Captured c) {
     extern __shared__ __align__(16) unsigned char shared[];
     Real* queries = (Real*)shared;

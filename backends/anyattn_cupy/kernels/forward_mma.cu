@@ -76,7 +76,7 @@ __device__ __forceinline__ void add_seen_values(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
 forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Captured c) {
     extern __shared__ __align__(128) unsigned char shared[];
     Element* queries = (Element*)shared;

@@ -1,0 +1,130 @@
+"""Defects planted in the kernels and their launch: where, what, and what is to notice.
+
+A mutant is a replacement of text that occurs once in the source that is compiled. `case` names the call of
+`test_cuda_mutants.CALLS` that is run on it, `caught`
+a part of what must then be said: by a check of the interpreter, or "wrong" of a result that is not what it
+should be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MUTANTS", "Mutant"]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted defect."""
+
+    what: str
+    case: str
+    old: str
+    new: str
+    caught: str
+
+
+def _mma(what: str, old: str, new: str, caught: str, case: str = "float16") -> Mutant:
+    return Mutant(what, case, old, new, caught)
+
+
+def _fma(what: str, old: str, new: str, caught: str, case: str = "float32") -> Mutant:
+    return Mutant(what, case, old, new, caught)
+
+
+MUTANTS = (
+    _mma("no wait for copies", "        wait_for_groups<STAGES - 2>();", "", "has not been waited for"),
+    _mma("a wait that is one group short", "wait_for_groups<STAGES - 2>()", "wait_for_groups<STAGES - 1>()",
+         "has not been waited for"),
+    _mma("groups are not ended", 'asm volatile("cp.async.commit_group;" ::: "memory");', "",
+         "has not been waited for"),
+    _mma("no barrier after the wait", "        __syncthreads();\n        begin_tile",
+         "        begin_tile", "races"),
+    _mma("barrier in a branch", "        __syncthreads();\n        begin_tile",
+         "        if (item.first_row + 16 * warp < a.q_len) __syncthreads();\n        begin_tile",
+         "elsewhere while its block waits"),
+    _mma("the next tile goes where this one lies", "begin_tile(stage ? stage - 1 : STAGES - 1)",
+         "begin_tile(stage)",
+         "has not been waited for"),
+    _mma("stage does not turn", "stage = stage + 1 < STAGES ? stage + 1 : 0;", "", "wrong"),
+    _mma("swizzle of the reader alone",
+         "load_matrices(key, at<PITCH>(keys, 8 * n + lane / 16 * 8 + lane % 8,",
+         "load_matrices(key, at<PITCH>(keys, 8 * n + lane / 16 * 8 + (lane ^ 1) % 8,", "wrong"),
+    _mma("no swizzle", "(vector ^ (row & 7)) * VECTOR", "vector * VECTOR", "bank conflicts"),
+    _mma("half a swizzle", "(vector ^ (row & 7)) * VECTOR", "(vector ^ (row & 3)) * VECTOR",
+         "bank conflicts"),
+    _mma("lanes 16 to 31 read the same rows of keys", "8 * n + lane / 16 * 8 + lane % 8",
+         "8 * n + lane % 8", "wrong"),
+    _mma("key fragments swapped", "multiply(weight[n], query, key[0], key[1]);",
+         "multiply(weight[n], query, key[1], key[0]);", "wrong"),
+    _mma("query fragments of another warp", "at<PITCH>(queries, 16 * warp + lane % 16,",
+         "at<PITCH>(queries, lane % 16,", "wrong"),
+    _mma("weights of rows g and g + 8 swapped",
+         "pair_of(weight[n][0], weight[n][1]), pair_of(weight[n][2], weight[n][3]),",
+         "pair_of(weight[n][2], weight[n][3]), pair_of(weight[n][0], weight[n][1]),", "wrong"),
+    _mma("halves of a pair swapped", "pair_of(weight[n + 1][0], weight[n + 1][1])",
+         "pair_of(weight[n + 1][1], weight[n + 1][0])", "wrong"),
+    _mma("values not transposed", "load_transposed(value,", "load_matrices(value,", "wrong"),
+    _mma("a shuffle of a maximum is missing",
+         "            now = larger(__shfl_xor_sync(~0u, now, 2), now);\n", "",
+         "wrong"),
+    _mma("a shuffle in a branch", "now = larger(__shfl_xor_sync(~0u, now, 1), now);",
+         "if (row < a.q_len - 1) now = larger(__shfl_xor_sync(~0u, now, 1), now);", "elsewhere"),
+    _mma("sums are not scaled to the new maximum", "sum[m][2 * half + e] *= scaled;", ";", "wrong"),
+    _mma("the maximum is stale", "            top[half] = now;\n", "", "wrong"),
+    _mma("the total is not scaled", "total[half] * scaled + part", "total[half] + part", "wrong"),
+    _mma("scale is left out", "score *= float(a.scale);", "", "wrong"),
+    _mma("keys past the last are seen", "if (place >= count || (masked", "if ((masked", "wrong"),
+    _mma("one key past the last is seen", "if (place >= count || (masked", "if (place > count || (masked",
+         "wrong"),
+    _mma("the mask is not asked", "masked && !is_seen(c", "!masked && !is_seen(c", "wrong", "float16 causal"),
+    _mma("rows are not clamped for the mask",
+         "min(item.first_row + 16 * warp + group + 8 * half, a.q_len - 1)",
+         "(item.first_row + 16 * warp + group + 8 * half)", "beyond global memory", "float16 bias"),
+    _mma("one row past the last is stored", "        if (row >= a.q_len) continue;\n        const float base",
+         "        if (row > a.q_len) continue;\n        const float base", "beyond global memory"),
+    _mma("one row past the last is read", "item.first_row + r < a.q_len ?", "item.first_row + r <= a.q_len ?",
+         "beyond global memory"),
+    _mma("one column past the last is stored", "if (8 * m + pair + e < a.v_head_dim)",
+         "if (8 * m + pair + e <= a.v_head_dim)", "beyond global memory"),
+    _mma("keys with the stride of values", "k, a.k_row, a.k_step", "k, a.v_row, a.k_step",
+         "beyond global memory"),
+    _mma("hidden values count", "if (!(first < 0)) sum[m][e] += first * value;",
+         "sum[m][e] += first * value;",
+         "wrong", "float16 nan"),
+    _mma("odd values are not looked for", "strict = __syncthreads_or(odd);", "strict = false;", "wrong",
+         "float16 nan"),
+    _mma("weights of the strict path go over another warp's", "keys + 16 * warp * BLOCK_KEYS, lane",
+         "keys, lane", "races", "float16 nan"),
+    _mma("keys are read after they were given up", "strict = __syncthreads_or(odd);",
+         "strict = __any_sync(~0u, odd);", "races", "float16 nan"),
+    _mma("key heads are query heads", "item.kv_head = item.head / a.group_size;", "item.kv_head = item.head;",
+         "beyond global memory"),
+    _mma("blocks overlap", "item.first_row = block * BLOCK_ROWS;",
+         "item.first_row = block * (BLOCK_ROWS - 16);",
+         "races"),
+    _mma("heads in another order", "item.batch = of_head / a.num_heads;", "item.batch = 0;", "races",
+         "float16 batch"),
+    _mma("gathered columns begin at 0", "a.columns[first + place]", "a.columns[place]", "wrong",
+         "float16 gathered"),
+    _mma("a span ends too early", "if (first >= end && ++span < item.last_span) enter(a);",
+         "if (first + BLOCK_KEYS > end && ++span < item.last_span) enter(a);", "wrong"),
+    _fma("no barrier before loading", "        __syncthreads();\n        load_rows<BLOCK_KEYS, HEAD_DIM",
+         "        load_rows<BLOCK_KEYS, HEAD_DIM", "races"),
+    _fma("no barrier after loading", "key_at);\n        __syncthreads();", "key_at);", "races"),
+    _fma("no barrier of the warp", "        __syncwarp();\n", "", "races"),
+    _fma("rows of keys without padding", "KEY_PITCH = HEAD_DIM + VECTOR", "KEY_PITCH = HEAD_DIM",
+         "bank conflicts"),
+    _fma("rows of weights without padding", "WEIGHT_PITCH = BLOCK_KEYS + 8", "WEIGHT_PITCH = BLOCK_KEYS",
+         "bank conflicts"),
+    _fma("a maximum over half of the lanes", "for (int lane = 1; lane < 8; lane *= 2) now",
+         "for (int lane = 1; lane < 4; lane *= 2) now", "wrong"),
+    _fma("a weight of another row", "weights + (row_group + 4 * r) * WEIGHT_PITCH + j",
+         "weights + (4 * row_group + r) * WEIGHT_PITCH + j", "wrong"),
+    _fma("sink joins unscaled by the maximum", "total[r] * scaled + exp(sink - base)",
+         "total[r] * scaled + exp(sink)", "wrong", "float32 sinks"),
+    _fma("lse without the maximum", "= base + log(all);", "= log(all);", "wrong"),
+    _fma("a row that sees nothing divides by 0", "all == 0 ? Real(0) : scaled / all", "scaled / all", "wrong",
+         "float32 empty rows"),
+    _fma("position is the row", "row + item.position;", "row;", "wrong", "float32 causal"),
+)  # fmt: skip
