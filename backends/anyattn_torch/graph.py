@@ -18,7 +18,7 @@ from anyattn import arrays, attention, settings
 from anyattn.arrays import FLOAT_DTYPES
 from anyattn.call import AttentionCall, canonical
 from anyattn.describe import Options, describe
-from anyattn_torch import recipes
+from anyattn_torch import recipes, routes
 from anyattn_torch.backward import gradients
 from anyattn_torch.tensors import differentiable
 
@@ -33,18 +33,25 @@ def attention_in_graph(tensors: list[Tensor], recipe: tuple[Any, ...]) -> Any:
     forced = settings.forced_backend(options.get("backend"))
     # Inside a graph that is only recorded, not compiled, tensors have values.
     direct = not any(arrays.is_tracer(x) for x in tensors) or (forced and forced[0] != "torch")
-    if direct or _is_plain(options) or recipes.holds(recipe, "relative_keys"):
+    # The table of its scores is a product with the queries, through which gradients pass.
+    if direct or recipes.holds(recipe, "relative_keys") or _is_for_sdpa(tensors, text):
         return attention(*tensors[:3], **recipes.options_of(text, tensors))
     _check(tensors)
     out, lse = _attend(tensors, text)
     return (out, lse) if options.get("return_lse") else out
 
 
-def _is_plain(options: dict[str, Any]) -> bool:
-    """Whether SDPA might take a call: no option that it has no word for."""
-    return not any(
-        options.get(name) for name in ("window", "score_mod", "softcap", "sinks", "kv_lengths", "return_lse")
-    ) and (options.get("mask") is None or options["mask"][0] == "tensor")
+def _is_for_sdpa(tensors: Sequence[Tensor], text: str) -> bool:
+    """Whether SDPA takes a call; where an option says that it does not, sizes may stay open."""
+    options = recipes.read(text)
+    foreign = ("window", "score_mod", "softcap", "sinks", "kv_lengths", "return_lse")
+    mask = options.get("mask")
+    if any(options.get(name) for name in foreign) or not (mask is None or mask[0] == "tensor"):
+        return False
+    options = recipes.options_of(text, tensors)
+    options.pop("backend", None)
+    q, k, v = tensors[:3]
+    return routes.choose(describe("attention", q, k, v, Options(**options))).name == "sdpa"
 
 
 def _check(tensors: Sequence[Tensor]) -> None:
@@ -59,9 +66,10 @@ def _check(tensors: Sequence[Tensor]) -> None:
 
 @torch.library.custom_op("anyattn::attend", mutates_args=())  # type: ignore[untyped-decorator]
 def _attend(tensors: list[Tensor], recipe: str) -> tuple[Tensor, Tensor]:
-    options = recipes.options_of(recipe, tensors)
-    out, lse = attention(*tensors[:3], **{**options, "return_lse": True})
-    return out.contiguous(), lse.contiguous()
+    with torch.no_grad():
+        options = recipes.options_of(recipe, tensors)
+        out, lse = attention(*tensors[:3], **{**options, "return_lse": True})
+        return out.contiguous(), lse.contiguous()
 
 
 @_attend.register_fake  # type: ignore[untyped-decorator]

@@ -1,0 +1,223 @@
+"""`torch.compile` of functions that call `attention`: no break in the graph, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+
+import anyattn as aa
+from anyattn import masks, scores
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.library import opcheck  # noqa: E402
+
+# torch's compiler imports parts of torch that warn of themselves.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+
+GENERATOR = torch.Generator().manual_seed(3)
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=GENERATOR).to(dtype)
+
+
+Q, K, V = draw(2, 4, 9, 8), draw(2, 2, 11, 8), draw(2, 2, 11, 5)
+SLOPES, TABLE, DISTANCES = draw(4).abs(), draw(4, 11), draw(7, 8)
+IDS = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2])
+BEFORE = masks.documents(IDS)
+SCORE = scores.alibi(SLOPES)
+
+
+def attend(q, k, v, **options):
+    return aa.attention(q, k, v, **options)
+
+
+def twice(x, b, h, i, j):
+    return aa.where(i > j, x * 2, x + TABLE[h][j])
+
+
+CALLS = {
+    "causal": lambda q, k, v, s: attend(q, k, v, causal=True),
+    "window and softcap": lambda q, k, v, s: attend(q, k, v, window=(3, 0), softcap=2.0),
+    "entries": lambda q, k, v, s: attend(
+        q, k, v, mask=masks.sliding_window(3) | masks.global_tokens([2]), scale=0.3
+    ),
+    "an entry of a tensor": lambda q, k, v, s: attend(
+        q, k, v, mask=masks.documents(IDS) & masks.causal(), return_lse=True
+    ),
+    "a score of a tensor": lambda q, k, v, s: attend(
+        q, k, v, score_mod=scores.alibi(s) + scores.softcap(3.0)
+    ),
+    "a score of queries": lambda q, k, v, s: attend(
+        q, k, v, score_mod=scores.relative_keys(q, DISTANCES), window=(4, 0)
+    ),
+    "a function": lambda q, k, v, s: attend(q, k, v, score_mod=lambda x, b, h, i, j: x - s[h] * abs(i - j)),
+    "a function of outside": lambda q, k, v, s: attend(q, k, v, score_mod=twice),
+    "tensors beside symbols": lambda q, k, v, s: attend(
+        q,
+        k,
+        v,
+        score_mod=lambda x, b, h, i, j: (
+            (x - s[0] * TABLE[h][j]) / (1.5 + s[h]) + (s[1] - x) * (i % s.shape[0]) + -x // s[2]
+        ),
+        mask=lambda b, h, i, j: (i - j < 5) | (j == 0),
+    ),
+    "made before": lambda q, k, v, s: attend(q, k, v, mask=BEFORE),
+    "made before, joined": lambda q, k, v, s: attend(
+        q, k, v, score_mod=SCORE.then(scores.softcap(3.0)), mask=BEFORE & masks.causal()
+    ),
+    "lengths and sinks": lambda q, k, v, s: attend(
+        q, k, v, kv_lengths=[3, 9], q_offset=0, causal=True, sinks=s
+    ),
+    "mask array and bias": lambda q, k, v, s: attend(
+        q,
+        k,
+        v,
+        mask=TABLE[:1, None, :].expand(1, 9, 11)[0] > -1,
+        bias=(s[:, None, None] * TABLE[:, None, :])[None],
+    ),
+    "layout": lambda q, k, v, s: attend(
+        *(x.transpose(1, 2) for x in (q, k, v)), layout="blhd", softcap=9.0, return_lse=True
+    ),
+    "two axes": lambda q, k, v, s: attend(
+        q[0, 0], k[0, 0], v[0, 0], window=(3, 3), sinks=s[:1], return_lse=True
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("function", CALLS.values(), ids=CALLS)
+def test_gives_what_the_function_gives(function):
+    arrays = [x.clone().requires_grad_() for x in (Q, K, V, SLOPES)]
+
+    def results(f):
+        found = f(*arrays)
+        found = found if isinstance(found, tuple) else (found,)
+        total = sum(x.sin().sum() for x in found)
+        return *found, *torch.autograd.grad(total, arrays, allow_unused=True, materialize_grads=True)
+
+    compiled = results(torch.compile(function, fullgraph=True, backend="aot_eager"))
+    for found, wanted in zip(compiled, results(function), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_is_one_call_in_one_graph():
+    def function(q, k, v):
+        return attend(q * 2, k, v, mask=masks.documents(IDS), score_mod=lambda x, b, h, i, j: x * SLOPES[h])
+
+    found = torch._dynamo.explain(function)(Q, K, V)
+    assert (found.graph_break_count, found.graph_count) == (0, 1)
+    calls = [node.target.__name__ for node in found.graphs[0].graph.nodes if node.op == "call_function"]
+    assert calls == ["mul", "attention_in_graph"]
+
+
+def test_other_lengths_and_masks_compile_nothing():
+    def function(q, ids):
+        return attend(q, q, q, mask=masks.documents(ids), causal=True)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for length in (5, 9, 13):
+        q = draw(2, 3, length, 8).requires_grad_()
+        ids = torch.arange(length) // 4
+        found, wanted = compiled(q, ids), function(q, ids)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(x.sum(), q)[0] for x in (found, wanted)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_mask_made_before_is_told_from_another():
+    def function(q, mask):
+        return attend(q, q, q, mask=mask)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    q = draw(2, 11, 8)
+    for mask in (masks.documents(IDS), masks.documents(IDS.flip(0)), masks.prefix(3), masks.prefix(4)):
+        torch.testing.assert_close(compiled(q, mask), function(q, mask))
+
+
+def test_inductor_takes_it():
+    def function(q, k, v):
+        return attend(q, k, v, causal=True, sinks=SLOPES, layout="blhd", return_lse=True)
+
+    arrays = [x.transpose(1, 2).contiguous().requires_grad_() for x in (Q, K, V)]
+    compiled = torch.compile(function, fullgraph=True)(*arrays)
+    for found, wanted in zip(compiled, function(*arrays), strict=True):
+        torch.testing.assert_close(found, wanted)
+        grads = (
+            torch.autograd.grad(x, arrays, torch.ones_like(x), retain_graph=True) for x in (found, wanted)
+        )
+        torch.testing.assert_close(*grads)
+
+
+class TestErrors:
+    """What is wrong is said in anyattn's words, when the function is compiled or when it runs."""
+
+    def message(self, function, *arrays):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            torch.compile(function, fullgraph=True, backend="aot_eager")(*arrays)
+        return str(caught.value)
+
+    def test_of_values(self):
+        found = self.message(lambda q: attend(q, q, q, softcap=-1.0), Q)
+        assert "softcap: wanted a positive number, got -1.0" in found
+
+    def test_of_shapes(self):
+        found = self.message(lambda q, k: attend(q, k, k, window=(1, 1)), Q, draw(2, 3, 9, 8))
+        assert "k: wanted a number of heads that divides q's 4, got 3" in found
+
+    def test_of_dtypes(self):
+        found = self.message(lambda q, k: attend(q, k, k, softcap=1.0), Q, Q.int())
+        assert "k: wanted dtype float16, bfloat16, float32, float64, got torch.int32" in found
+
+    def test_of_names(self):
+        found = self.message(lambda q: attend(q, q, q, windows=(1, 1)), Q)
+        assert "windows" in found
+
+    def test_of_a_backend_that_refuses(self):
+        found = self.message(lambda q: attend(q, q, q, softcap=1.0, backend="cupy"), Q)
+        assert "cupy" in found
+
+    def test_of_functions(self):
+        found = self.message(lambda q: attend(q, q, q, score_mod=lambda s, b, h, i, j: torch.erf(s)), Q)
+        assert "torch.erf is not known in a traced function" in found
+
+
+def test_another_backend_is_recorded_operation_by_operation():
+    def function(q):
+        return attend(q, q, q, window=(3, 0), backend="reference")
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(Q), function(Q))
+
+
+def test_the_operation_is_registered_as_torch_wants_it():
+    from anyattn_torch.graph import _attend
+
+    arrays = [x.clone().requires_grad_() for x in (Q, K, V, SLOPES)]
+    opcheck(_attend, (arrays, "(('sinks', ('tensor', 3)), ('window', ('tuple', 3, 1)))"))
+
+
+def test_fake_tensors_get_shapes():
+    with FakeTensorMode() as mode:
+        q, k, v = (mode.from_tensor(x) for x in (Q, K, V))
+        out, lse = aa.attention(q, k, v, kv_lengths=[3, 4], q_offset=0, window=(3, 0), return_lse=True)
+        plain = aa.attention(q, k, k, causal=True)
+    assert (tuple(out.shape), tuple(lse.shape), lse.dtype) == ((2, 4, 9, 5), (2, 4, 9), torch.float32)
+    assert tuple(plain.shape) == (2, 4, 9, 8)
+
+
+def test_a_module_is_exported():
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return attend(q, k, v, causal=True, softcap=3.0)
+
+    exported = torch.export.export(Layer(), (Q, K, V), strict=True)
+    targets = [str(node.target) for node in exported.graph.nodes]
+    assert "anyattn.attend.default" in targets
+    torch.testing.assert_close(exported.module()(Q, K, V), Layer()(Q, K, V))
