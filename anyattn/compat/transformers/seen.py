@@ -180,16 +180,16 @@ def _unpadded(attention_mask: torch.Tensor | None, kv_length: int, first_key: An
         return {}
     padded = masking_utils.prepare_padding_mask(attention_mask, kv_length, first_key)
     kept = padded[:, first_key : first_key + kv_length].to(torch.bool)
+    if kept.all():
+        return {}
     counts = kept.sum(dim=1)
     numbers = torch.arange(kv_length, device=kept.device)
-    starts = torch.where(kept, numbers, kv_length).amin(dim=1) if kv_length else counts
-    stops = torch.where(kept, numbers + 1, 0).amax(dim=1) if kv_length else counts
+    starts = torch.where(kept, numbers, kv_length).amin(dim=1)
+    stops = torch.where(kept, numbers + 1, 0).amax(dim=1)
     starts = torch.minimum(starts, stops)
     # One transfer for all answers where the mask is on a device.
-    answers = [counts == kv_length, stops - starts == counts, starts == 0, stops == kv_length]
-    full, one_piece, from_first, to_last = torch.stack(answers).all(dim=1).tolist()
-    if full:
-        return {}
+    answers = [stops - starts == counts, starts == 0, stops == kv_length]
+    one_piece, from_first, to_last = torch.stack(answers).all(dim=1).tolist()
     if not one_piece:
         return {"mask": masks.dense(kept[:, None, None, :])}
     options: dict[str, Any] = {} if from_first else {"mask": ~masks.prefix(starts)}
