@@ -21,7 +21,7 @@ from anyattn.expr.tables import table_of
 from anyattn.kv_cache import Cache, Lookup, write
 from anyattn.numbers import integer
 
-__all__ = ["PagedKVCache", "PagedSequences"]
+__all__ = ["PagedKVCache", "PagedSequences", "in_pages"]
 
 
 @dataclass
@@ -272,16 +272,28 @@ class PagedSequences(Cache):
         for row, sequence in zip(entry, known, strict=True):
             row[sequence.pages] = numpy.arange(len(sequence.pages))
         lengths = xp.asarray([sequence.length for sequence in known], dtype=index, device=device)
-        table = table_of(xp.asarray(entry, dtype=index, device=device), "pages", ("b", None))
-        length = load(table_of(lengths, "tokens of each sequence", ("b",)), (B,))
-        size = self.cache.page_size
-        page = load(table, (B, J // size))
-        token = page * size + J % size
-        k, v = (
-            xp.moveaxis(xp.reshape(x, (x.shape[0] * size, *x.shape[2:])), 1, 0)
-            for x in (self.cache.k_pages, self.cache.v_pages)
-        )
-        return Lookup(k, v, lengths, (page >= 0) & (token < length), token)
+        entry = xp.asarray(entry, dtype=index, device=device)
+        return in_pages(self.cache.k_pages, self.cache.v_pages, entry, lengths)
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+
+def in_pages(k_pages: Array, v_pages: Array, entry: Array, lengths: Array) -> Lookup:
+    """Where the tokens of sequences lie in a pool.
+
+    Parameters
+    ----------
+    k_pages, v_pages : arrays (pages, page_size, Hkv, D) and (pages, page_size, Hkv, Dv)
+    entry : integer array (B, pages)
+        The how-manieth page of a sequence a page is, -1 for those that it does not use.
+    lengths : integer array (B,)
+    """
+    xp, size = arrays.namespace(k_pages), int(k_pages.shape[1])
+    page = load(table_of(entry, "pages", ("b", None)), (B, J // size))
+    length = load(table_of(lengths, "tokens of each sequence", ("b",)), (B,))
+    token = page * size + J % size
+    k, v = (
+        xp.moveaxis(xp.reshape(x, (x.shape[0] * size, *x.shape[2:])), 1, 0) for x in (k_pages, v_pages)
+    )
+    return Lookup(k, v, lengths, (page >= 0) & (token < length), token)

@@ -116,12 +116,13 @@ def rope(
         scaling = {**scaling, "seq_len": sequence_length(positions)}
     with arrays.exactly(x):
         cos, sin = _cos_sin(xp, at, x, dims, float(base), scaling)
-        return _rotate(xp, x, cos, sin, dims, interleaved, layout)
+        return rotate(xp, x, cos, sin, dims, interleaved, layout)
 
 
-def _rotate(
+def rotate(
     xp: Namespace, x: Array, cos: Array, sin: Array, dims: int, interleaved: bool, layout: str
 ) -> Array:
+    """`x` with its first `dims` features turned by angles of these cosines and sines (..., L, dims // 2)."""
     if x.ndim > 2:
         cos, sin = (xp.expand_dims(table, axis=-3 if layout == "bhld" else -2) for table in (cos, sin))
     rotated = arrays.cast(xp, x[..., :dims], cos.dtype)

@@ -21,7 +21,7 @@ from anyattn.masks import Mask
 from anyattn.numbers import integer, integers
 from anyattn.scores import Score
 
-__all__ = ["pack", "unpack", "varlen_attention"]
+__all__ = ["pack", "packed_options", "unpack", "varlen_attention"]
 
 
 def varlen_attention(
@@ -81,12 +81,53 @@ def varlen_attention(
     TypeError, ValueError
         As `attention`; the message names the argument.
     """
+    options = packed_options(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlens=(max_seqlen_q, max_seqlen_k),
+        causal=causal,
+        window=window,
+        mask=mask,
+        score_mod=score_mod,
+    )
+    return attention(
+        q,
+        k,
+        v,
+        **options,
+        softcap=softcap,
+        sinks=sinks,
+        scale=scale,
+        dropout=dropout,
+        dropout_seed=dropout_seed,
+        return_lse=return_lse,
+        backend=backend,
+    )
+
+
+def packed_options(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    *,
+    max_seqlens: tuple[Any, Any] = (None, None),
+    causal: bool,
+    window: Any,
+    mask: Any,
+    score_mod: Any,
+) -> dict[str, Any]:
+    """The mask, score_mod and layout with which `attention` is that of packed sequences."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.check_plain(x, name)
         if x.ndim != 3:
             raise ValueError(f"{name}: wanted packed sequences (T, heads, dim), got shape {tuple(x.shape)}")
-    queries = _sequences(cu_seqlens_q, "cu_seqlens_q", q, max_seqlen_q)
-    keys = _sequences(cu_seqlens_k, "cu_seqlens_k", k, max_seqlen_k)
+    queries = _sequences(cu_seqlens_q, "cu_seqlens_q", q, max_seqlens[0])
+    keys = _sequences(cu_seqlens_k, "cu_seqlens_k", k, max_seqlens[1])
     if queries.count != keys.count:
         raise ValueError(
             f"cu_seqlens_k: wanted {queries.count + 1} entries like cu_seqlens_q, got {keys.count + 1}"
@@ -98,21 +139,12 @@ def varlen_attention(
     for part in seen:
         visible = visible & within(part.expr, "mask")
     score = None if score_mod is None else scores.as_score(score_mod)
-    return attention(
-        q,
-        k,
-        v,
-        mask=Mask(visible, f"{queries.count} packed sequences" + ("" if mask is None else f", {mask!r}")),
-        score_mod=None if score is None else Score(within(score.expr, "score_mod"), repr(score)),
-        softcap=softcap,
-        sinks=sinks,
-        scale=scale,
-        dropout=dropout,
-        dropout_seed=dropout_seed,
-        layout="blhd",
-        return_lse=return_lse,
-        backend=backend,
-    )
+    shown = f"{queries.count} packed sequences" + ("" if mask is None else f", {mask!r}")
+    return {
+        "mask": Mask(visible, shown),
+        "score_mod": None if score is None else Score(within(score.expr, "score_mod"), repr(score)),
+        "layout": "blhd",
+    }
 
 
 def pack(x: Array, lengths: Sequence[int] | Array) -> tuple[Array, Array]:

@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from flash_attn_definition import defined
 
 import anyattn as aa
 from anyattn.compat.flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
@@ -20,26 +21,6 @@ def reference():
     """Translation is the same on every backend; the one that defines the meaning runs."""
     with aa.use(backend="reference"):
         yield
-
-
-def defined(q, k, v, scale, causal, window, softcap, slopes):
-    """(out, lse) by the formulas of `flash_attn_func`'s documentation."""
-    group = q.shape[2] // k.shape[2]
-    k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
-    s = np.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    i, j = np.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1], np.arange(k.shape[1])
-    s = softcap * np.tanh(s / softcap) if softcap else s
-    s = s if slopes is None else s - np.reshape(slopes, (-1, q.shape[2], 1, 1)) * abs(i - j)
-    left, right = window
-    hidden = (
-        (j < i - left if left >= 0 else False) | (j > i + right if right >= 0 else False) | (causal & (j > i))
-    )
-    p = np.where(hidden, 0, np.exp(s))
-    total = p.sum(-1)
-    with np.errstate(divide="ignore"):
-        lse = np.log(total)
-    p /= np.where(total == 0, 1, total)[..., None]
-    return np.einsum("bhij,bjhd->bihd", p, v), lse
 
 
 OPTIONS = list(

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from anyattn import arrays, dispatch, scores
+from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.attention import attention
+from anyattn.compat.flash_attn.arguments import NAMES, alibi, check_deterministic, window_bounds
 from anyattn.compat.renaming import renaming
-from anyattn.describe import Options, describe
-from anyattn.errors import UnsupportedCallError
-from anyattn.numbers import boolean, integer
-from anyattn.scores import Score
+from anyattn.numbers import boolean
 
 __all__ = ["flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func"]
 
 
-@renaming(
-    {
-        "scale": "softmax_scale",
-        "dropout": "dropout_p",
-        "window": "window_size",
-        "alibi: slopes": "alibi_slopes",
-        "score_mod": "alibi_slopes",
-    }
-)
+@renaming(NAMES)
 def flash_attn_func(
     q: Array,
     k: Array,
@@ -99,8 +89,8 @@ def flash_attn_func(
             raise ValueError(f"{name}: wanted a batch of {q.shape[0]} like q, got shape {tuple(x.shape)}")
     options: dict[str, Any] = {
         "causal": causal,
-        "window": _window(window_size),
-        "score_mod": None if alibi_slopes is None else _alibi(alibi_slopes, q),
+        "window": window_bounds(window_size),
+        "score_mod": None if alibi_slopes is None else alibi(alibi_slopes, q, q.shape[0], q.shape[2]),
         "softcap": softcap or None,
         "scale": softmax_scale,
         "dropout": dropout_p,
@@ -108,7 +98,7 @@ def flash_attn_func(
         "return_lse": boolean(return_attn_probs, "return_attn_probs"),
     }
     if boolean(deterministic, "deterministic"):
-        _check_deterministic(q, k, v, options)
+        check_deterministic(q, k, v, options)
     result = attention(q, k, v, **options)
     return (*result, None) if return_attn_probs else result
 
@@ -206,38 +196,3 @@ def _unpack(packed: Array, name: str, count: int) -> tuple[Array, ...]:
             f"{name}: wanted axes (batch, length, {count}, heads, dim), got shape {tuple(packed.shape)}"
         )
     return tuple(packed[:, :, n, :, :] for n in range(count))
-
-
-def _window(window_size: Any) -> tuple[int | None, int | None]:
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise TypeError(f"window_size: wanted a pair (left, right), got {window_size!r}")
-    left, right = (integer(side, "window_size", least=-1) for side in window_size)
-    return (None if left == -1 else left), (None if right == -1 else right)
-
-
-def _alibi(slopes: Array, q: Array) -> Score:
-    arrays.check_beside(slopes, "alibi_slopes", q, "q")
-    batch, _, heads, _ = q.shape
-    if tuple(slopes.shape) not in ((heads,), (batch, heads)) or arrays.kind(slopes) != "float":
-        raise ValueError(
-            f"alibi_slopes: wanted floats of shape ({heads},) or ({batch}, {heads}), "
-            f"got {arrays.dtype_name(slopes)} {tuple(slopes.shape)}"
-        )
-    if slopes.ndim == 1:
-        return scores.alibi(slopes)
-    # One index: what reads a function for torch.compile meets the symbols of a tuple too late.
-    flat = arrays.namespace(slopes).reshape(slopes, (batch * heads,))
-    return scores.from_function(lambda s, b, h, i, j: s - flat[b * heads + h] * abs(i - j))
-
-
-def _check_deterministic(q: Array, k: Array, v: Array, options: dict[str, Any]) -> None:
-    call = describe("attention", q, k, v, Options(**options))
-    if "gradients" not in call.features:
-        return
-    chosen = dispatch.choose(call, None)
-    if "deterministic_backward" not in chosen.capabilities:
-        reason = "does not declare deterministic_backward"
-        raise UnsupportedCallError(
-            f"deterministic: backend {chosen.name!r}, which would run this call, {reason}",
-            {chosen.name: (reason,)},
-        )

@@ -1,0 +1,254 @@
+"""`flash_attn_with_kvcache`: new tokens are rotated, written into a cache, and attend to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from anyattn import arrays
+from anyattn.arrays import Array
+from anyattn.attention import attention
+from anyattn.compat.flash_attn.arguments import NAMES, alibi, window_bounds
+from anyattn.compat.renaming import renaming
+from anyattn.expr.nodes import B, Expr, J, load
+from anyattn.expr.tables import table_of
+from anyattn.kv_cache import Cache, Lookup, write
+from anyattn.masks import Mask
+from anyattn.numbers import boolean, integer
+from anyattn.paged_cache import in_pages
+from anyattn.rope import rotate
+
+__all__ = ["flash_attn_with_kvcache"]
+
+
+@renaming(NAMES)
+def flash_attn_with_kvcache(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    k: Array | None = None,
+    v: Array | None = None,
+    rotary_cos: Array | None = None,
+    rotary_sin: Array | None = None,
+    cache_seqlens: int | Array | None = None,
+    cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None,
+    block_table: Array | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Array | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """Stand in for `flash_attn.flash_attn_with_kvcache`; **writes into `k_cache` and `v_cache`**.
+
+    Parameters
+    ----------
+    q : array, shape (batch, Lq, Hq, D)
+    k_cache : array, shape (cache batch, S, Hkv, D), or (pages, page_size, Hkv, D) with `block_table`
+    v_cache : array, shape (cache batch, S, Hkv, Dv), or (pages, page_size, Hkv, Dv)
+    k, v : arrays, shape (batch, n, Hkv, D) and (batch, n, Hkv, Dv), optional
+        New tokens, written behind the first `cache_seqlens` ones. There must be room; where the host cannot
+        read the lengths that is not checked.
+    rotary_cos, rotary_sin : arrays, shape (positions, dims / 2), optional
+        Rotate k by its positions, and q by those of its rows with `causal` or a window, else by that of the
+        first new token.
+    cache_seqlens : int or integer array, shape (batch,), optional
+        Tokens in the cache before the call; default all S.
+    cache_batch_idx : integer array, shape (batch,), optional
+        Entry of the cache of each sequence.
+    cache_leftpad : integer array, shape (batch,), optional
+        Keys at the beginning that are padding.
+    block_table : integer array, shape (batch, most pages of a sequence), optional
+        Pages of each sequence, in order.
+    softmax_scale, causal, window_size, softcap, alibi_slopes
+        As for `flash_attn_func`; the last query sees the last key.
+    rotary_interleaved : bool, default True
+        Turn features 2m and 2m + 1 together, else m and m + dims / 2.
+    num_splits : int, default 0
+        How FlashAttention splits keys; kernels here decide that themselves.
+    return_softmax_lse : bool, default False
+
+    Returns
+    -------
+    out : array, shape (batch, Lq, Hq, Dv)
+    softmax_lse : array, shape (batch, Hq, Lq)
+        Only with `return_softmax_lse`.
+    k_cache, v_cache : arrays
+        Only where tokens were written and the library cannot write into arrays (JAX): the new cache.
+    """
+    _check(q, k_cache, v_cache, k, v, block_table, cache_batch_idx)
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("rotary_sin: wanted an array with rotary_cos, and None without")
+    integer(num_splits, "num_splits", least=0)
+    batch, q_len, heads = (int(n) for n in q.shape[:3])
+    xp, device = arrays.namespace(q), arrays.device(q)
+    index = arrays.index_dtype(xp, device)
+    size = int(k_cache.shape[1])
+    table = block_table if cache_batch_idx is None else xp.expand_dims(cache_batch_idx, axis=-1)
+    if table is not None:
+        table = arrays.cast(xp, table, index)
+    room = size * (1 if table is None else int(table.shape[1]))
+    before = _lengths(room if cache_seqlens is None else cache_seqlens, "cache_seqlens", batch, q, index)
+    new = 0 if k is None else int(k.shape[1])
+    bounds = window_bounds(window_size)
+    if rotary_cos is not None:
+        at = xp.expand_dims(before, axis=-1)
+        rows = xp.arange(max(q_len, new), dtype=index, device=device)
+        moving = boolean(causal, "causal") or bounds != (None, None)
+        q = _turn(q, at + rows[:q_len] if moving else at, rotary_cos, rotary_sin, rotary_interleaved)
+        if k is not None:
+            k = _turn(k, at + rows[:new], rotary_cos, rotary_sin, rotary_interleaved)
+    if k is not None and new:
+        _check_room(before, new, room)
+        place = _places(before, new, table, size, xp, index, device)
+        k_cache, v_cache = write(k_cache, place, k), write(v_cache, place, v)
+    lengths = before + new
+    options: dict[str, Any] = {
+        "causal": boolean(causal, "causal"),
+        "window": bounds,
+        "mask": None
+        if cache_leftpad is None
+        else _padded(_lengths(cache_leftpad, "cache_leftpad", batch, q, index)),
+        "score_mod": None if alibi_slopes is None else alibi(alibi_slopes, q, batch, heads),
+        "softcap": softcap or None,
+        "scale": softmax_scale,
+        "layout": "blhd",
+        "return_lse": boolean(return_softmax_lse, "return_softmax_lse"),
+    }
+    result = attention(q, _Given(_lookup(k_cache, v_cache, table, lengths, index)), **options)
+    parts = result if return_softmax_lse else (result,)
+    if k is not None and arrays.library(k_cache) == "jax":
+        parts = (*parts, k_cache, v_cache)
+    return parts if len(parts) > 1 else parts[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Given(Cache):
+    """The caller's arrays as a cache."""
+
+    found: Lookup
+
+    def lookup(self) -> Lookup:
+        return self.found
+
+    def extend(self, k: Array, v: Array) -> None:
+        raise NotImplementedError("tokens were written before")
+
+
+def _lookup(k_cache: Array, v_cache: Array, table: Array | None, lengths: Array, index: Any) -> Lookup:
+    xp, device = arrays.namespace(k_cache), arrays.device(k_cache)
+    if table is None:
+        return Lookup(xp.moveaxis(k_cache, 1, 2), xp.moveaxis(v_cache, 1, 2), lengths)
+    pages, size = int(k_cache.shape[0]), int(k_cache.shape[1])
+    batch, most = (int(n) for n in table.shape)
+    numbers = xp.arange(most, dtype=index, device=device)
+    # Entries behind the last page of a sequence may hold anything; they go to a column that is cut off.
+    used = numbers < xp.expand_dims(-(-lengths // size), axis=-1)
+    column = xp.where(used, table, pages)
+    row = xp.expand_dims(xp.arange(batch, dtype=index, device=device), axis=-1)
+    entry = xp.full((batch, pages + 1), -1, dtype=index, device=device)
+    entry = write(entry, (row, column), xp.broadcast_to(numbers, (batch, most)))
+    return in_pages(k_cache, v_cache, entry[:, :pages], lengths)
+
+
+def _places(
+    before: Array, new: int, table: Array | None, size: int, xp: Any, index: Any, device: Any
+) -> tuple[Array, Array]:
+    """Entry (or page) and token in it of each new token, (batch, new)."""
+    token = xp.expand_dims(before, axis=-1) + xp.arange(new, dtype=index, device=device)
+    batch = int(before.shape[0])
+    if table is None:
+        entry = xp.arange(batch, dtype=index, device=device)
+        return xp.broadcast_to(xp.expand_dims(entry, axis=-1), (batch, new)), token
+    page = xp.clip(token // size, 0, int(table.shape[1]) - 1)
+    row = xp.expand_dims(xp.arange(batch, dtype=index, device=device), axis=-1) * int(table.shape[1])
+    flat = arrays.take(xp, xp.reshape(table, (-1,)), xp.reshape(row + page, (-1,)), axis=-1)
+    return xp.reshape(flat, (batch, new)), token % size
+
+
+def _turn(x: Array, positions: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
+    """`x` (batch, L, H, D) turned by rows `positions` of the tables."""
+    xp = arrays.namespace(x)
+    wide = xp.float64 if arrays.dtype_name(x) == "float64" else xp.float32
+
+    def rows(table: Array) -> Array:
+        arrays.check_beside(table, "rotary_cos", x, "q")
+        found = arrays.take(xp, table, xp.reshape(positions, (-1,)), axis=-2)
+        return arrays.cast(xp, xp.reshape(found, (*positions.shape, table.shape[-1])), wide)
+
+    dims = 2 * int(cos.shape[-1])
+    if dims > x.shape[-1]:
+        raise ValueError(
+            f"rotary_cos: wanted at most {x.shape[-1] // 2} columns, got shape {tuple(cos.shape)}"
+        )
+    return rotate(xp, x, rows(cos), rows(sin), dims, boolean(interleaved, "rotary_interleaved"), "blhd")
+
+
+def _padded(leftpad: Array) -> Mask:
+    first: Expr = load(table_of(leftpad, "cache_leftpad", ("b",)), (B,))
+    return Mask(first <= J, "behind cache_leftpad")
+
+
+def _lengths(given: Any, name: str, batch: int, q: Array, index: Any) -> Array:
+    """Integers of each sequence beside `q`."""
+    xp, device = arrays.namespace(q), arrays.device(q)
+    if not arrays.is_array(given):
+        return xp.full((batch,), integer(given, name, least=0), dtype=index, device=device)
+    arrays.check_beside(given, name, q, "q")
+    if arrays.kind(given) != "int" or tuple(given.shape) != (batch,):
+        raise ValueError(
+            f"{name}: wanted integers of shape ({batch},), got {arrays.dtype_name(given)} "
+            f"{tuple(given.shape)}"
+        )
+    return arrays.cast(xp, given, index)
+
+
+def _check_room(before: Array, new: int, room: int) -> None:
+    if arrays.is_concrete_cpu(before):
+        host = arrays.to_host(before)
+        if host.size and (host.min() < 0 or host.max() + new > room):
+            raise ValueError(
+                f"cache_seqlens: wanted 0 to {room - new}, so that {new} new tokens fit, "
+                f"got {host.min()} to {host.max()}"
+            )
+
+
+def _check(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    k: Array | None,
+    v: Array | None,
+    block_table: Array | None,
+    cache_batch_idx: Array | None,
+) -> None:
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        arrays.check_plain(x, name)
+        if x.ndim != 4:
+            raise ValueError(f"{name}: wanted four axes, got shape {tuple(x.shape)}")
+    if (k is None) != (v is None):
+        raise ValueError("v: wanted an array with k, and None without")
+    for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if new is not None and (
+            new.ndim != 4 or new.shape[0] != q.shape[0] or tuple(new.shape[2:]) != tuple(cache.shape[2:])
+        ):
+            wanted = (int(q.shape[0]), "n", *(int(n) for n in cache.shape[2:]))
+            raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(new.shape)}")
+    if block_table is not None and cache_batch_idx is not None:
+        raise ValueError("cache_batch_idx: wanted None with block_table, which says where sequences lie")
+    for name, table, rank in (("block_table", block_table, 2), ("cache_batch_idx", cache_batch_idx, 1)):
+        if table is not None:
+            arrays.check_beside(table, name, q, "q")
+            if arrays.kind(table) != "int" or table.ndim != rank or table.shape[0] != q.shape[0]:
+                raise ValueError(
+                    f"{name}: wanted integers of {rank} axes for {q.shape[0]} sequences, "
+                    f"got {arrays.dtype_name(table)} {tuple(table.shape)}"
+                )
+    if block_table is None and cache_batch_idx is None and k_cache.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"k_cache: wanted {q.shape[0]} sequences like q, or cache_batch_idx, got {k_cache.shape[0]}"
+        )
