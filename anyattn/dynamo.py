@@ -4,7 +4,7 @@ Its tracer, Dynamo, follows the bytecode of a function, and cannot follow what a
 caches and locks. Where a function has an attribute `_torchdynamo_inline` it reads that one instead. So inside
 a compiled function the entries of `masks` and `scores` give recipes, nested tuples of numbers and tensors;
 users' functions are called with symbols, which give recipes too; and `attention` hands its recipe and its
-tensors to one operation of the graph, `anyattn_torch.graph`, which makes of them what they stand for.
+tensors to one call of the graph (`anyattn_torch.graph`), which makes of them what they stand for.
 
 Nothing here runs outside of a trace, but for what is marked as constant, and nothing imports torch before.
 """
@@ -15,10 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 from anyattn import arrays, masks, scores
-from anyattn.attention import attention
+from anyattn.attention import attention, attention_stats, attention_weights
 from anyattn.errors import TraceError
 from anyattn.expr import functions
 from anyattn.masks import Mask
+from anyattn.rope import rope
 from anyattn.scores import Score
 
 __all__ = ["MaskRecipe", "ScoreRecipe", "SymbolRecipe", "install"]
@@ -129,6 +130,8 @@ def _recipe(value: Any) -> Any:
         return _made_before(value)
     if isinstance(value, list):
         return ("list", *[_recipe(x) for x in value])
+    if isinstance(value, dict):
+        return ("dict", *[("tuple", name, _recipe(x)) for name, x in value.items()])
     if isinstance(value, tuple):
         return ("tuple", *[_recipe(x) for x in value])
     return value
@@ -184,24 +187,45 @@ def _numbered(recipe: Any, tensors: list[Any]) -> Any:
     return recipe
 
 
-def _attention(
-    q: Any,
-    k: Any,
-    v: Any = None,
-    *,
-    mask: Any = None,
-    score_mod: Any = None,
-    **options: Any,
-) -> Any:
+def _attention(q: Any, k: Any, v: Any = None, **options: Any) -> Any:
     from anyattn_torch.graph import attention_in_graph
 
-    recipe = [(name, _recipe(value)) for name, value in options.items() if value is not None]
-    if mask is not None:
-        recipe.append(("mask", _mask(mask)))
-    if score_mod is not None:
-        recipe.append(("score_mod", _score(score_mod)))
     tensors = [x for x in (q, k, v) if x is not None]
-    return attention_in_graph(tensors, _numbered(tuple(recipe), tensors))
+    return attention_in_graph(tensors, _options(options, tensors))
+
+
+def _weights(q: Any, k: Any, **options: Any) -> Any:
+    from anyattn_torch.graph import call_in_graph
+
+    tensors = [q, k]
+    return call_in_graph("attention_weights", 2, tensors, _options(options, tensors))
+
+
+def _stats(q: Any, k: Any, **options: Any) -> Any:
+    from anyattn_torch.graph import call_in_graph
+
+    tensors = [q, k]
+    found = call_in_graph("attention_stats", 2, tensors, _options(options, tensors))
+    return dict(zip(options.get("stats", ("key_mass",)), found, strict=True))
+
+
+def _rope(x: Any, positions: Any, **options: Any) -> Any:
+    from anyattn_torch.graph import call_in_graph
+
+    tensors = [x]
+    return call_in_graph("rope", 1, tensors, _options({"positions": positions, **options}, tensors))
+
+
+def _options(options: dict[str, Any], tensors: list[Any]) -> Any:
+    """The recipes of keyword arguments by name; their tensors are added to `tensors`."""
+    found = []
+    for name, value in options.items():
+        if value is not None:
+            recipe = (
+                _mask(value) if name == "mask" else _score(value) if name == "score_mod" else _recipe(value)
+            )
+            found.append((name, recipe))
+    return _numbered(tuple(found), tensors)
 
 
 def _and(self: Any, other: Any) -> MaskRecipe:
@@ -273,7 +297,9 @@ def _namespace(x: Any) -> Any:
 
 def install() -> None:
     """Give the front door, the entries and the functions of traced functions what Dynamo is to read."""
-    inline: dict[Callable[..., Any], Callable[..., Any]] = {attention: _attention}
+    inline: dict[Callable[..., Any], Callable[..., Any]] = {attention: _attention, rope: _rope}
+    inline[attention_weights] = _weights
+    inline[attention_stats] = _stats
     for name in masks.__all__:
         if name not in ("Mask", "from_function"):
             inline[getattr(masks, name)] = _entry(MaskRecipe, "masks", name)

@@ -155,6 +155,20 @@ def test_inductor_takes_it():
         torch.testing.assert_close(*grads)
 
 
+RELATIVES = {
+    "weights": lambda q: aa.attention_weights(q, q, mask=masks.prefix(3), rows=[1, 2]),
+    "statistics": lambda q: aa.attention_stats(q, q, causal=True, stats=("entropy", "max"))["max"],
+    "rope": lambda q: aa.rope(q, 3, scaling={"rope_type": "linear", "factor": 2.0}),
+    "merge": lambda q: aa.merge([q, q], [q[..., 0], q[..., 1]])[0],
+}
+
+
+@pytest.mark.parametrize("function", RELATIVES.values(), ids=RELATIVES)
+def test_relatives_are_compiled_too(function):
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(Q), function(Q))
+
+
 class TestErrors:
     """What is wrong is said in anyattn's words, when the function is compiled or when it runs."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import anyattn
 from anyattn import arrays, attention, settings
 from anyattn.arrays import FLOAT_DTYPES
 from anyattn.call import AttentionCall, canonical
@@ -22,7 +23,7 @@ from anyattn_torch import recipes, routes
 from anyattn_torch.backward import gradients
 from anyattn_torch.tensors import differentiable
 
-__all__ = ["attention_in_graph"]
+__all__ = ["attention_in_graph", "call_in_graph"]
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -39,6 +40,14 @@ def attention_in_graph(tensors: list[Tensor], recipe: tuple[Any, ...]) -> Any:
     _check(tensors)
     out, lse = _attend(tensors, text)
     return (out, lse) if options.get("return_lse") else out
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def call_in_graph(function: str, given: int, tensors: list[Tensor], recipe: tuple[Any, ...]) -> Any:
+    """A function of anyattn on the first `given` tensors; what it does becomes part of the graph."""
+    options = recipes.options_of(recipes.as_text(recipe), tensors)
+    found = getattr(anyattn, function)(*tensors[:given], **options)
+    return tuple(found.values()) if isinstance(found, dict) else found
 
 
 def _is_for_sdpa(tensors: Sequence[Tensor], text: str) -> bool:

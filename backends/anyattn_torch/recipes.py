@@ -136,6 +136,8 @@ def _made(recipe: Any, tensors: Tensors) -> Any:
     parts = [_made(x, tensors) for x in rest]
     if what in ("list", "tuple"):
         return parts if what == "list" else tuple(parts)
+    if what == "dict":
+        return dict(parts)
     if what == "then":
         return parts[0].then(parts[1])
     joined: Any = _JOINED[what](*parts)
