@@ -98,6 +98,31 @@ def test_is_not_taken_on_cpu_unless_it_is_asked_for():
         assert any("compiled by torch.compile" in note for note in routes.notes(call))
 
 
+AS_REFERENCE = {
+    "a mask and a score": {
+        "mask": masks.documents(torch.arange(140) // 60),
+        "score_mod": aa.scores.alibi(4),
+        "causal": True,
+    },
+    "a bias, offsets and rows without keys": {
+        "bias": draw(4, 140, 140)[None],
+        "q_offset": torch.tensor([-9, 3]),
+        "window": (20, 0),
+    },
+    "softcap": {"softcap": 2.0, "scale": 0.4},
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("options", AS_REFERENCE.values(), ids=AS_REFERENCE)
+def test_agrees_with_reference_uncompiled(options, monkeypatch):
+    monkeypatch.setattr(flex, "_compiled", lambda: torch.nn.attention.flex_attention.flex_attention)
+    q, k = draw(2, 4, 140, 16), draw(2, 2, 140, 16)
+    found = flex.attend(describe("attention", q, k, k, Options(return_lse=True, **options)))
+    wanted = aa.attention(q, k, k, return_lse=True, backend="reference", **options)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 def test_a_compiled_kernel_agrees_and_serves_other_numbers():
     slopes = draw(4).abs()

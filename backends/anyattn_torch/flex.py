@@ -106,7 +106,7 @@ def attend(call: AttentionCall) -> tuple[Array, Array | None]:
 
         blocks = block_mask(schedule(call, _BLOCK, _BLOCK), mask_mod, call.device)
     q, k, v = four_axes(call)
-    options: dict[str, Any] = {"return_lse": True} if call.return_lse else {}
+    options = _ask_for_lse() if call.return_lse else {}
     with arrays.exactly(call.q):
         found = _compiled()(
             q,
@@ -120,7 +120,20 @@ def attend(call: AttentionCall) -> tuple[Array, Array | None]:
         )
     out, lse = found if call.return_lse else (found, None)
     out = out.reshape(*call.batch_shape, *out.shape[1:])
-    return out, None if lse is None else lse.reshape(*call.batch_shape, *lse.shape[1:])
+    if lse is None:
+        return out, None
+    lse = getattr(lse, "lse", lse)
+    return out, lse.reshape(*call.batch_shape, *lse.shape[1:])
+
+
+@cache
+def _ask_for_lse() -> dict[str, Any]:
+    """The argument that makes FlexAttention return the lse: torch 2.9 changed its name."""
+    from torch.nn.attention import flex_attention
+
+    if "return_aux" in inspect.signature(flex_attention.flex_attention).parameters:
+        return {"return_aux": flex_attention.AuxRequest(lse=True)}
+    return {"return_lse": True}
 
 
 @cache
