@@ -103,6 +103,21 @@ def test_every_entry_is_listed(module: str) -> None:
     assert {name for name in entries if f"`{name}(" not in text} == set()
 
 
+def test_jax() -> None:
+    pytest.importorskip("jax")
+    pytest.importorskip("numba")
+    names = run("jax.md", {})
+    q, k, v = (np.asarray(names[name]) for name in "qkv")
+    moved = 1e-2 * np.random.default_rng(1).standard_normal(q.shape)
+
+    def total(x: Any) -> Any:
+        out = aa.attention(x, k.astype(float), v.astype(float), causal=True, layout="blhd")
+        return (out**2).sum()
+
+    slope = (total(q + moved) - total(q - moved)) / 2
+    np.testing.assert_allclose((names["step"] * moved).sum(), slope, rtol=1e-3)
+
+
 def test_listings_are_what_the_printers_give() -> None:
     spec = importlib.util.spec_from_file_location("listings", DOCS / "listings.py")
     assert spec
