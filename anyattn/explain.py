@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from anyattn import dispatch, registry, settings
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
 from anyattn.describe import Options, check_names, describe
+
+if TYPE_CHECKING:
+    from anyattn.linear.call import LinearCall
 
 __all__ = ["Explanation", "explain"]
 
@@ -19,7 +22,7 @@ class Explanation:
 
     Attributes
     ----------
-    call : AttentionCall
+    call : AttentionCall or LinearCall
         The description that the backends were asked about.
     backend : str or None
         The backend that would run, None if the call would be an error.
@@ -31,7 +34,7 @@ class Explanation:
         What the chosen backend says of how it would run: copies, memory.
     """
 
-    call: AttentionCall
+    call: AttentionCall | LinearCall
     backend: str | None
     forced_by: str | None
     verdicts: tuple[dispatch.Verdict, ...]
@@ -89,16 +92,14 @@ def explain(
     Parameters
     ----------
     q, k, v, backend, **options
-        As for `attention`; without `v`, as for `attention_weights`, or with `stats` for `attention_stats`.
-        Arguments that the call would refuse are refused.
+        As for `attention`; without `v`, as for `attention_weights`, or with `stats` for `attention_stats`;
+        with `rule`, as for `linear_attention`. Arguments that the call would refuse are refused.
 
     Returns
     -------
     Explanation
     """
-    operation = "attention" if v is not None else "stats" if "stats" in options else "weights"
-    check_names("explain", operation, options)
-    call = describe(operation, q, k, v, Options(**options))
+    call = _described(q, k, v, options)
     forced = settings.forced_backend(backend)
     asked = (forced[0],) if forced else dispatch.order_for(call)
     others = [name for name in registry.backends() if name not in asked]
@@ -113,3 +114,19 @@ def explain(
         asked=asked,
         notes=dispatch.notes(chosen.backend, call) if chosen else (),
     )
+
+
+def _described(q: Array, k: Array, v: Array | None, options: dict[str, Any]) -> AttentionCall | LinearCall:
+    """The call of the function that the options belong to."""
+    if "rule" in options:
+        from anyattn.linear.describe import LinearOptions
+        from anyattn.linear.describe import describe as describe_linear
+
+        known = [field.name for field in fields(LinearOptions)]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"explain: unexpected option {name!r}; it takes {', '.join(known)}")
+        return describe_linear(q, k, v, LinearOptions(**options))
+    operation = "attention" if v is not None else "stats" if "stats" in options else "weights"
+    check_names("explain", operation, options)
+    return describe(operation, q, k, v, Options(**options))

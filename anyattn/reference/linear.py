@@ -7,7 +7,9 @@ normalizer z is carried as one more column of the state, that of a value that is
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -107,13 +109,28 @@ def _sequence(call: LinearCall, state: Array, first: int, end: int) -> tuple[Arr
             q, k, v = _whole_batch(call, q, 4), _whole_batch(call, k, 3), _whole_batch(call, v, 3)
             decay = None if decay is None else _whole_batch(call, decay, 3)
             beta = None if beta is None else _whole_batch(call, beta, 2)
-        run = _lazily if call.library == "dask" else advance if _is_finite(call, k, v) else recurrence
-        rows, state = run(call.xp, q, k, v, state, decay, beta)
+        rows, state = _way(call, k, v)(call.xp, q, k, v, state, decay, beta)
         return state, _finish(call, rows)
 
     block = LAZY_CHUNK if call.library == "dask" else CHUNK
     state, rows = over_keys(call, step, state, first, end, block=block, axis=-2)
     return rows, state
+
+
+def _way(call: LinearCall, k: Array, v: Array) -> Callable[..., tuple[Array, Array]]:
+    """What runs a chunk: `advance`, or `recurrence` where NaN or infinity must not reach earlier rows."""
+    if call.library == "dask":
+        return _lazily
+    if call.readable and not all(bool(call.xp.all(call.xp.isfinite(x))) for x in (k, v)):
+        return recurrence
+    return _compiled() if call.library == "jax" and not call.traced else advance
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Array, Array]]:
+    """`advance` under `jax.jit`: by themselves, its 200 operations would each be compiled for every shape."""
+    compiled: Callable[..., tuple[Array, Array]] = sys.modules["jax"].jit(advance, static_argnums=0)
+    return compiled
 
 
 def _lazily(
@@ -187,11 +204,6 @@ def _grouped(call: LinearCall, q: Array) -> Array:
 def _whole_batch(call: LinearCall, x: Array, axes: int) -> Array:
     """A chunk with all batch axes: blocks of one are joined with those of others."""
     return call.xp.broadcast_to(x, (*call.batch_shape, *x.shape[-axes:]))
-
-
-def _is_finite(call: LinearCall, *parts: Array) -> bool:
-    """Whether later tokens may be multiplied by 0; where values cannot be read they are."""
-    return not call.readable or all(bool(call.xp.all(call.xp.isfinite(x))) for x in parts)
 
 
 def _finish(call: LinearCall, rows: Array) -> Array:
