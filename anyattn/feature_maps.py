@@ -59,7 +59,7 @@ def performer(
 ) -> PositiveRandomFeatures:
     """Positive orthogonal random features (Choromanski et al., "Rethinking attention with Performers", 2021).
 
-    With m random directions w and y = sqrt(scale) x, phi(x) = exp(w . y - |y|^2 / 2) / sqrt(m). Over random w
+    With m random directions w and y = sqrt(scale) x, phi(x) = exp(w . y - y . y / 2) / sqrt(m). Over random w
     the mean of phi(q) . phi(k) is exp(scale q . k), so that normalised linear attention estimates softmax
     attention; docs/linear-attention.md says how well. The directions have the lengths of Gaussian vectors and
     are orthogonal in blocks of `dim`, which lowers the variance.
@@ -83,8 +83,8 @@ def performer(
 
     Notes
     -----
-    Features are at most exp(|w|^2 / 2) with |w|^2 near D: float32 holds them for D up to 128. They underflow
-    where scale |x|^2 / 2 exceeds some 87; a query whose features all vanish gives 0.
+    Features are at most exp(w . w / 2), with w . w near D: float32 holds them for D up to 128. They underflow
+    where scale x . x / 2 exceeds some 87; a query whose features all vanish gives 0.
     """
     dim, features = integer(dim, "dim", least=1), integer(features, "features", least=1)
     seed = integer(seed, "seed", least=0)
