@@ -138,15 +138,17 @@ def test_only_scheduled_tiles_are_computed(options, share):
     assert some.products / every.products == pytest.approx(share, abs=0.03)
 
 
-def test_a_span_is_full_where_all_heads_see_all():
+def test_a_span_is_masked_where_a_head_does_not_see_all():
     """One head's mask is another's partial tile."""
     q, k, v = qkv(1, 2, 512, 4)
     call = described(q, k, v, mask=lambda b, h, i, j: (h == 0) | (j < 300))
     found = visits.Visits(call, 128, 512)
     both = found.of([0], range(2))[0].spans
-    assert [(s.start, s.end, s.full) for s in both] == [(0, 256, True), (256, 512, False)]
+    assert [(s.start, s.end, s.masked) for s in both] == [(0, 512, ((256, 512),))]
     one = found.of([0], range(1))[0].spans
-    assert [(s.start, s.end, s.full) for s in one] == [(0, 512, True)]
+    assert [(s.start, s.end, s.masked) for s in one] == [(0, 512, ())]
+    halves = visits.Visits(call, 128, 256).of([0], range(2))[0].spans
+    assert [(s.start, s.end, s.masked) for s in halves] == [(0, 256, ()), (256, 512, ((256, 512),))]
 
 
 def test_batch_axes_are_joined_where_arrays_agree():

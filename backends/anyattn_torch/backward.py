@@ -24,8 +24,8 @@ from anyattn import arrays
 from anyattn.call import AttentionCall
 from anyattn.reference.forward import forward as reference
 from anyattn_torch.captured import Captured
-from anyattn_torch.chunks import Chunk, Work
-from anyattn_torch.scores import Scores, all_finite, cleaned
+from anyattn_torch.chunks import Chunk, Keys, KeySum, Rows, Work
+from anyattn_torch.scores import Scores, all_finite, cleaned, hide
 from anyattn_torch.tensors import Template, differentiable, fold, put_together
 
 if TYPE_CHECKING:
@@ -111,63 +111,52 @@ def _backward(chunk: Chunk, careful: bool, found: _Gradients, rows: tuple[Tensor
     """Add what a chunk gives."""
     work, call = chunk.work, chunk.work.call
     scores = Scores(chunk)
-    q = chunk.part(work.join(call.q, 3), heads=True)
-    k = chunk.whole(chunk.part(work.join(call.k, 3), heads=False))
-    v = chunk.whole(chunk.part(work.join(call.v, 3), heads=False))
-    clean = cleaned(k) if careful else k
-    # Derivatives of a score function need the products again.
-    weights = "scores" if call.score is None else "weights"
+    q = Rows(chunk, chunk.part(work.join(call.q, 3), heads=True), call.scale)
+    k = Keys(chunk, chunk.part(work.join(call.k, 3), heads=False))
+    v = Keys(chunk, chunk.part(work.join(call.v, 3), heads=False))
     dq = None if found.q is None else chunk.part(found.q, heads=True)
-    dk, dv = (None if x is None else chunk.part(x, heads=False) for x in (found.k, found.v))
-    dout, delta, base, dead = (chunk.part(x, heads=True) for x in rows)
+    dk, dv = (None if x is None else KeySum(chunk, chunk.part(x, heads=False)) for x in (found.k, found.v))
+    grad_out, delta, base, dead = (chunk.part(x, heads=True) for x in rows)
+    dout = Rows(chunk, grad_out)
     if found.sinks is not None:
         _add_sinks(chunk, found.sinks, delta, base, dead)
+    delta, base = delta[..., None], base[..., None]
+    # Derivatives of a score function need the products again.
+    weights = "scores" if call.score is None else "weights"
 
     for visit in work.visits.of(chunk.flat, chunk.heads):
-        count = visit.last - visit.first
         here = slice(visit.first, visit.last)
-        scaled = chunk.rows(q, visit.first, visit.last) * call.scale
-        scaled_clean = cleaned(scaled) if careful else scaled
-        g = chunk.rows(dout, visit.first, visit.last)
-        grad_q = torch.zeros_like(scaled)
+        count = visit.last - visit.first
+        queries, g = q.block(visit.first, visit.last), dout.block(visit.first, visit.last)
+        row_delta, row_base = delta[:, :, here], base[:, :, here]
+        clean_queries = cleaned(queries) if careful else queries
+        grad_q = queries.new_zeros(queries.shape)
         for span in visit.spans:
-            keys = chunk.keys(k, span.start, span.end)
-            seen = scores.seen(visit, span)
-            hidden = None if seen is None else ~seen
-            plain = scores.products(scaled, keys, count)
+            keys, values = k.block(span.start, span.end), v.block(span.start, span.end)
+            hidden = scores.hidden(visit, span)
+            plain = scores.products(queries, keys, count)
             s = scores.changed(plain, hidden, visit, span)
-            p = torch.sub(s, base[:, :, here, None], out=work.buffer(weights, s.shape)).exp_()
+            p = torch.sub(s, row_base, out=work.buffer(weights, tuple(s.shape))).exp_()
+            hide(p, hidden, 0.0)
             packed = chunk.packed(count, span.end - span.start)
             if dv is not None:
-                _add_keys(chunk, dv, p.reshape(packed), g, span.start, span.end)
-            ds = torch.bmm(
-                g, chunk.keys(v, span.start, span.end).transpose(1, 2), out=work.buffer("slopes", packed)
-            ).view(p.shape)
-            ds.sub_(delta[:, :, here, None]).mul_(p)
-            if careful and hidden is not None:
+                dv.add(span.start, span.end, p.reshape(packed), g)
+            ds = torch.bmm(g, values.transpose(1, 2), out=work.buffer("slopes", packed)).view(p.shape)
+            ds.sub_(row_delta).mul_(p)
+            right = queries
+            if careful and hidden:
                 ds.masked_fill_(p == 0, 0.0)
+                keys, right = cleaned(keys), clean_queries
             if call.score is not None:
-                ds = found.captured.through(chunk, scores.tile(visit, span), ds, plain)
+                ds = found.captured.through(chunk, scores.tile(visit, span.start, span.end), ds, plain)
             ds = ds.reshape(packed)
-            if seen is not None:
-                keys = chunk.keys(clean, span.start, span.end)
             if dq is not None:
                 grad_q.baddbmm_(ds, keys)
             if dk is not None:
-                _add_keys(chunk, dk, ds, scaled if seen is None else scaled_clean, span.start, span.end)
+                dk.add(span.start, span.end, ds, right)
         if dq is not None:
             grad_q = grad_q.mul_(call.scale).view(chunk.shape(count, call.head_dim))
             dq[:, :, here] += grad_q if dq.shape[0] == chunk.entries else grad_q.sum(0, keepdim=True)
-
-
-def _add_keys(chunk: Chunk, total: Tensor, left: Tensor, right: Tensor, start: int, end: int) -> None:
-    """Add left^T . right to the gradient (entries or 1, key/value heads, Lk, n) of keys or values."""
-    room = total[:, :, start:end]
-    if total.shape[0] == chunk.entries:
-        chunk.whole(total)[0, :, start:end].baddbmm_(left.transpose(1, 2), right)
-    else:
-        product = torch.bmm(left.transpose(1, 2), right)
-        room += product.view(chunk.entries, *room.shape[1:]).sum(0, keepdim=True)
 
 
 def _add_sinks(chunk: Chunk, total: Tensor, delta: Tensor, base: Tensor, dead: Tensor) -> None:

@@ -8,7 +8,7 @@ chunk of any array is a view, stretched or not along one batch axis, and nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from anyattn.call import AttentionCall
-from anyattn.expr.nodes import Aligned, walk
+from anyattn.expr.nodes import Aligned, depends_on, walk
 from anyattn_torch.visits import Visits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Chunk", "Work"]
+__all__ = ["Chunk", "KeySum", "Keys", "Rows", "Work"]
 
 # Scores of a tile, all heads of a chunk together: on a CPU two such blocks fit its second level cache;
 # elsewhere, and where each tile is recorded, many heads at once cost least.
@@ -61,7 +61,8 @@ class Work:
         self.rows, self.keys = max(min(rows, call.q_len), 1), max(min(keys, call.k_len), 1)
         self.scores = CPU_SCORES if self.readable else DEVICE_SCORES
         self.visits = Visits(call, self.rows, self.keys)
-        self.buffers: dict[str, Tensor] = {}
+        self.buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self.masks: dict[tuple[int, int, int], Tensor] = {}
 
     def _arrays(self) -> list[tuple[Tensor, int]]:
         """The arrays with batch axes, and how many axes stand behind these."""
@@ -75,6 +76,17 @@ class Work:
         lead = own[: len(self.call.batch_shape)]
         sizes = [math.prod(lead[a] for a in axes) for axes in self.groups] or [1]
         return x.reshape(*sizes, *own[len(lead) :])
+
+    @cached_property
+    def one_mask(self) -> bool:
+        """Whether all batch entries and heads have one mask."""
+        call = self.call
+        return (
+            call.visible is not None
+            and isinstance(call.offset, int)
+            and not depends_on(call.visible, "b", "h")
+            and all(node.kind != "bool" or math.prod(node.value.shape[:-2]) == 1 for node in self.aligned)
+        )
 
     @cached_property
     def entries(self) -> Tensor:
@@ -100,15 +112,20 @@ class Work:
                 for head in range(0, call.num_kv_heads, kv_heads):
                     yield Chunk(self, where, (head, min(head + kv_heads, call.num_kv_heads)))
 
-    def buffer(self, name: str, shape: Sequence[int]) -> Tensor | None:
+    def buffer(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """Room for a tile that is kept from tile to tile; None where operations are recorded."""
         if not self.readable:
             return None
-        size = math.prod(shape)
-        room = self.buffers.get(name)
-        if room is None or room.numel() < size:
-            room = self.buffers[name] = torch.empty(size, dtype=self.dtype, device=self.call.device)
-        return room[:size].view(*shape)
+        found = self.buffers.get((name, shape))
+        if found is None:
+            size = math.prod(shape)
+            room = self.buffers.get((name, ()))
+            if room is None or room.numel() < size:
+                room = torch.empty(size, dtype=self.dtype, device=self.call.device)
+                self.buffers = {key: x for key, x in self.buffers.items() if key[0] != name}
+                self.buffers[name, ()] = room
+            found = self.buffers[name, shape] = room[:size].view(shape)
+        return found
 
 
 @dataclass(frozen=True)
@@ -119,12 +136,17 @@ class Chunk:
     where: tuple[tuple[int, int], ...]
     kv_heads: tuple[int, int]
 
-    @property
+    @cached_property
     def entries(self) -> int:
         start, end = self.where[self.work.inner]
         return end - start
 
-    @property
+    @cached_property
+    def group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.work.call.group_size
+
+    @cached_property
     def items(self) -> int:
         """Batch entries times key/value heads: products of matrices in a tile."""
         return self.entries * (self.kv_heads[1] - self.kv_heads[0])
@@ -137,11 +159,10 @@ class Chunk:
             found = [n * size + at for n in found for at in range(start, end)]
         return found
 
-    @property
+    @cached_property
     def heads(self) -> range:
         """Its query heads."""
-        group = self.work.call.group_size
-        return range(self.kv_heads[0] * group, self.kv_heads[1] * group)
+        return range(self.kv_heads[0] * self.group, self.kv_heads[1] * self.group)
 
     def shape(self, rows: int, *last: int) -> tuple[int, ...]:
         """(entries, query heads, rows, *last)."""
@@ -149,7 +170,7 @@ class Chunk:
 
     def packed(self, rows: int, *last: int) -> tuple[int, ...]:
         """(items, group * rows, *last): the rows that share keys, as one matrix."""
-        return (self.items, self.work.call.group_size * rows, *last)
+        return (self.items, self.group * rows, *last)
 
     def part(self, x: Tensor, heads: bool | None = None) -> Tensor:
         """The part of a joined array (..., heads, ...): (entries or 1, heads or 1, ...).
@@ -166,27 +187,60 @@ class Chunk:
         first, end = (self.heads.start, self.heads.stop) if heads else self.kv_heads
         return x.narrow(1, first, end - first)
 
-    def rows(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Rows of a part (entries or 1, query heads, Lq, n) packed, in the dtype of the tiles."""
-        x = x[:, :, first:last].to(self.work.dtype)
-        return x.expand(self.shape(*x.shape[2:])).reshape(self.packed(last - first, *x.shape[3:]))
 
-    def whole(self, x: Tensor) -> Tensor:
-        """A part (entries or 1, key/value heads, Lk, n) in the dtype of the tiles.
+class Rows:
+    """Rows of queries, of a part (entries or 1, query heads, Lq, n), in the dtype of the tiles."""
 
-        It becomes (1, items, Lk, n) where no batch entries share it.
-        """
-        x = x.to(self.work.dtype)
-        if x.shape[0] == self.entries:
-            return x.reshape(1, self.items, *x.shape[2:])
-        return x
+    def __init__(self, chunk: Chunk, x: Tensor, scale: float | None = None):
+        self.chunk = chunk
+        x = x.to(chunk.work.dtype)
+        x = x if scale is None else x * scale
+        self.shared = x.shape[0] != chunk.entries
+        self.x = x if self.shared else x.reshape(chunk.items, chunk.group, *x.shape[2:])
 
-    def keys(self, x: Tensor, start: int, end: int) -> Tensor:
-        """Keys of what `whole` gave, (items, keys, n)."""
-        x = x[:, :, start:end]
-        if x.shape[1] == self.items:
-            return x[0]
-        return x.expand(self.entries, *x.shape[1:]).reshape(self.items, *x.shape[2:])
+    def block(self, first: int, last: int) -> Tensor:
+        """(items, group * rows, n)."""
+        x = self.x[:, :, first:last]
+        if self.shared:
+            x = x.expand(self.chunk.shape(last - first, x.shape[3]))
+        elif self.chunk.group == 1:
+            return x[:, 0]
+        return x.reshape(self.chunk.packed(last - first, x.shape[3]))
+
+
+class Keys:
+    """Keys or values, of a part (entries or 1, key/value heads, Lk, n), in the dtype of the tiles."""
+
+    def __init__(self, chunk: Chunk, x: Tensor):
+        self.chunk = chunk
+        x = x.to(chunk.work.dtype)
+        self.shared = x.shape[0] != chunk.entries
+        self.x = x if self.shared else x.reshape(chunk.items, *x.shape[2:])
+
+    def block(self, start: int, end: int) -> Tensor:
+        """(items, keys, n)."""
+        if not self.shared:
+            return self.x[:, start:end]
+        x = self.x[:, :, start:end]
+        return x.expand(self.chunk.entries, *x.shape[1:]).reshape(self.chunk.items, *x.shape[2:])
+
+
+class KeySum:
+    """A sum over rows for each key: a part (entries or 1, key/value heads, Lk, n) of a gradient."""
+
+    def __init__(self, chunk: Chunk, total: Tensor):
+        self.chunk = chunk
+        self.shared = total.shape[0] != chunk.entries
+        self.total = total if self.shared else total.view(chunk.items, *total.shape[2:])
+
+    def add(self, start: int, end: int, left: Tensor, right: Tensor) -> None:
+        """Add left^T . right, of (items, rows, keys) and (items, rows, n)."""
+        if not self.shared:
+            self.total[:, start:end].baddbmm_(left.transpose(1, 2), right)
+            return
+        room = self.total[:, :, start:end]
+        product = torch.bmm(left.transpose(1, 2), right)
+        room += product.view(self.chunk.entries, *room.shape[1:]).sum(0, keepdim=True)
 
 
 def _aligned(call: AttentionCall) -> list[Aligned]:

@@ -20,7 +20,10 @@ from anyattn_torch.visits import Span, Visit
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Scores", "all_finite", "cleaned"]
+__all__ = ["Hidden", "Scores", "all_finite", "cleaned", "hide"]
+
+# Keys of a tile, counted from its first, and which of them are hidden from its rows.
+Hidden = list[tuple[slice, "Tensor"]]
 
 
 class Scores:
@@ -38,24 +41,46 @@ class Scores:
         s = torch.bmm(q, k.transpose(1, 2), out=self.work.buffer("scores", shape))
         return s.view(self.chunk.shape(rows, k.shape[1]))
 
-    def seen(self, visit: Visit, span: Span) -> Tensor | None:
-        """Which keys the rows see, broadcasting to the tile; None where they see all."""
-        if span.full or self.call.visible is None:
-            return None
-        return evaluate(self.call.visible, self.tile(visit, span))
+    def hidden(self, visit: Visit, span: Span) -> Hidden:
+        """Where in the span which keys are hidden from the rows, broadcasting to that part of the tile."""
+        return [
+            (slice(start - span.start, end - span.start), self._hidden(visit, start, end))
+            for start, end in span.masked
+        ]
 
-    def changed(self, s: Tensor, hidden: Tensor | None, visit: Visit, span: Span) -> Tensor:
-        """Softcap, score function and bias of the products `s`, -inf where hidden. `s` is overwritten."""
-        if self.call.score is not None:
-            if hidden is not None:
-                # A hidden NaN must not index a table, and derivatives there must be finite.
-                s.masked_fill_(hidden, 0.0)
-            changed = evaluate(self.call.score, self.tile(visit, span), s).expand(s.shape)
-            return changed if hidden is None else changed.masked_fill(hidden, -torch.inf)
-        return s if hidden is None else s.masked_fill_(hidden, -torch.inf)
+    def _hidden(self, visit: Visit, start: int, end: int) -> Tensor:
+        assert self.call.visible is not None
+        known = self.work.masks.get((visit.first, start, end))
+        if known is not None:
+            return known
+        found = ~evaluate(self.call.visible, self.tile(visit, start, end))
+        # Chunks share a mask while it is no larger than a few tiles: all of it may be quadratic.
+        if self.work.one_mask and found.numel() * (len(self.work.masks) + 1) <= 4 * self.work.scores:
+            self.work.masks[visit.first, start, end] = found
+        return found
 
-    def tile(self, visit: Visit, span: Span) -> Tile:
-        """The place of a tile, for the evaluation of expressions."""
+    def changed(self, s: Tensor, hidden: Hidden, visit: Visit, span: Span) -> Tensor:
+        """Softcap, score function and bias of the products `s`, anything where hidden.
+
+        `s` is overwritten. The result may be an array of the caller's, and is not to be written to, where the
+        call has a score expression.
+        """
+        if self.call.score is None:
+            return s
+        # A hidden NaN must not index a table, and derivatives there must be finite.
+        hide(s, hidden, 0.0)
+        return evaluate(self.call.score, self.tile(visit, span.start, span.end), s).expand(s.shape)
+
+    def masked(self, s: Tensor, hidden: Hidden) -> Tensor:
+        """What `changed` gave with -inf where hidden."""
+        if hidden and self.call.score is not None:
+            room = self.work.buffer("weights", tuple(s.shape))
+            s = s.clone() if room is None else room.copy_(s)
+        hide(s, hidden, -torch.inf)
+        return s
+
+    def tile(self, visit: Visit, start: int, end: int) -> Tile:
+        """The place of the rows of a visit and a range of keys, for the evaluation of expressions."""
         index = torch.int64
         device = self.call.device
         row = torch.arange(visit.first, visit.last, dtype=index, device=device)[:, None]
@@ -69,10 +94,10 @@ class Scores:
                 "h": self.heads,
                 "row": row,
                 "i": row + self.offset,
-                "j": torch.arange(span.start, span.end, dtype=index, device=device),
+                "j": torch.arange(start, end, dtype=index, device=device),
             },
-            start=span.start,
-            size=span.end - span.start,
+            start=start,
+            size=end - start,
             rows=None,
             first_row=visit.first,
             aligned=self.aligned,
@@ -97,6 +122,12 @@ class Scores:
             return offset
         full = offset.expand(self.call.batch_shape).reshape(self.work.sizes)
         return self.chunk.part(full).reshape(-1, 1, 1, 1)
+
+
+def hide(x: Tensor, hidden: Hidden, value: float) -> None:
+    """Write a value where keys are hidden."""
+    for keys, where in hidden:
+        x[..., keys].masked_fill_(where, value)
 
 
 def all_finite(*arrays_: Tensor) -> bool:

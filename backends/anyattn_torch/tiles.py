@@ -14,8 +14,8 @@ import torch
 from anyattn import arrays
 from anyattn.call import AttentionCall
 from anyattn_torch import backward, routes
-from anyattn_torch.chunks import Chunk, Work
-from anyattn_torch.scores import Scores, all_finite, cleaned
+from anyattn_torch.chunks import Chunk, Keys, Rows, Work
+from anyattn_torch.scores import Hidden, Scores, all_finite, cleaned, hide
 from anyattn_torch.tensors import Template, fold, put_together, take_apart
 
 if TYPE_CHECKING:
@@ -58,26 +58,25 @@ def _forward(chunk: Chunk, careful: bool, out: Tensor, lse: Tensor) -> None:
     """Fill the part of out and lse that belongs to a chunk."""
     work, call = chunk.work, chunk.work.call
     scores = Scores(chunk)
-    q = chunk.part(work.join(call.q, 3), heads=True)
-    k = chunk.whole(chunk.part(work.join(call.k, 3), heads=False))
-    v = chunk.whole(chunk.part(work.join(call.v, 3), heads=False))
-    clean = cleaned(v) if careful else None
+    q = Rows(chunk, chunk.part(work.join(call.q, 3), heads=True), call.scale)
+    k = Keys(chunk, chunk.part(work.join(call.k, 3), heads=False))
+    v = Keys(chunk, chunk.part(work.join(call.v, 3), heads=False))
     sink = None if call.sinks is None else chunk.part(work.join(call.sinks, 1), heads=True)[..., None, None]
     out, lse = chunk.part(out, heads=True), chunk.part(lse, heads=True)
 
     for visit in work.visits.of(chunk.flat, chunk.heads):
         rows = visit.last - visit.first
-        scaled = chunk.rows(q, visit.first, visit.last) * call.scale
+        queries = q.block(visit.first, visit.last)
         state = _start(chunk, rows, sink)
         for span in visit.spans:
-            seen = scores.seen(visit, span)
-            s = scores.products(scaled, chunk.keys(k, span.start, span.end), rows)
-            s = scores.changed(s, None if seen is None else ~seen, visit, span)
-            state, p = _advance(chunk, state, s)
-            values = chunk.keys(v, span.start, span.end)
-            if seen is not None and clean is not None:
-                _add_seen_nonfinite(state[2], p, seen.expand(s.shape).reshape(p.shape), values)
-                values = chunk.keys(clean, span.start, span.end)
+            hidden = scores.hidden(visit, span)
+            s = scores.products(queries, k.block(span.start, span.end), rows)
+            s = scores.masked(scores.changed(s, hidden, visit, span), hidden)
+            state, p = _advance(chunk, state, s, hidden)
+            values = v.block(span.start, span.end)
+            if hidden and careful:
+                _add_seen_nonfinite(state[2], p, _seen(s.shape, hidden, s.device).reshape(p.shape), values)
+                values = cleaned(values)
             state[2].baddbmm_(p, values)
         top, total, acc = state
         base = top.masked_fill(top == -torch.inf, 0.0)
@@ -101,17 +100,28 @@ def _start(chunk: Chunk, rows: int, sink: Tensor | None) -> State:
     return top, (top != -torch.inf).to(work.dtype), acc
 
 
-def _advance(chunk: Chunk, state: State, s: Tensor) -> tuple[State, Tensor]:
+def _advance(chunk: Chunk, state: State, s: Tensor, hidden: Hidden) -> tuple[State, Tensor]:
     """The state before the values of a tile of scores are added, and exp(s - largest), packed."""
     top, total, acc = state
     new = torch.maximum(top, s.amax(-1, keepdim=True))
     # Rows without a score above -inf keep -inf; -inf - -inf would be NaN.
     base = new.masked_fill(new == -torch.inf, 0.0)
-    p = torch.sub(s, base, out=chunk.work.buffer("scores", s.shape)).exp_()
+    p = torch.sub(s, base, out=chunk.work.buffer("scores", tuple(s.shape)))
+    # Of -inf, exp takes 20 times as long on a CPU.
+    hide(p, hidden, 0.0)
+    p.exp_()
+    hide(p, hidden, 0.0)
     decay = (top - base).exp_()
     total = torch.addcmul(p.sum(-1, keepdim=True), total, decay)
     acc *= decay.reshape(*acc.shape[:2], 1)
     return (new, total, acc), p.reshape(*acc.shape[:2], -1)
+
+
+def _seen(shape: tuple[int, ...], hidden: Hidden, device: torch.device) -> Tensor:
+    """Which keys of a tile of scores the rows see."""
+    seen = torch.ones(shape, dtype=torch.bool, device=device)
+    hide(seen, hidden, False)
+    return seen
 
 
 def _add_seen_nonfinite(acc: Tensor, p: Tensor, seen: Tensor, v: Tensor) -> None:

@@ -23,11 +23,11 @@ FEW_SCORES = 1 << 14
 
 @dataclass(frozen=True)
 class Span:
-    """Keys [start, end); every row sees all of them where `full`."""
+    """Keys [start, end); all rows see those outside of the ranges `masked`."""
 
     start: int
     end: int
-    full: bool
+    masked: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,34 @@ class Visits:
         for block, first in enumerate(range(0, self.call.q_len, self.rows)):
             last = min(first + self.rows, self.call.q_len)
             if self.plan is None:
-                whole = Span(0, self.call.k_len, full=self.call.visible is None)
-                found = [whole] if self.call.k_len else []
+                kind = 2 if self.call.visible is None else 1
+                runs = [(0, self.call.k_len, kind)] if self.call.k_len else []
             else:
-                found = list(_spans(self.plan, [line + block for line in lines]))
-            yield Visit(first, last, tuple(piece for span in found for piece in self._pieces(span)))
+                runs = list(_runs(self.plan, [line + block for line in lines]))
+            yield Visit(first, last, tuple(self._spans(runs)))
 
-    def _pieces(self, span: Span) -> Iterator[Span]:
-        """A span in pieces of one size, up to a tile."""
-        count = -(-(span.end - span.start) // self.keys)
-        size = -(-(span.end - span.start) // (count * KEYS)) * KEYS
-        for start in range(span.start, span.end, size):
-            yield Span(start, min(start + size, span.end), span.full)
+    def _spans(self, runs: list[tuple[int, int, int]]) -> Iterator[Span]:
+        """Runs (first key, end, 1 where masked or 2) that touch, joined and cut to pieces of one size."""
+        for first, end in _touching(runs):
+            count = -(-(end - first) // self.keys)
+            size = -(-(end - first) // (count * KEYS)) * KEYS
+            for start in range(first, end, size):
+                stop = min(start + size, end)
+                masked = ((max(a, start), min(b, stop)) for a, b, kind in runs if kind == 1)
+                yield Span(start, stop, tuple((a, b) for a, b in masked if a < b))
 
 
-def _spans(plan: Schedule, lines: list[int]) -> Iterator[Span]:
-    """The spans of a block of rows that any of the lines visits, full where all of them see all."""
+def _touching(runs: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
+    """The ranges of keys that runs cover without a gap."""
+    start = 0
+    for n, (first, end, _) in enumerate(runs):
+        start = first if n == 0 or runs[n - 1][1] != first else start
+        if n + 1 == len(runs) or runs[n + 1][0] != end:
+            yield start, end
+
+
+def _runs(plan: Schedule, lines: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Runs of keys that any of the lines visits: (first, end, 2 where all of them see all, 1 elsewhere)."""
     import numpy
 
     tiles = plan.shape[1]
@@ -96,4 +108,4 @@ def _spans(plan: Schedule, lines: list[int]) -> Iterator[Span]:
     edges = [0, *(numpy.flatnonzero(numpy.diff(kinds)) + 1).tolist(), tiles]
     for first, end in pairwise(edges):
         if end > first and kinds[first]:
-            yield Span(first * plan.keys, min(end * plan.keys, plan.k_len), full=bool(kinds[first] == 2))
+            yield first * plan.keys, min(end * plan.keys, plan.k_len), int(kinds[first])
