@@ -69,6 +69,7 @@ class Standin:
         Bytes of its memory.
     count : bool
         Whether machines count memory traffic.
+    multiprocessors : int
     change : callable
         What becomes of a source before it is compiled.
     """
@@ -78,10 +79,12 @@ class Standin:
         capability: int = 80,
         size: int = 1 << 22,
         count: bool = False,
+        multiprocessors: int = 1,
         change: Callable[[str], str] = lambda source: source,
     ):
         self.arena = Arena(size)
         self.capability = capability
+        self.multiprocessors = multiprocessors
         self.count = count
         self.launches: list[Launch] = []
         self.change = change
@@ -89,7 +92,10 @@ class Standin:
         self.RawModule = functools.partial(_Module, self)
 
     def _device(self, number: int = 0) -> Any:
-        attributes = {"MaxSharedMemoryPerBlockOptin": SHARED_MEMORY[self.capability]}
+        attributes = {
+            "MaxSharedMemoryPerBlockOptin": SHARED_MEMORY[self.capability],
+            "MultiProcessorCount": self.multiprocessors,
+        }
         return SimpleNamespace(id=number, compute_capability=str(self.capability), attributes=attributes)
 
     def asarray(self, x: Any) -> ndarray:

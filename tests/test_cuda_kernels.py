@@ -75,6 +75,17 @@ LONG = (
 )
 
 
+# Few queries of many heads, on a device with more multiprocessors than there are items.
+FEW = (
+    long("float16, a cache", "float16", 24, q_len=1, heads=8, kv_heads=2, batch=(3,), k_len=600,
+         kv_lengths=Given("n", (150, 65, 0)), sinks=Drawn("sinks", (8,))),
+    long("float32, causal and packed", "float32", 8, q_len=3, k_len=300, heads=6, kv_heads=2, causal=True),
+    long("float16, heads told apart", "float16", 8, q_len=5, heads=4, kv_heads=2, k_len=600,
+         score_mod=Entry("scores", "alibi", (4,)), mask=Drawn("mask", (4, 5, 600), "bool", "mostly true")),
+    long("float64, gathered in parts", "float64", 8, q_len=4, heads=2, kv_heads=1, k_len=600, mask=GATHERED),
+)  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _nvrtc():
     need_nvrtc()
@@ -98,6 +109,16 @@ def test_several_tiles(case, interpreted):
     check_values(case, LIBRARIES["numpy"], "interpreted")
     kernel = "forward_mma.cu" if "16" in case.dtype else "forward_fma.cu"
     assert kernel in interpreted.standin.launches[0].source
+
+
+@pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
+def test_few_queries(case, install):
+    device = Interpreted(multiprocessors=32)
+    install(device)
+    check_values(case, LIBRARIES["numpy"], "interpreted")
+    assert len(device.standin.launches) == 2
+    packed = "#define PACKED 1" in device.standin.launches[0].source
+    assert packed == (case.name != "float16, heads told apart")
 
 
 def test_every_case_that_is_named_exists():

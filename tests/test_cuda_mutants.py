@@ -16,10 +16,10 @@ from anyattn import masks
 TOLERANCE = {"float16": 2e-3, "float32": 3e-6}
 
 
-def tensors(dtype, batch=1):
-    """Lengths that divide nothing, and two query heads on one of keys."""
+def tensors(dtype, batch=1, q_len=70, k_len=150, heads=(2, 1)):
+    """Lengths that divide nothing, and query heads that share those of the keys."""
     rng = np.random.default_rng(2)
-    shapes = ((batch, 2, 70, 24), (batch, 1, 150, 24), (batch, 1, 150, 40))
+    shapes = ((batch, heads[0], q_len, 24), (batch, heads[1], k_len, 24), (batch, heads[1], k_len, 40))
     return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
@@ -29,7 +29,7 @@ def with_nan(dtype):
     return q, k, v
 
 
-# Arrays and options; a copy of the keys lies apart from them, so that strides differ.
+# Arrays and options.
 CALLS = {
     "float16": lambda: (tensors("f2"), {}),
     "float16 causal": lambda: (tensors("f2"), {"causal": True}),
@@ -40,6 +40,8 @@ CALLS = {
     "float16 nan": lambda: (with_nan("f2"), {"causal": True}),
     "float16 batch": lambda: (tensors("f2", 2), {}),
     "float16 gathered": lambda: (tensors("f2"), {"mask": masks.fixed(40, 2) & masks.sliding_window(50)}),
+    "float16 packed": lambda: (tensors("f2", 1, 3, 70, (6, 2)), {"causal": True}),
+    "float16 parts": lambda: (tensors("f2", 2, 2, 600), {"sinks": [3.0, 4.0]}),
     "float32": lambda: (tensors("f4"), {}),
     "float32 causal": lambda: (tensors("f4"), {"causal": True}),
     "float32 sinks": lambda: (tensors("f4"), {"sinks": [0.5, -1.0]}),
@@ -60,7 +62,7 @@ def wanted():
 
 def complaint(change, name, wanted, install):
     """What is wrong with a call on changed kernels, in words; empty where nothing is."""
-    device = Interpreted(change=change, count=True)
+    device = Interpreted(change=change, count=True, multiprocessors=8 if "parts" in name else 1)
     install(device)
     (q, k, v), options = CALLS[name]()
     try:
@@ -95,11 +97,11 @@ def test_caught(mutant, wanted, install):
     planted = []
 
     def change(source):
-        assert source.count(mutant.old) == 1, f"{mutant.old!r} occurs {source.count(mutant.old)} times"
-        planted.append(mutant)
+        # A call in parts has two sources.
+        planted.append(source.count(mutant.old))
         return source.replace(mutant.old, mutant.new)
 
     said = complaint(change, mutant.case, wanted, install)
-    assert planted
+    assert sum(planted) == 1, f"{mutant.old!r} occurs {sum(planted)} times"
     assert said
     assert mutant.caught in said

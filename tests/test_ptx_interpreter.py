@@ -324,6 +324,14 @@ class TestWarp:
             DONE: shfl.sync.idx.b32 %r9, %r9, 31, 31, -1;"""
         assert self.words(body) == [sum(range(31))] * 32
 
+    def test_threads_wait_for_those_that_take_another_way(self):
+        body = """
+            and.b32 %r3, %r1, 1; mov.u32 %r9, %r1; setp.eq.u32 %p1, %r3, 0; @%p1 bra FAR;
+            MEET: shfl.sync.idx.b32 %r9, %r9, 2, 31, -1; bra DONE;
+            FAR: add.u32 %r9, %r9, 100; bra MEET;
+            DONE: """
+        assert self.words(body) == [102] * 32
+
     def test_whole_warps(self):
         body = "setp.lt.u32 %p1, %r1, 31; @!%p1 bra DONE; bar.warp.sync -1; DONE: mov.u32 %r9, 0;"
         with pytest.raises(PtxError, match="elsewhere"):

@@ -22,13 +22,19 @@ _POINTERS = {
     # The schedule (`anyattn.schedule.Spans`), and the order in which items are handed out.
     "span_starts": "const long long*", "span_ends": "const long long*", "span_kinds": "const unsigned char*",
     "columns": "const int*", "groups": "const int*", "order": "const int*",
+    # Where keys are split into parts, their results (parts, B, Hq, Lq, Dv) and lse (parts, B, Hq, Lq), of the
+    # accumulation type.
+    "part_out": "void*", "part_lse": "void*",
 }  # fmt: skip
 _WIDE = (
     "q_head", "q_row", "q_step", "k_head", "k_row", "k_step", "v_head", "v_row", "v_step",
     "out_head", "out_row", "offset",
 )  # fmt: skip
-# `blocks` is how many blocks of queries a head has.
-_NARROW = ("q_len", "k_len", "head_dim", "v_head_dim", "num_heads", "group_size", "blocks")
+# Rows of a head, or of a group of heads that are packed; `blocks` of rows that these are.
+_NARROW = (
+    "q_len", "k_len", "head_dim", "v_head_dim", "batch_size", "num_heads", "group_size", "rows", "blocks",
+    "parts",
+)  # fmt: skip
 _PER_BATCH_AXIS = ("q_batch", "k_batch", "v_batch", "out_batch")
 
 

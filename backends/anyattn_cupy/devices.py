@@ -31,4 +31,8 @@ def current_device(cupy: Any) -> Device:
 @lru_cache
 def _describe(cupy: Any, number: int) -> Device:
     device = cupy.cuda.Device(number)
-    return Device(int(device.compute_capability), device.attributes["MaxSharedMemoryPerBlockOptin"])
+    return Device(
+        capability=int(device.compute_capability),
+        shared_memory=device.attributes["MaxSharedMemoryPerBlockOptin"],
+        multiprocessors=device.attributes["MultiProcessorCount"],
+    )

@@ -22,12 +22,15 @@ from anyattn.expr.statements import aligned_slots, aligned_view
 from anyattn_cupy.arguments import argument_dtype
 from anyattn_cupy.devices import current_device
 from anyattn_cupy.schedules import DeviceSchedule, device_schedule
-from anyattn_cupy.source import OPTIONS, kernel_source
-from anyattn_cupy.variants import Variant, choose
+from anyattn_cupy.source import OPTIONS, combine_source, kernel_source
+from anyattn_cupy.variants import Variant, choose, parts_of
 
 __all__ = ["attend", "refusal"]
 
 _SMALL_SHARED_MEMORY = 48 * 1024
+# A warp of `combine` has a row.
+_COMBINE_THREADS = 128
+_ROWS_OF_COMBINE = _COMBINE_THREADS // 32
 
 
 def refusal(call: AttentionCall, cupy: Any) -> str | None:
@@ -40,34 +43,65 @@ def refusal(call: AttentionCall, cupy: Any) -> str | None:
 def attend(call: AttentionCall, cupy: Any) -> tuple[Array, Array | None]:
     """(out, lse) of a call of "attention"."""
     q, k, v = (cupy.asarray(x) for x in (call.q, call.k, call.v))
-    shape = (*call.batch_shape, call.num_heads, call.q_len, call.v_head_dim)
-    if call.layout == "blhd" and call.has_heads:
-        out = cupy.moveaxis(cupy.empty((*shape[:-3], shape[-2], shape[-3], shape[-1]), q.dtype), -2, -3)
-    else:
-        out = cupy.empty(shape, q.dtype)
-    lse = cupy.empty(shape[:-1], call.accumulate) if call.return_lse else None
-    if not math.prod(shape[:-1]):
+    out, lse = _results(call, q.dtype, cupy)
+    if not math.prod(out.shape[:-1]):
         return out, lse
     sizes, strides = batch_axes(call.batch_shape, (q, k, v, out))
     variant = _variant(call, cupy, _vectors(q, k, v), len(sizes))
     if variant is None:
         raise RuntimeError(f"cupy: {refusal(call, cupy)}")
-    spans = device_schedule(call, variant.rows, variant.keys, cupy)
+    variant, spans = _scheduled(call, variant, cupy)
     program = lower(call.visible, call.score)
     index = "int" if fits(program, index_ranges(call)) else "long long"
     captured, kept = _captured(call, program, variant, index, cupy)
+
     block = numpy.zeros((), argument_dtype(len(sizes)))
     _fill_arrays(block, {"q": q, "k": k, "v": v, "out": out}, sizes, strides)
-    _fill_sizes(block, call, variant)
-    kept += _fill_options(block, call, spans, cupy)
+    items = _fill_sizes(block, call, variant)
+    kept += _fill_options(block, call, variant, spans, cupy)
     block["lse"] = 0 if lse is None else lse.data.ptr
-    source = kernel_source(variant, program, index)
-    function = _function(cupy, cupy.cuda.Device().id, source, variant.shared_memory)
-    items = math.prod(call.batch_shape) * call.num_heads * int(block["blocks"])
-    # `kept` holds temporary arrays: CuPy's pool gives their memory to nobody before the launch is queued.
-    function((items,), (variant.threads,), (block, captured), shared_mem=variant.shared_memory)
+    parts = parts_of(current_device(cupy), items, -(-call.k_len // variant.keys))
+    block["parts"] = parts
+    if parts > 1:
+        kept += _make_parts(block, out, parts, call.accumulate, cupy)
+
+    device = cupy.cuda.Device().id
+    forward = _function(
+        cupy, device, "forward", kernel_source(variant, program, index), variant.shared_memory
+    )
+    forward((items * parts,), (variant.threads,), (block, captured), shared_mem=variant.shared_memory)
+    if parts > 1:
+        combine = _function(cupy, device, "combine", combine_source(variant), 0)
+        combine((-(-math.prod(out.shape[:-1]) // _ROWS_OF_COMBINE),), (_COMBINE_THREADS,), (block,))
+    # CuPy's pool gives memory of temporary arrays to nobody before what was launched has run on this stream.
     del kept
     return out, lse
+
+
+def _results(call: AttentionCall, dtype: Any, cupy: Any) -> tuple[Array, Array | None]:
+    """out (..., Hq, Lq, Dv), contiguous in the order that the caller uses, and lse."""
+    shape = (*call.batch_shape, call.num_heads, call.q_len, call.v_head_dim)
+    if call.layout == "blhd" and call.has_heads:
+        out = cupy.moveaxis(cupy.empty((*shape[:-3], shape[-2], shape[-3], shape[-1]), dtype), -2, -3)
+    else:
+        out = cupy.empty(shape, dtype)
+    return out, cupy.empty(shape[:-1], call.accumulate) if call.return_lse else None
+
+
+def _scheduled(call: AttentionCall, variant: Variant, cupy: Any) -> tuple[Variant, DeviceSchedule | None]:
+    """The schedule of a call; few queries of many heads are packed if the mask does not tell heads apart."""
+    if call.group_size > 1 and call.q_len < variant.rows:
+        spans = device_schedule(call, call.q_len, variant.keys, cupy)
+        if spans is None or not spans.by_head:
+            return replace(variant, packed=True), spans
+    return variant, device_schedule(call, variant.rows, variant.keys, cupy)
+
+
+def _make_parts(block: Any, out: Array, parts: int, accumulate: str, cupy: Any) -> list[Array]:
+    """Memory for the results of parts."""
+    made = [cupy.empty((parts, *out.shape), accumulate), cupy.empty((parts, *out.shape[:-1]), accumulate)]
+    block["part_out"], block["part_lse"] = (x.data.ptr for x in made)
+    return made
 
 
 def _variant(call: AttentionCall, cupy: Any, vector_loads: bool, batch_axes: int) -> Variant | None:
@@ -123,15 +157,20 @@ def _fill_arrays(
             block[f"{name}_step"] = step
 
 
-def _fill_sizes(block: Any, call: AttentionCall, variant: Variant) -> None:
+def _fill_sizes(block: Any, call: AttentionCall, variant: Variant) -> int:
+    """Fill in sizes; how many items there are."""
     block["scale"] = call.scale
     for name in ("q_len", "k_len", "head_dim", "v_head_dim", "num_heads", "group_size"):
         block[name] = getattr(call, name)
-    block["blocks"] = -(-call.q_len // variant.rows)
+    batch, packed = math.prod(call.batch_shape), variant.packed
+    rows = call.q_len * (call.group_size if packed else 1)
+    blocks = -(-rows // variant.rows)
+    block["batch_size"], block["rows"], block["blocks"] = batch, rows, blocks
+    return batch * (call.num_kv_heads if packed else call.num_heads) * blocks
 
 
 def _fill_options(
-    block: Any, call: AttentionCall, spans: DeviceSchedule | None, cupy: Any
+    block: Any, call: AttentionCall, variant: Variant, spans: DeviceSchedule | None, cupy: Any
 ) -> list[Array | DeviceSchedule]:
     """What a call may have or not; what must outlive the launch."""
     kept: list[Any] = [spans]
@@ -146,7 +185,8 @@ def _fill_options(
         block["offsets"] = kept[-1].data.ptr
     if spans is not None:
         for name, array in spans.arrays.items():
-            block[name] = array.data.ptr
+            # The order is of blocks of one head.
+            block[name] = 0 if name == "order" and variant.packed else array.data.ptr
     return kept
 
 
@@ -167,9 +207,9 @@ def _captured(
 
 
 @cache
-def _function(cupy: Any, device: int, source: str, shared_memory: int) -> Any:
+def _function(cupy: Any, device: int, name: str, source: str, shared_memory: int) -> Any:
     """A compiled kernel of a device; CuPy keeps machine code on disk."""
-    function = cupy.RawModule(code=source, options=OPTIONS).get_function("forward")
+    function = cupy.RawModule(code=source, options=OPTIONS).get_function(name)
     if shared_memory > _SMALL_SHARED_MEMORY:
         function.max_dynamic_shared_size_bytes = shared_memory
     return function

@@ -17,9 +17,13 @@ __all__ = ["DeviceSchedule", "device_schedule"]
 
 @dataclass(frozen=True, eq=False)
 class DeviceSchedule:
-    """The arrays of a schedule, by the names that the argument block has for them."""
+    """The arrays of a schedule, by the names that the argument block has for them.
+
+    `by_head` tells whether heads have entries of their own.
+    """
 
     arrays: dict[str, Array]
+    by_head: bool
 
 
 _uploaded: WeakKeyDictionary[Schedule, dict[Any, DeviceSchedule]] = WeakKeyDictionary()
@@ -51,4 +55,4 @@ def _upload(made: Schedule, cupy: Any) -> DeviceSchedule:
     if pairs.size and pairs.min() != pairs.max():
         # The longest first, so that no long one is left alone at the end.
         arrays["order"] = numpy.argsort(-pairs, kind="stable").astype(numpy.int32)
-    return DeviceSchedule({name: cupy.asarray(x) for name, x in arrays.items()})
+    return DeviceSchedule({name: cupy.asarray(x) for name, x in arrays.items()}, made.groups[1] > 1)

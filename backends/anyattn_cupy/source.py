@@ -10,7 +10,7 @@ from anyattn.expr.program import Program
 from anyattn_cupy.arguments import argument_source
 from anyattn_cupy.variants import Variant
 
-__all__ = ["OPTIONS", "kernel_source"]
+__all__ = ["OPTIONS", "combine_source", "kernel_source"]
 
 # No --use_fast_math: the printed program needs NaN and subnormal numbers.
 OPTIONS = ("-std=c++17",)
@@ -20,19 +20,20 @@ _OWN_FILES = {"forward_mma": ("tensor_cores.cuh",)}
 
 def kernel_source(variant: Variant, program: Program, index: str) -> str:
     """CUDA C++ of a kernel for NVRTC, complete; integers of the program are of the type `index`."""
+    names = (*_SHARED_FILES, *_OWN_FILES.get(variant.kernel, ()), f"{variant.kernel}.cu")
+    return _joined(variant, cuda_source(program, variant.accumulate, index=index), names)
+
+
+def combine_source(variant: Variant) -> str:
+    """CUDA C++ of the kernel that merges the parts of results."""
+    return _joined(variant, "", ("elements.cuh", "combine.cu"))
+
+
+def _joined(variant: Variant, program: str, names: tuple[str, ...]) -> str:
     constants = [f"#define {name} {value}" for name, value in variant.constants().items()]
-    named = {
-        name: _file(name)
-        for name in (*_SHARED_FILES, *_OWN_FILES.get(variant.kernel, ()), f"{variant.kernel}.cu")
-    }
-    parts = [
-        "\n".join(constants) + "\n",
-        argument_source(variant.batch_axes),
-        cuda_source(program, variant.accumulate, index=index),
-        # Messages of the compiler, and line numbers, are those of the files.
-        *(f'#line 1 "{name}"\n{text}' for name, text in named.items()),
-    ]
-    return "\n".join(parts)
+    # Messages of the compiler, and line numbers, are those of the files.
+    parts = [f'#line 1 "{name}"\n{_file(name)}' for name in names]
+    return "\n".join(["\n".join(constants) + "\n", argument_source(variant.batch_axes), program, *parts])
 
 
 @lru_cache

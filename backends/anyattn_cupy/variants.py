@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Device", "Variant", "choose"]
+__all__ = ["Device", "Variant", "choose", "parts_of"]
 
 _SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -19,10 +19,12 @@ class Device:
         80 for compute capability 8.0.
     shared_memory : int
         Bytes that a block can have when it asks for them.
+    multiprocessors : int
     """
 
     capability: int
     shared_memory: int
+    multiprocessors: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Variant:
     batch_axes : int
     stages : int
         Tiles of keys and values that shared memory holds.
+    packed : bool
+        Whether the rows of all heads of a group are put one after the other.
     """
 
     kernel: str
@@ -55,6 +59,7 @@ class Variant:
     vector_loads: bool
     batch_axes: int = 1
     stages: int = 1
+    packed: bool = False
 
     @property
     def accumulate(self) -> str:
@@ -104,6 +109,7 @@ class Variant:
             "VECTOR_LOADS": int(self.vector_loads),
             "BATCH_AXES": self.batch_axes,
             "STAGES": self.stages,
+            "PACKED": int(self.packed),
         }
 
 
@@ -116,6 +122,18 @@ def choose(
         if found is not None:
             return found
     return _fma(device, dtype, head_dim, v_head_dim, vector_loads, batch_axes)
+
+
+# Tiles that a part has at least: beginning one and merging it costs about as much as two.
+_LEAST_TILES = 4
+_MOST_PARTS = 64
+
+
+def parts_of(device: Device, items: int, tiles: int) -> int:
+    """Into how many parts the keys are split, so that all multiprocessors have two blocks."""
+    if items == 0 or items >= device.multiprocessors:
+        return 1
+    return max(1, min(-(-2 * device.multiprocessors // items), tiles // _LEAST_TILES, _MOST_PARTS))
 
 
 _MMA_TILES = ((4, 64), (4, 32))

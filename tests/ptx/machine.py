@@ -1,8 +1,8 @@
 """A launch: all threads of all blocks as lanes of NumPy arrays, instruction by instruction.
 
 Threads that stand at the lowest instruction go first, so that those which went apart meet again where the
-text lets them, and an instruction that wants a whole warp or block finds it there or fails. Registers begin
-with bits that are no sensible number.
+text lets them. Where an instruction wants others (a shuffle, a barrier) threads wait until these come; if all
+that is left waits, that is an error. Registers begin with bits that are no sensible number.
 """
 
 from __future__ import annotations
@@ -269,14 +269,20 @@ class Machine:
         following = dict(pairwise(leaders))
         end = leaders[-1]
         at = np.zeros(self.size, np.int64)
+        waiting = np.zeros(self.size, bool)
         # The instruction at which all threads stand, as long as they do.
         together_at: int | None = 0
         while self.alive.any():
-            first = together_at if together_at is not None else int(at[self.alive].min())
+            first = together_at if together_at is not None else self._next(at, waiting)
             if first >= end:
                 break
             active = self.alive if together_at is not None else self.alive & (at == first)
             mask = None if active.all() else active.copy()
+            if together_at is None:
+                stuck = (waiting | ~self.alive).all()
+                waiting[active] = not stuck and self._waits(first, mask)
+                if waiting[active].any():
+                    continue
             stop = following[first]
             taken, target = None, stop
             for n in range(first, stop):
@@ -305,6 +311,23 @@ class Machine:
             here = at[self.alive]
             if len(here) and (here == here[0]).all():
                 together_at = int(here[0])
+
+    def _next(self, at: NDArray, waiting: NDArray) -> int:
+        """The instruction that runs next: the lowest at which threads do not wait, or need not any more."""
+        moving = self.alive & ~waiting
+        if moving.any():
+            return int(at[moving].min())
+        places = np.unique(at[self.alive])
+        free = (n for n in places if not self._waits(n, self.alive & (at == n)))
+        return int(next(free, places[0]))
+
+    def _waits(self, place: int, mask: NDArray | None) -> bool:
+        """Whether the instruction wants threads that are elsewhere."""
+        one = self.kernel.instructions[place]
+        if one.op not in together.TOGETHER:
+            return False
+        mask = self._guarded(one, mask)
+        return (mask is None or mask.any()) and bool((together.missing(self, one, mask) & self.alive).any())
 
     def _guarded(self, one: Instruction, mask: NDArray | None) -> NDArray | None:
         """Those of `mask` whose guard lets an instruction run."""

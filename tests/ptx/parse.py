@@ -189,18 +189,19 @@ class Kernel:
                 self.instructions.append(_instruction(statement, scopes, where))
 
     def leaders(self) -> list[int]:
-        """Where straight runs of instructions begin: after branches, at labels, at and after barriers."""
+        """Where straight runs of instructions begin: after branches, at labels, where threads may wait."""
         found = {0, len(self.instructions), *self.labels.values()}
         for n, one in enumerate(self.instructions):
             if one.op in ("bra", "ret", "exit"):
                 found.add(n + 1)
-            if one.op in ("bar", "barrier") and one.modifiers[0] != "warp":
-                found |= {n, n + 1}
+            if one.op in _WAIT:
+                found.add(n)
         return sorted(found)
 
 
 _PARAMETER = r"\.param(?:\s+\.align\s+(\d+))?\s+\.(\w+)(?:\s+\.ptr[^%]*?)?\s+([\w$]+)(?:\[(\d+)\])?"
 _VARIABLE = r"(?:\.extern\s+)?\.(shared|local|global|const)\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]"
+_WAIT = ("bar", "barrier", "shfl", "vote", "redux", "ldmatrix", "mma")
 _BITS = {"pred": 1, "f16x2": 32, "bf16x2": 32, "bf16": 16}
 
 

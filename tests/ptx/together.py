@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NDArray = np.ndarray[Any, Any]
 Meaning = Callable[["Machine", Instruction, NDArray | None], None]
 
-__all__ = ["MEANING", "Copies"]
+__all__ = ["MEANING", "TOGETHER", "Copies", "missing"]
 
 MEANING: dict[str, Meaning] = {}
 
@@ -41,36 +41,55 @@ def _warps(values: NDArray, machine: Machine) -> NDArray:
     return np.broadcast_to(values, machine.size).reshape(-1, 32)
 
 
-def _together(machine: Machine, one: Instruction, mask: NDArray | None, members: Operand | None) -> NDArray:
-    """The threads that take part, bool (warps, 32); those that `members` names must be those that are here.
+# Where an instruction names the threads of a warp that run it together; None: it wants whole warps.
+_MEMBERS = {"shfl": 4, "vote": 2, "redux": 2, "bar": 0, "ldmatrix": None, "mma": None}
+TOGETHER = frozenset({*_MEMBERS, "barrier"})
+"""Opcodes that threads run together."""
 
-    Without `members` an instruction wants whole warps. Threads that have ended count as absent.
-    """
+
+def missing(machine: Machine, one: Instruction, mask: NDArray | None) -> NDArray:
+    """Threads that an instruction wants which those in `mask` run, and that are elsewhere or have ended."""
+    if one.op in ("bar", "barrier") and one.modifiers[0] != "warp":
+        here = np.ones(machine.size, bool) if mask is None else mask
+        blocks = np.unique(machine.order.block_of[here])
+        return ~here & np.isin(machine.order.block_of, blocks)
     here = _warps(np.True_ if mask is None else mask, machine)
-    live = machine.alive.reshape(-1, 32)
-    if members is None:
-        wanted = np.broadcast_to(here.any(axis=1)[:, None], here.shape)
-    else:
-        named = _warps(machine.read(members, "u32"), machine)
-        wanted = (named[:, :, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1) == 1
-        every = np.where(here[:, :, None], wanted, True).all(axis=1)
-        wanted = np.where(here[:, :, None], wanted, False).any(axis=1)
-        unlike = here.any(axis=1) & (every != wanted).any(axis=1)
-        if unlike.any():
-            machine.fail(one, int(np.argmax(unlike)) * 32, "threads of one warp name different members")
-        outside = here & ~wanted
-        if outside.any():
-            machine.fail(one, int(np.argmax(outside.reshape(-1))), "the thread is not among its members")
-    absent = wanted & ~here & (live if members is not None else True)
+    return (_wanted(machine, one, here) & ~here).reshape(-1)
+
+
+def _wanted(machine: Machine, one: Instruction, here: NDArray) -> NDArray:
+    """The threads that an instruction wants, bool (warps, 32)."""
+    place = _MEMBERS[one.op]
+    if place is None:
+        return np.broadcast_to(here.any(axis=1)[:, None], here.shape)
+    named = _warps(machine.read(one.operands[place], "u32"), machine)
+    wanted = (named[:, :, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1) == 1
+    every = np.where(here[:, :, None], wanted, True).all(axis=1)
+    wanted = np.where(here[:, :, None], wanted, False).any(axis=1)
+    unlike = here.any(axis=1) & (every != wanted).any(axis=1)
+    if unlike.any():
+        machine.fail(one, int(np.argmax(unlike)) * 32, "threads of one warp name different members")
+    outside = here & ~wanted
+    if outside.any():
+        machine.fail(one, int(np.argmax(outside.reshape(-1))), "the thread is not among its members")
+    return wanted
+
+
+def _together(machine: Machine, one: Instruction, mask: NDArray | None) -> NDArray:
+    """The threads that take part, bool (warps, 32), which must be all that are wanted.
+
+    That threads which have ended are not waited for since sm_70 is nothing to rely on.
+    """
+    absent = missing(machine, one, mask)
     if absent.any():
-        machine.fail(one, int(np.argmax(absent.reshape(-1))), "is waited for and elsewhere")
-    return here
+        machine.fail(one, int(np.argmax(absent)), "is waited for and elsewhere")
+    return _warps(np.True_ if mask is None else mask, machine)
 
 
 @_means("shfl")
 def _shuffle(machine: Machine, one: Instruction, mask: NDArray | None) -> None:
-    target, source, by, clamp, members = one.operands
-    here = _together(machine, one, mask, members)
+    target, source, by, clamp, _ = one.operands
+    here = _together(machine, one, mask)
     values = _warps(machine.read(source, "b32"), machine)
     by, clamp = (_warps(machine.read(x, "u32"), machine).astype(np.int64) for x in (by, clamp))
     lane, by = np.arange(32)[None], by & 31
@@ -95,7 +114,7 @@ def _shuffle(machine: Machine, one: Instruction, mask: NDArray | None) -> None:
 
 @_means("vote")
 def _vote(machine: Machine, one: Instruction, mask: NDArray | None) -> None:
-    here = _together(machine, one, mask, one.operands[2])
+    here = _together(machine, one, mask)
     said = _warps(machine.read(one.operands[1], "pred"), machine)
     how = one.modifiers[1]
     if how == "ballot":
@@ -108,7 +127,7 @@ def _vote(machine: Machine, one: Instruction, mask: NDArray | None) -> None:
 
 @_means("redux")
 def _reduce(machine: Machine, one: Instruction, mask: NDArray | None) -> None:
-    here = _together(machine, one, mask, one.operands[2])
+    here = _together(machine, one, mask)
     values = _warps(machine.read(one.operands[1], one.type), machine)
     join = _JOIN[one.modifiers[1]]
     found = np.zeros(values.shape, values.dtype)
@@ -133,20 +152,19 @@ def _ballot(said: NDArray) -> NDArray:
 def _barrier(machine: Machine, one: Instruction, mask: NDArray | None) -> None:
     order = machine.order
     if one.modifiers[0] == "warp":
-        here = _together(machine, one, mask, one.operands[0])
+        here = _together(machine, one, mask)
         order.warp_epoch[here.any(axis=1)] += 1
         return
     names = [x for x in one.modifiers if x in ("sync", "red", "arrive")]
     if names not in (["sync"], ["red"]):
         raise PtxError(f"no meaning is known of {one.text} ({one.where})")
+    absent = missing(machine, one, mask)
+    if absent.any():
+        machine.fail(one, int(np.argmax(absent)), "is elsewhere while its block waits at a barrier")
     here = np.ones(machine.size, bool) if mask is None else mask
-    blocks = np.unique(order.block_of[here])
-    missing = machine.alive & ~here & np.isin(order.block_of, blocks)
-    if missing.any():
-        machine.fail(one, int(np.argmax(missing)), "is elsewhere while its block waits at a barrier")
     if names == ["red"]:
         _reduce_block(machine, one, here, mask)
-    order.block_epoch[blocks] += 1
+    order.block_epoch[np.unique(order.block_of[here])] += 1
 
 
 def _reduce_block(machine: Machine, one: Instruction, here: NDArray, mask: NDArray | None) -> None:
@@ -163,7 +181,7 @@ def _reduce_block(machine: Machine, one: Instruction, here: NDArray, mask: NDArr
 
 @_means("ldmatrix")
 def _load_matrices(machine: Machine, one: Instruction, mask: NDArray | None) -> None:
-    here = _together(machine, one, mask, None)
+    here = _together(machine, one, mask)
     targets = one.operands[0].items if isinstance(one.operands[0], Vector) else (one.operands[0],)
     warps = np.flatnonzero(here.any(axis=1))
     count = len(targets)
@@ -187,7 +205,7 @@ def _load_matrices(machine: Machine, one: Instruction, mask: NDArray | None) -> 
 
 @_means("mma")
 def _multiply_matrices(machine: Machine, one: Instruction, mask: NDArray | None) -> None:
-    here = _together(machine, one, mask, None)
+    here = _together(machine, one, mask)
     *_, rows, columns, to, of_a, of_b, from_ = one.modifiers
     name = next(m for m in one.modifiers if m.startswith("m") and "n" in m)
     bits = width("b32" if of_a == "tf32" else of_a)

@@ -28,17 +28,17 @@ struct alignas(VECTOR_LOADS ? VECTOR * sizeof(Element) : sizeof(Element)) Elemen
     Element x[VECTOR];
 };
 
-// Rows of an array into shared memory, zeros where there are none: `row_of(r)` is row r in the array, or -1.
-template <int COUNT, int DIM, int PITCH, class RowOf>
+// Rows of an array into shared memory, zeros where there are none: `place_of(r)` is where row r begins.
+template <int COUNT, int DIM, int PITCH, class PlaceOf>
 __device__ __forceinline__ void load_rows(
-    Real* to, const Element* from, long long row_stride, long long step, int dim, const RowOf& row_of
+    Real* to, const Element* from, long long step, int dim, const PlaceOf& place_of
 ) {
     for (int n = threadIdx.x; n < COUNT * (DIM / VECTOR); n += THREADS) {
         const int r = n / (DIM / VECTOR), column = n % (DIM / VECTOR) * VECTOR;
-        const int row = row_of(r);
+        const Place place = place_of(r);
         Vector values = {};
-        if (row >= 0 && column < dim) {
-            const Element* source = from + row * row_stride;
+        if (place.there && column < dim) {
+            const Element* source = from + place.offset;
             if (VECTOR_LOADS) {
                 const Elements elements = *(const Elements*)(source + column);
 #pragma unroll
@@ -89,14 +89,11 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
 
     const int warp = threadIdx.x / 32, row_group = threadIdx.x % 32 / 8, key_group = threadIdx.x % 8;
     const Item item = item_of(a, blockIdx.x);
-    const Element* k = (const Element*)a.k + item.k;
-    const Element* v = (const Element*)a.v + item.v;
     Real* weights = all_weights + warp * 16 * WEIGHT_PITCH;
     const int first_row = item.first_row + 16 * warp;
 
     load_rows<BLOCK_ROWS, HEAD_DIM, HEAD_DIM>(
-        queries, (const Element*)a.q + item.q, a.q_row, a.q_step, a.head_dim,
-        [&](int r) { return item.first_row + r < a.q_len ? item.first_row + r : -1; }
+        queries, (const Element*)a.q, a.q_step, a.head_dim, [&](int r) { return query_place(a, item, r); }
     );
 
     Vector sum[ROWS][COLUMNS] = {};
@@ -106,10 +103,15 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
 
     for (Tile tile = first_tile(a, item); tile.valid(item); tile.advance(a, item)) {
         const int count = tile.count();
-        const auto key_at = [&](int place) { return place < count ? tile.key(a, place) : -1; };
         __syncthreads();
-        load_rows<BLOCK_KEYS, HEAD_DIM, KEY_PITCH>(keys, k, a.k_row, a.k_step, a.head_dim, key_at);
-        load_rows<BLOCK_KEYS, V_HEAD_DIM, V_HEAD_DIM>(values, v, a.v_row, a.v_step, a.v_head_dim, key_at);
+        load_rows<BLOCK_KEYS, HEAD_DIM, KEY_PITCH>(
+            keys, (const Element*)a.k, a.k_step, a.head_dim,
+            [&](int r) { return tile.key_place(a, r, item.k, a.k_row); }
+        );
+        load_rows<BLOCK_KEYS, V_HEAD_DIM, V_HEAD_DIM>(
+            values, (const Element*)a.v, a.v_step, a.v_head_dim,
+            [&](int r) { return tile.key_place(a, r, item.v, a.v_row); }
+        );
         __syncthreads();
 
         Real score[ROWS][KEYS] = {};
@@ -142,8 +144,8 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             // Rows beyond the last compute what the last one does, and are not stored.
-            const int row = min(first_row + row_group + 4 * r, a.q_len - 1);
-            const long long position = row + item.position;
+            const Row row = row_of(a, item, min(first_row + row_group + 4 * r, a.rows - 1));
+            const long long position = row.row + item.position;
             bool hidden[KEYS];
             Real now = top[r];
 #pragma unroll
@@ -180,12 +182,12 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
         else add_values<false>(sum, weights, values, row_group, key_group);
     }
 
-    const Real sink = a.sinks ? ((const Real*)a.sinks)[item.head] : -INFINITE;
-    Element* out = (Element*)a.out + item.out;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        const int row = first_row + row_group + 4 * r;
-        if (row >= a.q_len) continue;
+        const int number = first_row + row_group + 4 * r;
+        if (number >= a.rows) continue;
+        const Row row = row_of(a, item, number);
+        const Real sink = sink_of(a, item, row);
         const Real base = base_of(larger(sink, top[r])), scaled = exp(top[r] - base);
         const Real all = total[r] * scaled + exp(sink - base);
         const Real factor = all == 0 ? Real(0) : scaled / all;
@@ -194,9 +196,8 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
 #pragma unroll
             for (int e = 0; e < VECTOR; ++e) {
                 const int column = (8 * n + key_group) * VECTOR + e;
-                if (column < a.v_head_dim) out[row * a.out_row + column] = element_of(sum[r][n].x[e] * factor);
+                if (column < a.v_head_dim) store_out(a, item, row, column, sum[r][n].x[e] * factor);
             }
-        if (a.lse && key_group == 0)
-            ((Real*)a.lse)[((long long)item.batch * a.num_heads + item.head) * a.q_len + row] = base + log(all);
+        if (key_group == 0) store_lse(a, item, row, base + log(all));
     }
 }

@@ -28,24 +28,23 @@ __device__ __forceinline__ Element* at(Element* rows, int row, int vector) {
     return rows + row * PITCH + (vector ^ (row & 7)) * VECTOR;
 }
 
-// Rows of an array begin to come into shared memory, zeros where there are none: `row_of(r)` is row r in the array,
-// or -1.
-template <int COUNT, int DIM, int PITCH, class RowOf>
+// Rows of an array begin to come into shared memory, zeros where there are none: `place_of(r)` is where row r begins.
+template <int COUNT, int DIM, int PITCH, class PlaceOf>
 __device__ __forceinline__ void begin_rows(
-    Element* to, const Element* from, long long row_stride, long long step, int dim, const RowOf& row_of
+    Element* to, const Element* from, long long step, int dim, const PlaceOf& place_of
 ) {
     for (int n = threadIdx.x; n < COUNT * (DIM / VECTOR); n += THREADS) {
         const int r = n / (DIM / VECTOR), vector = n % (DIM / VECTOR), column = vector * VECTOR;
-        const int row = row_of(r);
-        const bool there = row >= 0 && column < dim;
-        const Element* source = from + (there ? row * row_stride + column * step : 0);
-        Element* place = at<PITCH>(to, r, vector);
+        const Place place = place_of(r);
+        const bool there = place.there && column < dim;
+        const Element* source = from + (there ? place.offset + column * step : 0);
+        Element* target = at<PITCH>(to, r, vector);
         if (VECTOR_LOADS) {
-            copy_async(place, source, there);
+            copy_async(target, source, there);
         } else {
 #pragma unroll
             for (int e = 0; e < VECTOR; ++e)
-                place[e] = there && column + e < dim ? source[e * step] : Element(0);
+                target[e] = there && column + e < dim ? source[e * step] : Element(0);
         }
     }
 }
@@ -85,18 +84,18 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4 * 2;
     const Item item = item_of(a, blockIdx.x);
-    const Element* k = (const Element*)a.k + item.k;
-    const Element* v = (const Element*)a.v + item.v;
 
     Tile coming = first_tile(a, item);
     const auto begin_tile = [&](int stage) {
         if (coming.valid(item)) {
-            const int count = coming.count();
-            const auto key_at = [&](int place) { return place < count ? coming.key(a, place) : -1; };
             begin_rows<BLOCK_KEYS, HEAD_DIM, PITCH>(
-                all_keys + stage * BLOCK_KEYS * PITCH, k, a.k_row, a.k_step, a.head_dim, key_at);
+                all_keys + stage * BLOCK_KEYS * PITCH, (const Element*)a.k, a.k_step, a.head_dim,
+                [&](int r) { return coming.key_place(a, r, item.k, a.k_row); }
+            );
             begin_rows<BLOCK_KEYS, V_HEAD_DIM, V_PITCH>(
-                all_values + stage * BLOCK_KEYS * V_PITCH, v, a.v_row, a.v_step, a.v_head_dim, key_at);
+                all_values + stage * BLOCK_KEYS * V_PITCH, (const Element*)a.v, a.v_step, a.v_head_dim,
+                [&](int r) { return coming.key_place(a, r, item.v, a.v_row); }
+            );
             coming.advance(a, item);
         }
         // Empty groups too, so that their number tells which tile is there.
@@ -104,8 +103,7 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
     };
 
     begin_rows<BLOCK_ROWS, HEAD_DIM, PITCH>(
-        queries, (const Element*)a.q + item.q, a.q_row, a.q_step, a.head_dim,
-        [&](int r) { return item.first_row + r < a.q_len ? item.first_row + r : -1; }
+        queries, (const Element*)a.q, a.q_step, a.head_dim, [&](int r) { return query_place(a, item, r); }
     );
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; ++stage) begin_tile(stage);
@@ -153,8 +151,8 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = min(item.first_row + 16 * warp + group + 8 * half, a.q_len - 1);
-            const long long position = row + item.position;
+            const Row row = row_of(a, item, min(item.first_row + 16 * warp + group + 8 * half, a.rows - 1));
+            const long long position = row.row + item.position;
             unsigned hidden[(KEY_BLOCKS + 15) / 16] = {};
             float now = top[half];
 #pragma unroll
@@ -217,15 +215,15 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
     }
     wait_for_groups<0>();
 
-    const float sink = a.sinks ? ((const float*)a.sinks)[item.head] : -INFINITE;
-    Element* out = (Element*)a.out + item.out;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float all = total[half];
         all += __shfl_xor_sync(~0u, all, 1);
         all += __shfl_xor_sync(~0u, all, 2);
-        const int row = item.first_row + 16 * warp + group + 8 * half;
-        if (row >= a.q_len) continue;
+        const int number = item.first_row + 16 * warp + group + 8 * half;
+        if (number >= a.rows) continue;
+        const Row row = row_of(a, item, number);
+        const float sink = sink_of(a, item, row);
         const float base = base_of(larger(sink, top[half])), scaled = exp(top[half] - base);
         all = all * scaled + exp(sink - base);
         const float factor = all == 0 ? 0.0f : scaled / all;
@@ -234,8 +232,7 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
 #pragma unroll
             for (int e = 0; e < 2; ++e)
                 if (8 * m + pair + e < a.v_head_dim)
-                    out[row * a.out_row + 8 * m + pair + e] = element_of(sum[m][2 * half + e] * factor);
-        if (a.lse && pair == 0)
-            ((float*)a.lse)[((long long)item.batch * a.num_heads + item.head) * a.q_len + row] = base + log(all);
+                    store_out(a, item, row, 8 * m + pair + e, sum[m][2 * half + e] * factor);
+        if (pair == 0) store_lse(a, item, row, base + log(all));
     }
 }
