@@ -18,7 +18,7 @@ from anyattn.expr.functions import clip, exp, floor, log, maximum, minimum, sigm
 from anyattn.kv_cache import KVCache
 from anyattn.merge import merge
 from anyattn.registry import backends
-from anyattn.rope import rope
+from anyattn.rope import rope, rope_2d
 from anyattn.settings import use
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ __all__ = [
     "minimum",
     "pack",
     "rope",
+    "rope_2d",
     "scores",
     "sigmoid",
     "sqrt",

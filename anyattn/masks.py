@@ -43,6 +43,7 @@ __all__ = [
     "random_blocks",
     "sliding_window",
     "strided",
+    "top_blocks",
 ]
 
 # A membership test is spelled out up to this many tokens, looked up in a table beyond.
@@ -309,6 +310,26 @@ def block_sparse(blocks: Array, block_size: int) -> Mask:
     _boolean_array(blocks, "block_sparse: blocks")
     expr = Aligned(blocks, "bool", block_size, "block_sparse: blocks", any_rank=True)
     return Mask(expr, _words("block_sparse", f"<blocks {tuple(blocks.shape)}>", block_size))
+
+
+def top_blocks(q: Array, k: Array, block_size: int, count: int) -> Mask:
+    """Each block of queries sees the `count` blocks of keys that its mean query likes best.
+
+    Parameters
+    ----------
+    q : array, shape (..., Hq, Lq, D)
+    k : array, shape (..., Hkv, Lk, D)
+        The queries and keys of the call, in "bhld" order, or others that stand for them.
+    block_size : int
+        Rows and keys of a block; the last ones may be shorter.
+    count : int
+        Blocks of keys that each block of queries of each head sees, those of highest mean(q) . mean(k); of
+        equal ones the lower. A mask beside it, such as `causal`, hides some of them.
+    """
+    from anyattn.top_blocks import top_blocks as choose
+
+    mask = block_sparse(choose(q, k, block_size, count), block_size)
+    return Mask(mask.expr, _words("top_blocks", f"<q {tuple(q.shape)}>", block_size, count))
 
 
 def random_blocks(count: int, block_size: int, seed: int, *, positions: bool = True) -> Mask:

@@ -293,7 +293,5 @@ def in_pages(k_pages: Array, v_pages: Array, entry: Array, lengths: Array) -> Lo
     page = load(table_of(entry, "pages", ("b", None)), (B, J // size))
     length = load(table_of(lengths, "tokens of each sequence", ("b",)), (B,))
     token = page * size + J % size
-    k, v = (
-        xp.moveaxis(xp.reshape(x, (x.shape[0] * size, *x.shape[2:])), 1, 0) for x in (k_pages, v_pages)
-    )
+    k, v = (xp.moveaxis(xp.reshape(x, (x.shape[0] * size, *x.shape[2:])), 1, 0) for x in (k_pages, v_pages))
     return Lookup(k, v, lengths, (page >= 0) & (token < length), token)

@@ -20,7 +20,7 @@ from anyattn.rope_scaling import check_scaling, frequencies, needs_sequence_leng
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["rope"]
+__all__ = ["rope", "rope_2d"]
 
 _LAYOUTS = ("bhld", "blhd")
 _DIGIT = 4096
@@ -117,6 +117,47 @@ def rope(
     with arrays.exactly(x):
         cos, sin = _cos_sin(xp, at, x, dims, float(base), scaling)
         return rotate(xp, x, cos, sin, dims, interleaved, layout)
+
+
+def rope_2d(
+    x: Array,
+    rows: int | Sequence[Any] | Array,
+    columns: int | Sequence[Any] | Array,
+    *,
+    base: float = 100.0,
+    interleaved: bool = False,
+    layout: str = "bhld",
+) -> Array:
+    """Rotate queries or keys of an image: one half of the features by the row of a pixel, one by its column.
+
+    Axial rotary embeddings (B. Heo et al., "Rotary Position Embedding for Vision Transformer", 2024): each
+    half is `rope` of its own, so a product of a query and a key depends on how far they are apart in each
+    direction.
+
+    Parameters
+    ----------
+    x : array
+        As for `rope`, with a number of features that four divides.
+    rows, columns : int, float, sequence or array
+        Positions of each token of `x` in the image, as `positions` of `rope`. The first half of the features
+        turns by `rows`.
+    base : float, default 100
+        θ, as the paper has it for images.
+    interleaved, layout
+        As for `rope`.
+
+    Returns
+    -------
+    array
+        Like `x`.
+    """
+    features = _check_array(x, layout)
+    if features % 4:
+        raise ValueError(f"x: wanted a number of features that 4 divides, got shape {tuple(x.shape)}")
+    half = features // 2
+    options: dict[str, Any] = {"base": base, "interleaved": interleaved, "layout": layout}
+    turned = [rope(x[..., :half], rows, **options), rope(x[..., half:], columns, **options)]
+    return arrays.namespace(x).concat(turned, axis=-1)
 
 
 def rotate(

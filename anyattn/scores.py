@@ -20,7 +20,16 @@ from anyattn.expr.tables import table_of
 from anyattn.expr.trace import Read, trace_score, words
 from anyattn.numbers import boolean, integer, is_integer, real
 
-__all__ = ["Score", "alibi", "from_function", "relative_bias", "relative_keys", "softcap", "t5_bias"]
+__all__ = [
+    "Score",
+    "alibi",
+    "from_function",
+    "relative_bias",
+    "relative_bias_2d",
+    "relative_keys",
+    "softcap",
+    "t5_bias",
+]
 
 
 class Score:
@@ -136,6 +145,35 @@ def relative_bias(table: Array, *, positions: bool = True) -> Score:
     reach = _reach(weights.value.shape[1], "relative_bias: table", "(Hq, 2R + 1)")
     distance = clip(_query(positions) - J, -reach, reach) + reach
     return Score(SCORE + load(weights, (H, distance)), f"relative_bias(<table {tuple(weights.value.shape)}>)")
+
+
+def relative_bias_2d(table: Array, width: int, *, positions: bool = True) -> Score:
+    """s + table[h, clip(y_i - y_j, -Ry, Ry) + Ry, clip(x_i - x_j, -Rx, Rx) + Rx] of the pixels of an image.
+
+    Token n is the pixel (y, x) = (n // width, n % width). (Liu et al., "Swin Transformer", 2021: there Ry and
+    Rx are the height and width of a window less one, so nothing is clipped.)
+
+    Parameters
+    ----------
+    table : float array, shape (Hq, 2 Ry + 1, 2 Rx + 1)
+    width : int
+        Pixels in a row.
+    positions : bool, default True
+        Count i from the position; False: from the row.
+    """
+    weights = table_of(table, "relative_bias_2d: table", ("h", None, None))
+    if weights.kind != "float":
+        raise TypeError(f"relative_bias_2d: table: wanted a float array, got {weights.kind}")
+    width = integer(width, "relative_bias_2d: width", least=1)
+    reach = [
+        _reach(size, "relative_bias_2d: table", "(Hq, 2 Ry + 1, 2 Rx + 1)")
+        for size in weights.value.shape[1:]
+    ]
+    i = _query(positions)
+    apart = (i // width - J // width, i % width - J % width)
+    at = [clip(distance, -far, far) + far for distance, far in zip(apart, reach, strict=True)]
+    words = f"relative_bias_2d(<table {tuple(weights.value.shape)}>, {width})"
+    return Score(SCORE + load(weights, (H, *at)), words)
 
 
 def relative_keys(

@@ -467,3 +467,28 @@ def test_dynamic_under_jit_asks_for_the_length():
         jax.jit(lambda x, p: aa.rope(x, p, scaling=scaling))(x, np.arange(12))
     known = jax.jit(lambda x: aa.rope(x, range(12), scaling=scaling))(x)
     np.testing.assert_allclose(host(known), aa.rope(x, range(12), scaling=scaling), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["bhld", "blhd"])
+def test_images_turn_by_row_and_column(layout):
+    rng = np.random.default_rng(0)
+    rows, columns = np.divmod(np.arange(12), 4)
+    x = rng.standard_normal((2, 3, 12, 8))
+    given = x if layout == "bhld" else np.moveaxis(x, 1, 2)
+    found = aa.rope_2d(given, rows, columns, layout=layout)
+    found = found if layout == "bhld" else np.moveaxis(found, 2, 1)
+    for half, positions in ((slice(0, 4), rows), (slice(4, 8), columns)):
+        for pair in range(2):
+            angle = positions * 100.0 ** (-2 * pair / 4)
+            a, b = x[..., half][..., pair], x[..., half][..., pair + 2]
+            np.testing.assert_allclose(
+                found[..., half][..., pair], a * np.cos(angle) - b * np.sin(angle), rtol=1e-6, atol=1e-9
+            )
+    # A product depends on the distance in each direction alone.
+    q, k = rng.standard_normal((2, 1, 8))
+    product = [
+        (aa.rope_2d(q, [r], [c]) @ aa.rope_2d(k, [r + 2], [c - 1]).T).item() for r, c in ((0, 1), (5, 9))
+    ]
+    assert product[0] == pytest.approx(product[1])
+    with pytest.raises(ValueError, match="x: wanted a number of features that 4 divides"):
+        aa.rope_2d(x[..., :6], rows, columns)

@@ -186,3 +186,22 @@ def test_heads_of_the_call_must_fit():
     x = np.zeros((4, 3, 2))
     with pytest.raises(ValueError, match="alibi: slopes: wanted one entry for each of 4 query heads"):
         aa.attention(x, x, x, score_mod=scores.alibi(8))
+
+
+def test_relative_bias_of_an_image_is_that_of_swin():
+    """Coordinates as the paper's code makes them: shifted differences of the pixels' rows and columns."""
+    height, width, heads = 3, 5, 2
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((heads, 2 * height - 1, 2 * width - 1))
+    y, x = np.divmod(np.arange(height * width), width)
+    bias = table[:, y[:, None] - y + height - 1, x[:, None] - x + width - 1]
+    q, k, v = rng.standard_normal((3, 2, height * width, 4))
+    found = aa.attention(q, k, v, score_mod=aa.scores.relative_bias_2d(table, width))
+    np.testing.assert_allclose(found, aa.attention(q, k, v, bias=bias), rtol=1e-9)
+    # Farther pixels read the edge of a smaller table.
+    small = table[:, 1:-1, 2:-2]
+    clipped = small[:, np.clip(y[:, None] - y, -1, 1) + 1, np.clip(x[:, None] - x, -2, 2) + 2]
+    found = aa.attention(q, k, v, score_mod=aa.scores.relative_bias_2d(small, width))
+    np.testing.assert_allclose(found, aa.attention(q, k, v, bias=clipped), rtol=1e-9)
+    with pytest.raises(ValueError, match="relative_bias_2d: table: wanted shape"):
+        aa.scores.relative_bias_2d(table[:, 1:], width)

@@ -98,6 +98,7 @@ SCORES: dict[str, Any] = {
     "relative_bias": score("relative_bias", TABLE),
     "relative_bias of one entry": score("relative_bias", Drawn("table", (HEADS, 1))),
     "relative_bias wider than the keys": score("relative_bias", Drawn("table", (HEADS, 41))),
+    "relative_bias_2d": score("relative_bias_2d", Drawn("table", (HEADS, 5, 3)), 3),
     "relative_keys": score("relative_keys", Same("q"), Drawn("table", (5, 8))),
     "relative_keys with scale": score("relative_keys", Same("q"), Drawn("table", (3, 8)), 0.5),
     "softcap": score("softcap", 0.8),

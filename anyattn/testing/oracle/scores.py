@@ -109,6 +109,20 @@ def relative_bias(table: Any, *, positions: bool = True) -> Score:
     return Score(lambda s, at: s + values[at.h, np.clip(at.place(positions) - at.j, -reach, reach) + reach])
 
 
+def relative_bias_2d(table: Any, width: int, *, positions: bool = True) -> Score:
+    """`table` is (Hq, 2 Ry + 1, 2 Rx + 1), for pixels in rows of `width`."""
+    values = wide(table)
+
+    def change(s: Array, at: Pairs) -> Array:
+        index = []
+        for size, place in zip(values.shape[1:], (np.floor_divide, np.mod), strict=True):
+            distance = place(at.place(positions), width) - place(at.j, width)
+            index.append(np.minimum(np.maximum(distance + size // 2, 0), size - 1))
+        return s + values[at.h, index[0], index[1]]
+
+    return Score(change)
+
+
 def relative_keys(
     q: Any, table: Any, scale: float | None = None, *, positions: bool = True, layout: str = "bhld"
 ) -> Score:
