@@ -49,6 +49,13 @@ PAIRS = [
 # Processors for which Numba compiles as well, by LLVM's names: with AVX2, and with SSE2 alone.
 PROCESSORS = ("haswell", "generic")
 
+# XLA compiles a program for every shape, which takes longer than all else in a test with JAX, and without
+# optimising a quarter of that. A flag that XLA does not know ends the process: constraints.txt pins it.
+CHEAP_XLA = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+}
+
 # More workers than this would each import torch and JAX and start threads of their own.
 PARALLEL = ["-n=auto", "--maxprocesses=4"]
 
@@ -114,7 +121,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session, backend: str) -> None:
     """All of `tests/`, with every array library and what the backend needs installed."""
     python = shared_environment(session, BACKENDS[backend])
-    session.run(python, "-m", "pytest", *PARALLEL, *session.posargs, external=True)
+    session.run(python, "-m", "pytest", *PARALLEL, *session.posargs, external=True, env=CHEAP_XLA)
 
 
 @nox.session
@@ -137,7 +144,7 @@ def cuda(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "-e", ".[testing]", *needed)
     # Without NVRTC the tests would skip.
     session.run("python", "-c", "from cupy.cuda import nvrtc; print('NVRTC', *nvrtc.getVersion())")
-    files = ("ptx_interpreter", "cuda_kernels", "cuda_mutants", "cuda_budget")
+    files = ("ptx_interpreter", "cuda_expressions", "cuda_kernels", "cuda_mutants", "cuda_budget")
     session.run("pytest", *PARALLEL, *(f"tests/test_{name}.py" for name in files), *session.posargs)
 
 
@@ -194,7 +201,7 @@ def run_kit(
         # Each drawn call has a mask or score of its own, which takes a second to compile.
         chosen.append("--anyattn-examples=40")
     # Kernels differ by processor and code alone: every session and run finds those of the ones before.
-    env = {"ANYATTN_CACHE_DIR": str(ROOT / ".nox" / "kernels")}
+    env = {"ANYATTN_CACHE_DIR": str(ROOT / ".nox" / "kernels"), **CHEAP_XLA}
     if processor:
         # Without the second Numba adds the features of this machine.
         env |= {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}

@@ -185,6 +185,8 @@ class Kernel:
                         self.registers[f"{one}@{inner}"] = kind
             elif found := re.fullmatch(_VARIABLE, statement):
                 self.variables.append(_variable(found))
+            elif statement.startswith((".param", "call")):
+                raise PtxError(f"calls of functions are not known: {statement} ({where})")
             elif not statement.startswith(".pragma"):
                 self.instructions.append(_instruction(statement, scopes, where))
 
