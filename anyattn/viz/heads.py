@@ -32,14 +32,14 @@ class HeadSummary:
     Attributes
     ----------
     distance : float
-        Mean of |i - j| over the weights, in tokens.
+        Mean of abs(i - j) over the weights, in tokens.
     entropy : float
         -sum p ln p, in nats: 0 for one key, ln n for n keys alike.
     first, same, previous, next : float
         Weight on key 0 and on the keys at i, i - 1 and i + 1, of rows that have such a key (`first`: other
         than their own).
     near : float
-        Weight on keys with |i - j| <= 4.
+        Weight on keys with abs(i - j) <= 4.
     evenness : float
         Entropy over that of equal weights on the keys that have weight, 0 to 1.
     """
