@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -38,6 +39,10 @@ def window(size):
     return {"mask_function": hf.sliding_window_causal_mask_function(size), "local_size": size}
 
 
+def both_ways(size):
+    return {"mask_function": hf.sliding_window_bidirectional_mask_function(size), "local_size": size}
+
+
 def chunks(size):
     return {"mask_function": hf.chunked_causal_mask_function(size, STARTS), "local_size": size}
 
@@ -53,10 +58,12 @@ CASES = {
     "both ways": ({"mask_function": hf.bidirectional_mask_function}, {}),
     "window": (window(3), {"causal": True, "window": (2, None)}),
     "window of all keys": (window(9), {"causal": True}),
-    "window both ways": (
-        {"mask_function": hf.sliding_window_bidirectional_mask_function(2), "local_size": 2},
-        {"window": (2, 2)},
+    "window of all keys but one": (window(8), {"causal": True, "window": (7, None)}),
+    "window of what follows": (
+        both_ways(7) | {"q_length": 1, "attention_mask": KEPT | True},
+        {"window": (7, 7)},
     ),
+    "window both ways": (both_ways(2), {"window": (2, 2)}),
     "chunks": (
         chunks(4) | {"attention_mask": KEPT[:, :6]},
         {"causal": True, "mask": ..., "kv_lengths": [6, 6]},
@@ -76,6 +83,7 @@ CASES = {
         {"q_length": 1, "q_offset": 8, "attention_mask": KEPT | KEPT[:1]},
         {"mask": ...},
     ),
+    "two tokens": ({"q_length": 2, "q_offset": 7}, {"causal": True}),
     "part of a prompt": ({"q_length": 3, "q_offset": 6}, {"causal": True}),
     "a static cache": (
         {"q_length": 3, "kv_length": 12, "q_offset": torch.tensor(6), "attention_mask": KEPT},
@@ -108,20 +116,23 @@ def test_options_say_what_transformers_says(name):
     for option in wanted.keys() - {"mask"}:
         found = options[option]
         assert (found.tolist() if option == "kv_lengths" else found) == wanted[option]
+    # The constants that `and_masks` and `or_masks` begin with are gone.
+    assert not re.search("True|False", repr(options.get("mask")))
     arguments.pop("local_size", None)
     dense = hf.sdpa_mask(**arguments, allow_is_causal_skip=False)
     q, k = (torch.zeros((B, 1, arguments[n], 1)) for n in ("q_length", "kv_length"))
     weights = anyattn.attention_weights(q, k, backend="reference", **seen.options)
     assert torch.equal(weights > 0, dense)
-    assert torch.equal(torch.Tensor.to(seen, torch.int8), dense.to(torch.int8))
+    assert torch.equal(seen == 0, dense)
 
 
-def test_a_mask_is_a_tensor_to_models():
-    seen, dense = seen_keys(B, L, L), hf.sdpa_mask(B, L, L, allow_is_causal_skip=False)
-    assert (seen.shape, seen.dtype, seen.device.type) == (dense.shape, torch.bool, "cpu")
+def test_to_models_a_mask_is_that_of_eager():
+    dtype = torch.bfloat16
+    seen, dense = seen_keys(B, L, L, dtype=dtype), hf.eager_mask(B, L, L, dtype=dtype)
+    assert (seen.shape, seen.dtype, seen.device.type) == (dense.shape, dtype, "cpu")
     assert torch.equal(seen[:, :, 2:5], dense[:, :, 2:5])
-    assert torch.equal(torch.where(seen, 1.0, -2.0), torch.where(dense, 1.0, -2.0))
-    assert "True" in str(seen)
+    assert torch.equal(torch.ones((B, 4, L, L)) + seen, torch.ones((B, 4, L, L)) + dense)
+    assert "SeenKeys" in str(seen)
 
 
 def test_a_function_that_cannot_be_traced_is_evaluated():

@@ -194,14 +194,14 @@ MODELS = (
 )
 
 # Models that compute attention themselves: transformers takes the name and asks nobody.
-UNASKED = {
-    "BLOOM": ("BloomConfig", "BloomModel", dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)),
-    "DeBERTa v2": ("DebertaV2Config", "DebertaV2Model", _DECODER),
-    "Longformer": ("LongformerConfig", "LongformerModel", {**_DECODER, "attention_window": 4}),
-    "MPT": ("MptConfig", "MptModel", dict(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4)),
-    "RoFormer": ("RoFormerConfig", "RoFormerModel", _DECODER),
-    "XLNet": ("XLNetConfig", "XLNetModel", dict(vocab_size=VOCABULARY, d_model=32, n_layer=2, n_head=4)),
-}
+UNASKED = (
+    Model("BLOOM", "BloomConfig", "BloomModel", dict(vocab_size=VOCABULARY, hidden_size=32, n_head=4), ""),
+    Model("DeBERTa v2", "DebertaV2Config", "DebertaV2Model", _DECODER, ""),
+    Model("Longformer", "LongformerConfig", "LongformerModel", {**_DECODER, "attention_window": 4}, ""),
+    Model("MPNet", "MPNetConfig", "MPNetModel", _DECODER, ""),
+    Model("MPT", "MptConfig", "MptModel", dict(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4), ""),
+    Model("XLNet", "XLNetConfig", "XLNetModel", dict(vocab_size=VOCABULARY, d_model=32, n_head=4), ""),
+)
 
 COLUMNS = {
     "logits": "logits",
@@ -221,5 +221,5 @@ def table() -> str:
         cells = ["✓" if check in model.checks else "" for check in COLUMNS]
         lines.append(f"| {model.name} | {model.shows} | {' | '.join(cells)} |")
     empty = " | ".join("" for _ in COLUMNS)
-    lines += [f"| {name} | attention of its own, asks nobody | {empty} |" for name in UNASKED]
+    lines += [f"| {model.name} | attention of its own | {empty} |" for model in UNASKED]
     return "\n".join(lines) + "\n"

@@ -1,9 +1,9 @@
 """Which keys are seen: the mask of a forward pass, as options of `anyattn.attention`.
 
 transformers asks once a forward pass for each kind of layer and hands the answer to every layer's attention
-function, and models look at it on the way: at its shape, its dtype, some slice or combine it. So the answer
-is a boolean tensor of shape (B, 1, Lq, Lk) to whoever looks, whose entries are computed only then; what the
-attention function takes from it are the `options`.
+function. Models look at it on the way, and those that compute attention themselves add it to their scores. So
+the answer is a tensor of shape (B, 1, Lq, Lk), as of transformers' `eager_mask`, to whoever looks, whose
+entries are computed only then; what the attention function takes from it are the `options`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["SeenKeys", "seen_keys"]
 
 
 class SeenKeys(torch.Tensor):  # type: ignore[misc]
-    """A boolean mask of shape (B, 1, Lq, Lk) that is computed when somebody looks at its entries.
+    """A mask that is added to scores, (B, 1, Lq, Lk), computed when somebody looks at its entries.
 
     Attributes
     ----------
@@ -44,11 +44,12 @@ class SeenKeys(torch.Tensor):  # type: ignore[misc]
     def __new__(
         cls: type[SeenKeys],
         shape: tuple[int, ...],
+        dtype: torch.dtype,
         device: torch.device,
         options: dict[str, Any],
         dense: Callable[[], torch.Tensor],
     ) -> SeenKeys:
-        self: SeenKeys = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        self: SeenKeys = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         self.options = options
         # Contiguous, as its strides say it is.
         self.dense = functools.cache(lambda: dense().contiguous())
@@ -73,10 +74,10 @@ def seen_keys(
     local_size: int | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
-    allow_is_causal_skip: bool = True,
+    dtype: torch.dtype = torch.float32,
     **kwargs: Any,
-) -> torch.Tensor | None:
-    """The mask of one kind of layer; the signature is that of transformers' own, `sdpa_mask`.
+) -> torch.Tensor:
+    """The mask of one kind of layer; the signature is that of transformers' own, `eager_mask`.
 
     Parameters
     ----------
@@ -92,18 +93,15 @@ def seen_keys(
         The window or chunk of `mask_function`.
     use_vmap : bool
         Whether `mask_function` may only be called with single indices.
-    device : torch.device or str
-        Where the model's inputs are.
-    allow_is_causal_skip : bool
-        Whether None may stand for a plain causal mask.
+    device, dtype : torch.device or str; torch.dtype
+        Of the model's hidden states.
 
     Returns
     -------
-    tensor of bool, shape (B, 1, Lq, Lk), or None
-        `SeenKeys`. While a graph is being traced the entries themselves, or None for a plain causal mask.
+    tensor of `dtype`, shape (B, 1, Lq, Lk)
+        `SeenKeys`, or the entries themselves while a graph is being traced.
     """
-    dense = functools.partial(
-        masking_utils.sdpa_mask,
+    arguments: dict[str, Any] = dict(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -111,13 +109,12 @@ def seen_keys(
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
-        allow_is_causal_skip=False,
         use_vmap=use_vmap,
         device=device,
     )
+    dense = functools.partial(masking_utils.eager_mask, **arguments, dtype=dtype)
     if is_tracing(attention_mask):
-        plain = mask_function is masking_utils.causal_mask_function and attention_mask is None
-        return None if plain and allow_is_causal_skip and q_length == kv_length else dense()
+        return dense()
     first_query, first_key = _number(q_offset), _number(kv_offset)
     if q_length == 1 and isinstance(first_query, torch.Tensor):
         # A static cache on a device: its row is computed there, and nothing waits for a position to be read.
@@ -128,12 +125,13 @@ def seen_keys(
         warnings.warn(
             f"anyattn: {error}; the mask is evaluated at all {q_length} x {kv_length} pairs", stacklevel=2
         )
-        options = {"mask": masks.dense(dense())}
+        options = {"mask": masks.dense(masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False))}
     else:
         options = _and(options, _unpadded(attention_mask, kv_length, first_key))
     options["q_offset"] = first_query - first_key
     options = _without_idle(options, q_length, kv_length)
-    return SeenKeys((batch_size, 1, q_length, kv_length), torch.device(device), options, dense)
+    shape = (batch_size, 1, q_length, kv_length)
+    return SeenKeys(shape, dtype, torch.device(device), options, dense)
 
 
 def _number(value: int | torch.Tensor) -> Any:
