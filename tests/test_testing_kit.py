@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 
 from anyattn.testing import running
 from anyattn.testing.bad_input import bad_calls
-from anyattn.testing.case import Given, Plant, Value, call
+from anyattn.testing.case import Entry, Given, Plant, Value, call
 from anyattn.testing.cases import all_cases, gradient_cases, pairwise, regenerate_pairs
 from anyattn.testing.expected import Expected, expected, expected_gradients, mismatch
 from anyattn.testing.libraries import LIBRARIES
@@ -204,6 +204,11 @@ class TestSkips:
         if jax.missing() is None:
             assert jax.lacks(plain(dtype="float64")) == "jax has no float64"
             assert jax.lacks(plain(memory="reversed")) == "jax has no reversed arrays"
+            wide = LIBRARIES["jax-x64"]
+            assert wide.lacks(plain(dtype="float64")) is None
+            assert wide.lacks(plain(mask=Entry("masks", "documents", (Given("ids", [0, 0, 1]),)))) is None
+            assert wide.lacks(replace(plain(), family="pairs")) is None
+            assert "64-bit numbers are in no array" in wide.lacks(plain())
 
     def test_what_a_library_adds_to_the_needs(self):
         jit, eager = LIBRARIES["jax-jit"], LIBRARIES["jax"]

@@ -289,6 +289,9 @@ class Jax(Library):
     differentiates = True
     examples = 25
 
+    # Families in which all options, or positions, meet integers of 64 bits.
+    WIDE: ClassVar[tuple[str, ...]] = ("pairs", "drawn", "positions", "long")
+
     def __init__(self, name: str, *, jit: bool = False, x64: bool = False) -> None:
         super().__init__(name)
         self.traced = jit
@@ -296,6 +299,13 @@ class Jax(Library):
         self.dtypes = ALL_DTYPES if x64 else ALL_DTYPES - {"float64"}
         self.integers = INTEGERS if x64 else frozenset({"int32"})
         self._sessions = 0
+
+    def lacks(self, case: Case) -> str | None:
+        # Every shape compiles anew: x64 runs what it adds to the variant without.
+        named = {spec.dtype or case.dtype for spec in case.specifications()}
+        if self._x64 and case.family not in self.WIDE and not named & {"int", "int64", "float64"}:
+            return f"64-bit numbers are in no array, and the family is none of {', '.join(self.WIDE)}"
+        return super().lacks(case)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
