@@ -64,7 +64,7 @@ def run(cls, values):
 
 def test_every_subject_is_tested():
     found = {path.stem for path in (FOLDER / "benchmarks").glob("[a-z]*.py")}
-    assert found == {*SUBJECTS, "common", "startup"}
+    assert found == {*SUBJECTS, "common", "startup", "training"}
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
@@ -92,6 +92,22 @@ def test_all_who_compute_agree(subject, monkeypatch):
                 if out is not None:
                     error = np.abs(out - outs["reference"]).max()
                     assert error < tolerance, f"{cls.__name__} {case}: {name} is off by {error}"
+
+
+def test_training_steps_agree(monkeypatch):
+    pytest.importorskip("torch", reason="trains a model of torch")
+    training = module("training")
+    for name, small in (("LAYERS", 1), ("TOKENS", 140), ("BATCH", 1), ("HEADS", 3)):
+        monkeypatch.setattr(training, name, small)
+    found = []
+    for who in training.WHO:
+        benchmark = training.Step()
+        benchmark.setup(who)
+        benchmark.time_step(who)
+        assert benchmark.track_extra_memory(who) < 1e9
+        found.append(benchmark.step())
+    assert found[0] > 0
+    assert found == pytest.approx([found[0]] * 4, rel=1e-4)
 
 
 def test_first_calls_run_in_processes_of_their_own():
