@@ -53,8 +53,9 @@ def interpreted(program, dtype, index, at, s):
 
 @pytest.mark.parametrize("index", ["long long", "int"])
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_random_expressions(seed, index, dtype="float32"):
+def test_random_expressions(seed, index):
     need_nvrtc()
+    dtype = "float32"
     mask, score = (draw(seed, 4, finite=seed % 2 == 0) for draw in (random_mask, random_score))
     program = lower(mask.expr(), score.expr())
     where = points(seed, POINTS)

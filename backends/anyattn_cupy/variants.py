@@ -76,14 +76,6 @@ class Variant:
         return 32 * self.warps
 
     @property
-    def blocks(self) -> int:
-        """Blocks that a multiprocessor is to hold at least.
-
-        ptxas gives up registers, and spills, for more blocks than these: three leave a thread 168 of them.
-        """
-        return 3 if max(self.head_dim, self.v_head_dim) <= 64 and self.dtype != "float64" else 1
-
-    @property
     def shared_memory(self) -> int:
         """Bytes of dynamic shared memory, as the kernel's file lays it out."""
         if self.kernel == "forward_mma":
@@ -103,7 +95,6 @@ class Variant:
             "HEAD_DIM": self.head_dim,
             "V_HEAD_DIM": self.v_head_dim,
             "WARPS": self.warps,
-            "LEAST_BLOCKS": self.blocks,
             "BLOCK_ROWS": self.rows,
             "BLOCK_KEYS": self.keys,
             "VECTOR_LOADS": int(self.vector_loads),

@@ -7,8 +7,7 @@
 // lane holds 4 rows x BLOCK_KEYS / 8 keys of the scores, and 4 rows x V_HEAD_DIM / 8 columns of the result.
 //
 // Given: WARPS, BLOCK_KEYS, HEAD_DIM (a multiple of 8) and V_HEAD_DIM (of 128 bytes), VECTOR_LOADS: whether rows
-// of q, k and v begin at multiples of 16 bytes and have whole vectors; LEAST_BLOCKS of a multiprocessor. Shared
-// memory is dynamic.
+// of q, k and v begin at multiples of 16 bytes and have whole vectors. Shared memory is dynamic.
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROWS = 4;                   // of a lane: row_group + 4 r
@@ -79,7 +78,8 @@ __device__ __forceinline__ void add_values(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
+// One block at least: without the number ptxas gives up registers, and spills, for more of them.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Captured c) {
     extern __shared__ __align__(16) unsigned char shared[];
     Real* queries = (Real*)shared;

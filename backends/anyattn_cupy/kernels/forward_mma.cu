@@ -75,7 +75,8 @@ __device__ __forceinline__ void add_seen_values(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
+// One block at least: without the number ptxas gives up registers, and spills, for more of them.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Captured c) {
     extern __shared__ __align__(128) unsigned char shared[];
     Element* queries = (Element*)shared;

@@ -1,0 +1,103 @@
+"""Every kernel compiles for every architecture, within a committed budget of registers, memory and spills.
+
+`python tests/test_cuda_budget.py` writes the budget anew. A number that falls is no error; write it then.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_compile import compiled, need_nvrtc
+from cuda_standin import SHARED_MEMORY
+
+from anyattn import masks, scores
+from anyattn.describe import Options, describe
+from anyattn.expr.program import lower
+from anyattn_cupy.source import OPTIONS, kernel_source
+from anyattn_cupy.variants import Device, choose
+
+BUDGET = Path(__file__).with_name("cuda_budget.csv")
+COLUMNS = ("dtype", "head_dim", "vector_loads", "options", "architecture")
+HELD = ("kernel", "rows", "keys", "registers", "shared_memory", "spilled")
+
+# The options that the program of a kernel is printed for.
+PROGRAMS = {
+    "none": {},
+    "causal": {"causal": True},
+    "all": {
+        "mask": masks.sliding_window(512) | masks.global_tokens(64),
+        "score_mod": scores.alibi(2),
+        "softcap": 30.0,
+    },
+}
+KERNELS = [
+    *((dtype, dim, True, "causal") for dtype in ("float16", "float32", "float64") for dim in (64, 128, 256)),
+    ("bfloat16", 128, True, "causal"),
+    *((dtype, 64, True, options) for dtype in ("float16", "float32") for options in ("none", "all")),
+    *((dtype, 64, False, "causal") for dtype in ("float16", "float32")),
+]
+
+
+def needs(dtype, dim, vector_loads, options, capability):
+    """What a kernel takes on an architecture, as a row of the budget; None where no tile fits."""
+    variant = choose(Device(capability, SHARED_MEMORY[capability]), dtype, dim, dim, vector_loads)
+    if variant is None:
+        return None
+    x = np.zeros((2, 8, 8), "f4")
+    call = describe("attention", x, x, x, Options(**PROGRAMS[options]))
+    source = kernel_source(variant, lower(call.visible, call.score), "int")
+    found = compiled(source, f"sm_{capability}", OPTIONS).resources["forward"]
+    shared = variant.shared_memory + found.shared_memory
+    values = (variant.kernel, variant.rows, variant.keys, found.registers, shared, found.spilled)
+    return dict(zip(HELD, map(str, values), strict=True))
+
+
+def keyed(dtype, dim, vector_loads, options, capability):
+    values = (dtype, dim, "yes" if vector_loads else "no", options, f"sm_{capability}")
+    return dict(zip(COLUMNS, map(str, values), strict=True))
+
+
+@pytest.fixture(scope="module")
+def budget():
+    with BUDGET.open(newline="") as file:
+        return {tuple(row[c] for c in COLUMNS): row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: "-".join(map(str, k)))
+def test_within_the_budget(kernel, budget):
+    need_nvrtc()
+    for capability in SHARED_MEMORY:
+        row, found = budget.get(tuple(keyed(*kernel, capability).values())), needs(*kernel, capability)
+        assert (row is None) == (found is None), (kernel, capability)
+        if found is None:
+            continue
+        assert all(row[name] == found[name] for name in ("kernel", "rows", "keys", "shared_memory")), found
+        for name in ("registers", "spilled"):
+            assert int(found[name]) <= int(row[name]), (kernel, capability, name, found)
+
+
+def test_nothing_is_spilled_up_to_128_channels(budget):
+    for key, row in budget.items():
+        if int(row["head_dim"]) <= 128 and row["dtype"] != "float64":
+            assert row["spilled"] == "0", key
+
+
+def test_the_budget_lists_what_is_compiled(budget):
+    wanted = {tuple(keyed(*kernel, c).values()) for kernel in KERNELS for c in SHARED_MEMORY}
+    assert set(budget) <= wanted
+    # What has no tile: float64 of 256 channels where a block has 64 KiB.
+    assert wanted - set(budget) == {("float64", "256", "yes", "causal", "sm_75")}
+
+
+if __name__ == "__main__":
+    writer = csv.DictWriter(sys.stdout, [*COLUMNS, *HELD], lineterminator="\n")
+    writer.writeheader()
+    for kernel in KERNELS:
+        for capability in SHARED_MEMORY:
+            held = needs(*kernel, capability)
+            if held is not None:
+                writer.writerow(keyed(*kernel, capability) | held)
