@@ -27,6 +27,8 @@ SLOPES, TABLE, DISTANCES = draw(4).abs(), draw(4, 11), draw(7, 8)
 IDS = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2])
 BEFORE = masks.documents(IDS)
 SCORE = scores.alibi(SLOPES)
+DISTANCES.requires_grad_()
+KEYS = scores.relative_keys(Q, DISTANCES)
 
 
 def attend(q, k, v, **options):
@@ -67,6 +69,8 @@ CALLS = {
     "made before, joined": lambda q, k, v, s: attend(
         q, k, v, score_mod=SCORE.then(scores.softcap(3.0)), mask=BEFORE & masks.causal()
     ),
+    "queries made before": lambda q, k, v, s: attend(q, k, v, score_mod=KEYS + SCORE),
+    "blocks that queries choose": lambda q, k, v, s: attend(q, k, v, mask=masks.top_blocks(q, k, 4, 2)),
     "lengths and sinks": lambda q, k, v, s: attend(
         q, k, v, kv_lengths=[3, 9], q_offset=0, causal=True, sinks=s
     ),
@@ -93,10 +97,10 @@ def fresh():
 
 @pytest.mark.parametrize("function", CALLS.values(), ids=CALLS)
 def test_gives_what_the_function_gives(function):
-    arrays = [x.clone().requires_grad_() for x in (Q, K, V, SLOPES)]
+    arrays = [*(x.clone().requires_grad_() for x in (Q, K, V, SLOPES)), DISTANCES]
 
     def results(f):
-        found = f(*arrays)
+        found = f(*arrays[:4])
         found = found if isinstance(found, tuple) else (found,)
         total = sum(x.sin().sum() for x in found)
         return *found, *torch.autograd.grad(total, arrays, allow_unused=True, materialize_grads=True)

@@ -34,8 +34,7 @@ def attention_in_graph(tensors: list[Tensor], recipe: tuple[Any, ...]) -> Any:
     forced = settings.forced_backend(options.get("backend"))
     # Inside a graph that is only recorded, not compiled, tensors have values.
     direct = not any(arrays.is_tracer(x) for x in tensors) or (forced and forced[0] != "torch")
-    # The table of its scores is a product with the queries, through which gradients pass.
-    if direct or recipes.holds(recipe, "relative_keys") or _is_for_sdpa(tensors, text):
+    if direct or recipes.makes_arrays(recipe) or _is_for_sdpa(tensors, text):
         return attention(*tensors[:3], **recipes.options_of(text, tensors))
     _check(tensors)
     out, lse = _attend(tensors, text)

@@ -9,6 +9,7 @@ are kept here.
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import operator
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from anyattn.expr.structure import is_given, structure
 from anyattn.masks import Mask
 from anyattn.scores import Score
 
-__all__ = ["as_text", "holds", "options_of", "read", "remember"]
+__all__ = ["as_text", "makes_arrays", "options_of", "read", "remember"]
 
 Tensors = Sequence[torch.Tensor]
 
@@ -106,9 +107,16 @@ def read(text: str) -> dict[str, Any]:
     return dict(ast.literal_eval(text))
 
 
-def holds(recipe: Any, name: str) -> bool:
-    """Whether `name` stands anywhere in a recipe."""
-    return recipe == name or (isinstance(recipe, tuple) and any(holds(x, name) for x in recipe))
+def makes_arrays(recipe: Any) -> bool:
+    """Whether a score reads arrays that are computed from tensors, through which gradients pass."""
+    if not isinstance(recipe, tuple):
+        return False
+    if recipe[:1] == ("object",):
+        nodes = walk(_known[recipe[1]].expr)
+        return any(isinstance(n, Deferred) and any(t.kind == "float" for t in n.tables) for n in nodes)
+    if recipe[:3] == ("entry", "scores", "relative_keys"):
+        return True
+    return any(makes_arrays(x) for x in recipe)
 
 
 def options_of(text: str, tensors: Tensors) -> dict[str, Any]:
@@ -171,8 +179,11 @@ def _remembered(key: str, tensors: list[torch.Tensor]) -> Mask | Score:
         found: Any = new.get(id(node), node)
         return found  # type: ignore[no-any-return]
 
-    expr = rewrite(value.expr, change) if new else value.expr
-    return type(value)(expr, repr(value))
+    if not new:
+        return value
+    other = copy.copy(value)
+    other.expr = rewrite(value.expr, change)
+    return other
 
 
 def _traced(kind: str, recipe: Any, tensors: Tensors) -> Mask | Score:
