@@ -1,6 +1,6 @@
 """Time and memory of a training step: 6 layers, 384 wide, 12 heads, 4 causal sequences of 1024 tokens.
 
-All scores of a layer would be 200 MB. The peer is torch's `scaled_dot_product_attention` with its own backward.
+All scores of a layer would be 200 MB. The peer is torch's `scaled_dot_product_attention` and its backward.
 """
 
 from __future__ import annotations
