@@ -411,7 +411,7 @@ class TestNames:
 
         for dtype in BOUND:
             shape = shape_for("float64" if dtype == "float64" else "float32")
-            for kernel in KERNELS:
+            for kernel in (*KERNELS, "linear"):
                 collect(_factory(kernel)(shape, dtype))
             for stored in (*BOUND, "bool"):
                 collect(entries_kernel(shape, stored))

@@ -397,4 +397,8 @@ def _linear() -> tuple[BadCall, ...]:
             {name: Drawn(name, (4, 9, 8), "float32") for name in "qkv"}, reads=True,
             cu_seqlens=Given("cu_seqlens", (0, 4, 10)),
         ),
+        call(
+            "sequences that go back", "ValueError", ("cu_seqlens", "9", "rise"),
+            {name: Drawn(name, (4, 9, 8), "float32") for name in "qkv"}, cu_seqlens=[0, 7, 4, 9],
+        ),
     )  # fmt: skip

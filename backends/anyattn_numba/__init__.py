@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from anyattn.backend import CAPABILITIES, LINEAR, Backend
+from anyattn.backend import CAPABILITIES, Backend
 from anyattn.call import AttentionCall
 
 if TYPE_CHECKING:
@@ -27,11 +27,13 @@ class NumbaBackend(Backend):
     arrays = ("*",)
     dtypes = frozenset({"float16", "bfloat16", "float32", "float64"})
     devices = ("cpu",)
-    capabilities = frozenset(CAPABILITIES) - LINEAR - {
+    capabilities = frozenset(CAPABILITIES) - {
         "dropout",
         "gradients",
         "traced",
         "deterministic_backward",
+        "gated_rule",
+        "delta_rule",
     }
     requires = ("numba",)
     extra = "numba"
@@ -51,6 +53,10 @@ class NumbaBackend(Backend):
         """Run a call."""
         from anyattn_numba import engine, inspect_engine
 
+        if call.operation == "linear":
+            from anyattn_numba.linear_engine import linear
+
+            return linear(call)  # type: ignore[arg-type]
         run = {"attention": engine.attend, "weights": inspect_engine.weights, "stats": inspect_engine.stats}
         return run[call.operation](call)
 

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 KERNELS = ("forward", "decode", "combine", "weights", "stats")
-"""Names of all kernels."""
+"""Names of the kernels of attention, its weights and statistics; "linear" is made when it is asked for."""
 
 _lock = held_over_forks(threading.Lock())
 _tiles: dict[tuple[str, str, str], int] = {}
@@ -48,7 +48,7 @@ def shape_for(accumulate: str) -> Shape:
 
 @lru_cache
 def kernel_address(kernel: str, dtype: str) -> int:
-    """The address of a task: "forward", "combine", "weights" or "stats"."""
+    """The address of a task: one of `KERNELS`, or "linear"."""
     accumulate = "float64" if dtype == "float64" else "float32"
     dispatcher = _factory(kernel)(shape_for(accumulate), dtype)
     with _lock:
@@ -60,6 +60,7 @@ def _factory(kernel: str) -> Any:
     from anyattn_numba.decode import decode_kernel
     from anyattn_numba.forward import forward_kernel
     from anyattn_numba.inspect import stats_kernel, weights_kernel
+    from anyattn_numba.linear_forward import linear_kernel
     from anyattn_numba.results import combine_kernel
 
     return {
@@ -68,6 +69,7 @@ def _factory(kernel: str) -> Any:
         "combine": combine_kernel,
         "weights": weights_kernel,
         "stats": stats_kernel,
+        "linear": linear_kernel,
     }[kernel]
 
 
@@ -147,6 +149,7 @@ def _own_modules() -> tuple[ModuleType, ...]:
         "forward",
         "inspect",
         "jit",
+        "linear_forward",
         "memory",
         "microkernels",
         "narrow",

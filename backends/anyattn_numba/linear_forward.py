@@ -1,0 +1,292 @@
+"""Linear attention of one strand after another: a chunk of tokens, then the state that it leaves.
+
+Katharopoulos et al., "Transformers are RNNs", 2020, in chunks. A strand is a sequence of one key/value head.
+Plainly, for each chunk of keys K and values V, and the queries Q of each head that reads the state S (F, Dv):
+
+    weights = K Q^T, 0 where the key comes after the query
+    out = scale (S^T Q^T + V^T weights)
+    S = S + K^T V
+
+All of it is done by the micro-kernels of attention. A lane is a query in the first two lines, and a channel
+of V in the third: S and V lie in blocks of as many columns as a block has lanes. The normalizer is one more
+column, that of a value that is always 1.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from numba import types
+
+from anyattn_numba.atomics import fetch_add
+from anyattn_numba.jit import carray, compiled
+from anyattn_numba.memory import pointer, read_real, read_word, transpose_kernel
+from anyattn_numba.microkernels import score_kernel, weigh_kernel
+from anyattn_numba.rows import ITEMSIZE, all_finite, reader, writer
+from anyattn_numba.target import Shape
+
+__all__ = ["BLOCK_WORDS", "STRAND_WORDS", "linear_kernel"]
+
+# The words of the argument block, then those of a strand.
+BLOCK_WORDS = 32
+(
+    COUNTER,
+    NUM_STRANDS,
+    STRANDS,
+    SCRATCH,
+    SCRATCH_SIZE,
+    GROUP_SIZE,
+    HEAD_DIM,
+    V_HEAD_DIM,
+    # V_HEAD_DIM, and one more with the normalizer.
+    COLUMNS,
+    CAUSAL,
+    SCALE,
+    Q_HEAD,
+    Q_ROW,
+    Q_STEP,
+    K_ROW,
+    K_STEP,
+    V_ROW,
+    V_STEP,
+    OUT_HEAD,
+    OUT_ROW,
+    # Where the parts of a thread's memory begin, in bytes.
+    AT_KEYS,
+    AT_VALUES,
+    AT_STATE,
+    AT_QUERY,
+    AT_STAGE,
+    AT_SCORE,
+    AT_SUM,
+    AT_ONES,
+) = range(0, 8 * 28, 8)
+STRAND_WORDS = 8
+STRAND_Q, STRAND_K, STRAND_V, STRAND_OUT, STATE_BEFORE, STATE_AFTER, Q_LEN, K_LEN = range(0, 64, 8)
+
+
+@lru_cache
+def linear_kernel(shape: Shape, dtype: str) -> Any:
+    """The task (`anyattn_numba.threads.TASK`) that computes linear attention for arrays of a dtype."""
+    lanes, size, rows, most = shape.lanes, shape.itemsize, shape.rows, shape.queries
+    kind = getattr(types, shape.element)
+    read, write = reader(dtype, shape.element), writer(dtype, shape.element)
+    stored = ITEMSIZE[dtype]
+    score, score_one = score_kernel(shape, rows), score_kernel(shape, 1)
+    weigh, weigh_one = weigh_kernel(shape, rows), weigh_kernel(shape, 1)
+    transpose = transpose_kernel(shape.element, lanes)
+    finite = all_finite(shape.element)
+
+    @compiled
+    def padded(count: int) -> int:
+        return (count + lanes - 1) // lanes * lanes
+
+    @compiled
+    def sum_up(
+        vectors: int, values: int, stride: int, weights: int, count: int, ones: int, out: int, channels: int
+    ) -> None:
+        """out[c, :] += sum over n < count of values[n, c] weights[n, :]."""
+        width = vectors * lanes * size
+        c = 0
+        while c + rows <= channels:
+            weigh(vectors, values + c * size, stride, weights, count, ones, out + c * width)
+            c += rows
+        while c < channels:
+            weigh_one(vectors, values + c * size, stride, weights, count, ones, out + c * width)
+            c += 1
+
+    @compiled
+    def load_keys(block: int, strand: int, scratch: int, first: int, count: int) -> None:
+        """The keys and values of a chunk; the columns of values in blocks, padded with 0."""
+        dim, v_dim, columns = (
+            read_word(block + HEAD_DIM),
+            read_word(block + V_HEAD_DIM),
+            read_word(block + COLUMNS),
+        )
+        keys, values = scratch + read_word(block + AT_KEYS), scratch + read_word(block + AT_VALUES)
+        stage = scratch + read_word(block + AT_STAGE)
+        k_row, v_row = read_word(block + K_ROW), read_word(block + V_ROW)
+        for n in range(count):
+            at = read_word(strand + STRAND_K) + (first + n) * k_row
+            read(at, read_word(block + K_STEP), dim, 1.0, keys + n * dim * size)
+            at = read_word(strand + STRAND_V) + (first + n) * v_row
+            read(at, read_word(block + V_STEP), v_dim, 1.0, stage)
+            row = carray(pointer(stage), v_dim, kind)
+            for start in range(0, columns, most):
+                width = min(most, padded(columns - start))
+                target = carray(pointer(values + (start * most + n * width) * size), width, kind)
+                for c in range(width):
+                    here = start + c
+                    target[c] = row[here] if here < v_dim else kind(1 if here < columns else 0)
+
+    @compiled
+    def add_keys(block: int, scratch: int, count: int) -> None:
+        """S = S + K^T V."""
+        dim, columns = read_word(block + HEAD_DIM), read_word(block + COLUMNS)
+        keys, ones = scratch + read_word(block + AT_KEYS), scratch + read_word(block + AT_ONES)
+        for start in range(0, columns, most):
+            width = min(most, padded(columns - start))
+            values = scratch + read_word(block + AT_VALUES) + start * most * size
+            state = scratch + read_word(block + AT_STATE) + start * dim * size
+            sum_up(width // lanes, keys, dim * size, values, count, ones, state, dim)
+
+    @compiled
+    def load_queries(block: int, strand: int, scratch: int, head: int, first: int, count: int) -> None:
+        """Queries side by side: (F, lanes)."""
+        dim, width = read_word(block + HEAD_DIM), padded(count)
+        wide = padded(dim)
+        stage, query = scratch + read_word(block + AT_STAGE), scratch + read_word(block + AT_QUERY)
+        start = read_word(strand + STRAND_Q) + head * read_word(block + Q_HEAD)
+        for lane in range(width):
+            target = stage + lane * wide * size
+            if lane < count:
+                source = start + (first + lane) * read_word(block + Q_ROW)
+                read(source, read_word(block + Q_STEP), dim, 1.0, target)
+            else:
+                empty = carray(pointer(target), wide, kind)
+                for n in range(wide):
+                    empty[n] = 0
+        for d in range(0, wide, lanes):
+            for lane in range(0, width, lanes):
+                transpose(
+                    stage + (lane * wide + d) * size,
+                    wide * size,
+                    query + (d * width + lane) * size,
+                    width * size,
+                )
+
+    @compiled
+    def weigh_chunk(block: int, scratch: int, count: int) -> None:
+        """The weights of a chunk's keys for its queries, 0 for those that come later."""
+        dim, width = read_word(block + HEAD_DIM), padded(count)
+        keys, query = scratch + read_word(block + AT_KEYS), scratch + read_word(block + AT_QUERY)
+        scores, vectors = scratch + read_word(block + AT_SCORE), width // lanes
+        # Nobody asks for the largest.
+        largest = scratch + read_word(block + AT_STAGE)
+        n = 0
+        while n < count:
+            here, to = keys + n * dim * size, scores + n * width * size
+            if n + rows <= count:
+                score(vectors, here, dim * size, query, dim, to, largest, here, dim * size)
+                n += rows
+            else:
+                score_one(vectors, here, dim * size, query, dim, to, largest, here, dim * size)
+                n += 1
+        weights = carray(pointer(scores), (count, width), kind)
+        for j in range(count):
+            for lane in range(j):
+                weights[j, lane] = 0
+
+    @compiled
+    def answer(block: int, strand: int, scratch: int, head: int, first: int, count: int, inside: int) -> None:
+        """The rows of some queries of a head; `inside` says that keys of the chunk count as well."""
+        load_queries(block, strand, scratch, head, first, count)
+        dim, v_dim, columns = (
+            read_word(block + HEAD_DIM),
+            read_word(block + V_HEAD_DIM),
+            read_word(block + COLUMNS),
+        )
+        width, wide = padded(count), padded(columns)
+        vectors = width // lanes
+        query, ones = scratch + read_word(block + AT_QUERY), scratch + read_word(block + AT_ONES)
+        sums, scores = scratch + read_word(block + AT_SUM), scratch + read_word(block + AT_SCORE)
+        empty = carray(pointer(sums), wide * width, kind)
+        for n in range(wide * width):
+            empty[n] = 0
+        if inside:
+            weigh_chunk(block, scratch, count)
+        for start in range(0, columns, most):
+            own = min(most, padded(columns - start))
+            channels = min(most, columns - start)
+            out = sums + start * width * size
+            state = scratch + read_word(block + AT_STATE) + start * dim * size
+            sum_up(vectors, state, own * size, query, dim, ones, out, channels)
+            if inside:
+                values = scratch + read_word(block + AT_VALUES) + start * most * size
+                sum_up(vectors, values, own * size, scores, count, ones, out, channels)
+        stage = scratch + read_word(block + AT_STAGE)
+        for c in range(0, wide, lanes):
+            for lane in range(0, width, lanes):
+                transpose(
+                    sums + (c * width + lane) * size,
+                    width * size,
+                    stage + (lane * wide + c) * size,
+                    wide * size,
+                )
+        target = read_word(strand + STRAND_OUT) + head * read_word(block + OUT_HEAD)
+        for lane in range(count):
+            factor = read_real(block + SCALE)
+            row = carray(pointer(stage + lane * wide * size), wide, kind)
+            if columns > v_dim:
+                total = row[v_dim]
+                for c in range(v_dim):
+                    row[c] = row[c] / total if total != 0 else kind(0)
+            at = target + (first + lane) * read_word(block + OUT_ROW)
+            write(stage + lane * wide * size, v_dim, factor, at, stored)
+
+    @compiled
+    def move_state(block: int, scratch: int, address: int, out: int) -> None:
+        """Between the rows (F, columns) at an address and the blocks of columns; 0 is a state of zeros."""
+        dim, columns = read_word(block + HEAD_DIM), read_word(block + COLUMNS)
+        for start in range(0, columns, most):
+            width = min(most, padded(columns - start))
+            channels = min(most, columns - start)
+            state = scratch + read_word(block + AT_STATE) + start * dim * size
+            for d in range(dim):
+                own = carray(pointer(state + d * width * size), width, kind)
+                if address == 0:
+                    for c in range(width):
+                        own[c] = 0
+                else:
+                    other = carray(pointer(address + (d * columns + start) * size), channels, kind)
+                    if out:
+                        for c in range(channels):
+                            other[c] = own[c]
+                    else:
+                        for c in range(width):
+                            own[c] = other[c] if c < channels else kind(0)
+
+    @compiled
+    def follow(block: int, strand: int, scratch: int) -> None:
+        """All of a strand."""
+        keys, queries = read_word(strand + K_LEN), read_word(strand + Q_LEN)
+        group, causal = read_word(block + GROUP_SIZE), read_word(block + CAUSAL)
+        ones = carray(pointer(scratch + read_word(block + AT_ONES)), most, kind)
+        for n in range(most):
+            ones[n] = 1
+        move_state(block, scratch, read_word(strand + STATE_BEFORE), 0)
+        first = 0
+        while first < keys:
+            count = min(most, keys - first)
+            load_keys(block, strand, scratch, first, count)
+            if causal:
+                values, v_dim = scratch + read_word(block + AT_VALUES), read_word(block + COLUMNS)
+                # Later tokens are multiplied by 0: one that is not finite goes alone.
+                sound = True
+                for start in range(0, v_dim, most):
+                    width = min(most, padded(v_dim - start))
+                    sound = sound and finite(values + start * most * size, width * size, count, width)
+                if not sound:
+                    count = 1
+                    load_keys(block, strand, scratch, first, count)
+                for head in range(group):
+                    answer(block, strand, scratch, head, first, count, 1)
+            add_keys(block, scratch, count)
+            first += count
+        if causal == 0:
+            for start in range(0, queries, most):
+                for head in range(group):
+                    answer(block, strand, scratch, head, start, min(most, queries - start), 0)
+        move_state(block, scratch, read_word(strand + STATE_AFTER), 1)
+
+    @compiled
+    def linear(block: int, worker: int) -> int:
+        scratch = read_word(block + SCRATCH) + worker * read_word(block + SCRATCH_SIZE)
+        while True:
+            number = fetch_add(block + COUNTER, 1)
+            if number >= read_word(block + NUM_STRANDS):
+                return 0
+            follow(block, read_word(block + STRANDS) + number * (8 * STRAND_WORDS), scratch)
+
+    return linear
