@@ -74,7 +74,8 @@ def _check(tensors: Sequence[Tensor]) -> None:
 
 @torch.library.custom_op("anyattn::attend", mutates_args=())  # type: ignore[untyped-decorator]
 def _attend(tensors: list[Tensor], recipe: str) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
+    # A route that compiles has no place in a graph that is compiled.
+    with torch.no_grad(), routes.only("tiles"):
         options = recipes.options_of(recipe, tensors)
         out, lse = attention(*tensors[:3], **{**options, "return_lse": True})
         return out.contiguous(), lse.contiguous()
