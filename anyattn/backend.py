@@ -102,6 +102,9 @@ class Backend:
         (out, lse) for "attention": out (..., Hq, Lq, Dv) in the dtype of the call, lse (..., Hq, Lq) in the
         accumulation dtype, or None where `call.return_lse` is False; an array (..., Hq, R, Lk) in the dtype
         of the call for "weights"; a dict of arrays in the accumulation dtype for "stats".
+        (out, state, normalizer) for "linear", whose call is an `anyattn.linear.call.LinearCall`: out
+        (..., Hq, Lq, Dv) in the dtype of the call, state (..., Hkv, F, Dv) and normalizer (..., Hkv, F) in
+        the accumulation dtype, with all batch axes or one of sequences; normalizer None without `normalize`.
         """
         raise NotImplementedError
 
