@@ -51,11 +51,10 @@ def interpreted(program, dtype, index, at, s):
     return arena.read(places[2], (POINTS,), "u4"), arena.read(places[3], (POINTS,), dtype)
 
 
-@pytest.mark.parametrize("index", ["long long", "int"])
+@pytest.mark.parametrize(("dtype", "index"), [("float32", "long long"), ("float64", "int")])
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_random_expressions(seed, index):
+def test_random_expressions(seed, dtype, index):
     need_nvrtc()
-    dtype = "float32"
     mask, score = (draw(seed, 4, finite=seed % 2 == 0) for draw in (random_mask, random_score))
     program = lower(mask.expr(), score.expr())
     where = points(seed, POINTS)

@@ -332,6 +332,20 @@ class TestWarp:
             DONE: """
         assert self.words(body) == [102] * 32
 
+    def test_a_function_is_called_from_two_places(self):
+        declared = """
+            .func (.param .b32 result) twice(.param .b32 given) {
+            .reg .b32 %r<5>; .reg .pred %p<2>;
+            ld.param.b32 %r1, [given]; setp.gt.u32 %p1, %r1, 9; @%p1 bra LARGE;
+            add.u32 %r2, %r1, %r1; st.param.b32 [result], %r2; ret;
+            LARGE: st.param.b32 [result], 1000; ret; }"""
+        call = """{{ .param .b32 a; st.param.b32 [a+0], {0}; .param .b32 b; call.uni (b), twice, (a);
+            ld.param.b32 {1}, [b+0]; }}"""
+        body = call.format("%r1", "%r5") + call.format("%r5", "%r9") + self.END
+        found = run(body, np.zeros(32, "u4"), declared=declared)[1][0].tolist()
+        twice = [2 * n if n <= 9 else 1000 for n in range(32)]
+        assert found == [2 * n if n <= 9 else 1000 for n in twice]
+
     def test_whole_warps(self):
         body = "setp.lt.u32 %p1, %r1, 31; @!%p1 bra DONE; bar.warp.sync -1; DONE: mov.u32 %r9, 0;"
         with pytest.raises(PtxError, match="elsewhere"):

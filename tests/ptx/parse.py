@@ -145,7 +145,7 @@ class Kernel:
         files = {
             int(n): path.rpartition("/")[2] for n, path in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', text)
         }
-        kernel._read_body(_inside(text, entry.end()), files)
+        _Reader(kernel, files, _functions(text)).read(_inside(text, entry.end()), [{}])
         return kernel
 
     def _read_parameters(self, text: str) -> None:
@@ -160,36 +160,6 @@ class Kernel:
             self.parameters.append(Parameter(name, offset, each * int(count or 1)))
             offset += each * int(count or 1)
 
-    def _read_body(self, body: str, files: dict[int, str]) -> None:
-        where, inner = "?", 0
-        scopes: list[dict[str, str]] = [{}]
-        for statement in _statements(body):
-            if statement == "{":
-                scopes.append({})
-            elif statement == "}":
-                scopes.pop()
-            elif statement.endswith(":"):
-                self.labels[statement[:-1]] = len(self.instructions)
-            elif statement.startswith(".loc"):
-                number, line = statement.split()[1:3]
-                where = f"{files.get(int(number), '?')}:{line}"
-            elif statement.startswith(".reg"):
-                kind, names = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S).groups()
-                for one in _split(names):
-                    counted = re.fullmatch(r"(%\w+)<(\d+)>", one)
-                    if counted:
-                        self.registers |= {f"{counted[1]}{n}": kind for n in range(int(counted[2]))}
-                    else:
-                        inner += 1
-                        scopes[-1][one] = f"{one}@{inner}"
-                        self.registers[f"{one}@{inner}"] = kind
-            elif found := re.fullmatch(_VARIABLE, statement):
-                self.variables.append(_variable(found))
-            elif statement.startswith((".param", "call")):
-                raise PtxError(f"calls of functions are not known: {statement} ({where})")
-            elif not statement.startswith(".pragma"):
-                self.instructions.append(_instruction(statement, scopes, where))
-
     def leaders(self) -> list[int]:
         """Where straight runs of instructions begin: after branches, at labels, where threads may wait."""
         found = {0, len(self.instructions), *self.labels.values()}
@@ -203,6 +173,7 @@ class Kernel:
 
 _PARAMETER = r"\.param(?:\s+\.align\s+(\d+))?\s+\.(\w+)(?:\s+\.ptr[^%]*?)?\s+([\w$]+)(?:\[(\d+)\])?"
 _VARIABLE = r"(?:\.extern\s+)?\.(shared|local|global|const)\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]"
+_CALL = r"call(?:\.uni)?\s+(?:\(([^)]*)\)\s*,\s*)?([\w$]+)\s*,\s*\(([^)]*)\)"
 _WAIT = ("bar", "barrier", "shfl", "vote", "redux", "ldmatrix", "mma")
 _BITS = {"pred": 1, "f16x2": 32, "bf16x2": 32, "bf16": 16}
 
@@ -210,6 +181,104 @@ _BITS = {"pred": 1, "f16x2": 32, "bf16x2": 32, "bf16": 16}
 def width(kind: str) -> int:
     """Bits of a type of PTX."""
     return _BITS.get(kind) or int(re.fullmatch(r"[busf](\d+)", kind)[1])
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A device function: names of its results and parameters, and its body."""
+
+    results: list[str]
+    parameters: list[str]
+    body: str
+
+
+def _functions(text: str) -> dict[str, _Function]:
+    """The device functions of a module that have bodies."""
+    found = {}
+    for one in re.finditer(r"\.func\s*(?:\(([^)]*)\))?\s*([\w$]+)\s*\(([^)]*)\)\s*\{", text):
+        results, parameters = ([part.split()[-1] for part in _split(x or "")] for x in (one[1], one[3]))
+        found[one[2]] = _Function(results, parameters, _inside(text, one.end()))
+    return found
+
+
+class _Reader:
+    """Reads bodies into a kernel. A function that is called stands where it is called, with names of its own."""
+
+    def __init__(self, kernel: Kernel, files: dict[int, str], functions: dict[str, _Function]):
+        self.kernel = kernel
+        self.files = files
+        self.functions = functions
+        self.where = "?"
+        self.inner = 0
+
+    def read(self, body: str, scopes: list[dict[str, str]], end: str | None = None) -> None:
+        """Read a body; `end` is the label that a return goes to, of a function that is called."""
+        kernel = self.kernel
+        for statement in _statements(body):
+            if statement == "{":
+                scopes.append({})
+            elif statement == "}":
+                scopes.pop()
+            elif statement.endswith(":"):
+                kernel.labels[_resolved(statement[:-1], scopes)] = len(kernel.instructions)
+            elif statement.startswith(".loc"):
+                number, line = statement.split()[1:3]
+                self.where = f"{self.files.get(int(number), '?')}:{line}"
+            elif declared := re.fullmatch(r"\.(?:reg|param)\s+\.(\w+)\s+(.*)", statement, re.S):
+                for name in _names(declared[2]):
+                    self._declare(name, declared[1], scopes)
+            elif found := re.fullmatch(_VARIABLE, statement):
+                kernel.variables.append(_variable(found))
+            elif called := re.fullmatch(_CALL, statement):
+                self._call(*called.groups(), scopes)
+            elif end is not None and statement == "ret":
+                kernel.instructions.append(_instruction(f"bra {end}", scopes, self.where))
+            elif not statement.startswith(".pragma"):
+                kernel.instructions.append(self._moved(_instruction(statement, scopes, self.where)))
+
+    def _declare(self, name: str, kind: str, scopes: list[dict[str, str]]) -> None:
+        """A register; those of the kernel itself keep their names."""
+        own = name
+        if len(scopes) > 1:
+            self.inner += 1
+            own = f"{name}@{self.inner}"
+            scopes[-1][name] = own
+        self.kernel.registers[own] = kind
+
+    def _call(self, results: str | None, name: str, arguments: str, scopes: list[dict[str, str]]) -> None:
+        if name not in self.functions:
+            raise PtxError(f"there is no function {name} ({self.where})")
+        function = self.functions[name]
+        given = [_resolved(x, scopes) for x in (*_split(results or ""), *_split(arguments))]
+        inner = dict(zip((*function.results, *function.parameters), given, strict=True))
+        self.inner += 1
+        inner |= {
+            label: f"{label}@{self.inner}" for label in re.findall(r"^\s*([\w$]+):", function.body, re.M)
+        }
+        end = f"end@{self.inner}"
+        # The first scope is that of the kernel.
+        self.read(function.body, [{}, inner], end)
+        self.kernel.labels[end] = len(self.kernel.instructions)
+
+    def _moved(self, one: Instruction) -> Instruction:
+        """What an instruction says; parameters of calls are registers."""
+        if one.op not in ("ld", "st") or one.modifiers[0] != "param":
+            return one
+        value, address = one.operands if one.op == "ld" else one.operands[::-1]
+        if not (isinstance(address, Address) and isinstance(address.base, Name)):
+            return one
+        if address.base.name not in self.kernel.registers or "@" not in address.base.name or address.offset:
+            return one
+        operands = (value, address.base) if one.op == "ld" else (address.base, value)
+        kind = f"b{width(one.type)}"
+        return Instruction("mov", (kind,), operands, one.guard, one.where, one.text)
+
+
+def _names(text: str) -> Iterator[str]:
+    """Names that a declaration lists; %r<3> is %r0, %r1 and %r2."""
+    for one in _split(text):
+        counted = re.fullmatch(r"(%\w+)<(\d+)>", one)
+        yield from (f"{counted[1]}{n}" for n in range(int(counted[2]))) if counted else (one,)
 
 
 def _variable(found: re.Match[str]) -> Variable:
