@@ -202,7 +202,7 @@ def _functions(text: str) -> dict[str, _Function]:
 
 
 class _Reader:
-    """Reads bodies into a kernel. A function that is called stands where it is called, with names of its own."""
+    """Reads bodies into a kernel; a function that is called stands where it is called, its names its own."""
 
     def __init__(self, kernel: Kernel, files: dict[int, str], functions: dict[str, _Function]):
         self.kernel = kernel
