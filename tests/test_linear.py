@@ -169,6 +169,9 @@ def test_backends_without_it_are_passed_over_and_say_so():
     shown = repr(aa.explain(q, k, v, **options))
     assert re.search(r"^numba +refuses +has no delta_rule", shown, re.MULTILINE)
     assert re.search(r"^reference +runs$", shown, re.MULTILINE)
+    shown = repr(aa.explain(q, k, v, rule="linear", feature_map="relu"))
+    assert re.search(r"^numba +runs$", shown, re.MULTILINE)
+    assert "note: holds features of q and k, and v, of all tokens in float64" in shown
     with pytest.raises(TypeError, match=r"^explain: unexpected option 'window'; it takes rule, feature_map"):
         aa.explain(q, k, v, rule="linear", window=(1, 0))
     with pytest.raises(aa.errors.UnsupportedCallError, match=r"numba.*has no delta_rule"):

@@ -16,6 +16,7 @@ from anyattn.call import AttentionCall
 
 if TYPE_CHECKING:
     from anyattn.kernels.key import KernelKey
+    from anyattn.linear.call import LinearCall
 
 __all__ = ["backend"]
 
@@ -48,6 +49,13 @@ class NumbaBackend(Backend):
             if spread > 1:
                 reasons = (f"takes arrays on one device, not spread over {spread}",)
         return reasons
+
+    def notes(self, call: AttentionCall | LinearCall) -> tuple[str, ...]:
+        """What it copies."""
+        if isinstance(call, AttentionCall):
+            return super().notes(call)
+        mapped = call.feature_map != "identity" or call.q.dtype != call.v.dtype
+        return (f"holds features of q and k, and v, of all tokens in {call.accumulate}",) if mapped else ()
 
     def run(self, call: AttentionCall) -> Any:
         """Run a call."""
