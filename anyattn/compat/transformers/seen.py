@@ -51,8 +51,7 @@ class SeenKeys(torch.Tensor):  # type: ignore[misc]
     ) -> SeenKeys:
         self: SeenKeys = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         self.options = options
-        # Contiguous, as its strides say it is.
-        self.dense = functools.cache(lambda: dense().contiguous())
+        self.dense = functools.cache(dense)
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl
