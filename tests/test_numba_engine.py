@@ -18,6 +18,7 @@ from anyattn.describe import Options, describe
 
 pytest.importorskip("numba", reason="numba is not installed")
 
+from anyattn_numba import arguments as a
 from anyattn_numba import engine
 from anyattn_numba.engine import Prepared
 from anyattn_numba.hostarrays import address_of, as_numpy
@@ -199,6 +200,37 @@ class TestManyQueries:
         q, k, v = inputs(1, 1, 1, 30, 40, 4)
         for factor in (1e-30, 1e10, 3e18):
             assert_equals_reference(q * np.float32(factor), k * np.float32(factor), v)
+
+
+class TestConvertedRows:
+    """Keys and values that a thread converts once for all items of a head."""
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_values(self, dtype, threads):
+        for n in range(2):  # the memory of the first call is that of the second
+            shapes = (2, 4, 150, 12), (2, 2, 150, 12), (2, 2, 150, 7)
+            q, k, v = (drawn(shape, dtype, 3 * n + m) for m, shape in enumerate(shapes))
+            with aa.use(threads=threads):
+                assert_equals_reference(q, k, v, dtype, causal=True)
+                assert_equals_reference(q, k, v, dtype, kv_lengths=[150, 37], window=(40, 3), q_offset=0)
+                assert_equals_reference(q, k, v, dtype, mask=masks.fixed(16) | masks.sliding_window(20))
+
+    def test_numbers_apart_from_each_other(self):
+        q, k, v = inputs(1, 2, 1, 100, 90, 12)
+        wide = np.repeat(k, 2, axis=-1)[..., ::2]
+        found, wanted = (aa.attention(q, x, v, causal=True, backend="numba") for x in (wide, k))
+        assert np.array_equal(found, wanted)
+
+    def test_long_keys_are_not_kept(self):
+        room = {}
+        for k_len in (4096, 16384):
+            q, k, v = inputs(1, 1, 1, 96, k_len, 64, dtype="bfloat16")
+            call = describe("attention", q, k, v, Options())
+            tensors = {"Q": q, "K": k, "V": v}
+            template = Template(call, shape_for("float32"), tensors, lasting=False, keep_rows=True)
+            room[k_len] = template.word(a.SCRATCH_SIZE)
+        assert room[4096] > 4096 * 128 * 4 > room[16384]
 
 
 class TestMemory:

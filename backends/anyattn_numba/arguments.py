@@ -6,7 +6,7 @@ call of one signature stands in a template; a call copies it and puts in its add
 
 from __future__ import annotations
 
-BLOCK_WORDS = 65
+BLOCK_WORDS = 68
 (
     # What each call sets: the counter that hands out items, memory for the threads, and arrays. lse is
     # (B, Hq, Lq), contiguous, of the accumulation type; 0 where it is not wanted.
@@ -80,6 +80,11 @@ BLOCK_WORDS = 65
     AT_VALUES,
     AT_SEEN,
     AT_TILE,
+    # Converted rows of all keys and values of a head, and a byte for each WIDENED of them that says whether
+    # they are there; 0 where a thread keeps none.
+    AT_WIDE_KEYS,
+    AT_WIDE_VALUES,
+    AT_WIDENED,
     # Weights and statistics: where a thread's memory has a row of lanes for each of log(total), entropy and
     # largest weight, and where a chunk of weights by rows, or the sums of its keys.
     AT_SUMMARY,
@@ -97,6 +102,9 @@ BLOCK_WORDS = 65
 # q_len queries, row by row, head by head.
 ITEM_WORDS = 8
 ITEM_BATCH, ITEM_HEAD, ITEM_FIRST, ITEM_COUNT, ITEM_LINE, ITEM_KEY, ITEM_KEY_END, ITEM_PART = range(0, 64, 8)
+
+# Keys that are converted together.
+WIDENED = 16
 
 # A run: the items first to end - 1, whose weights are added to one row of key_mass.
 RUN_WORDS = 3

@@ -20,7 +20,7 @@ from numba import types
 from anyattn.schedule import GATHERED, MASKED
 from anyattn_numba import arguments as a
 from anyattn_numba.atomics import fetch_add, invoke
-from anyattn_numba.jit import carray, compiled
+from anyattn_numba.jit import carray, compiled, inlined
 from anyattn_numba.memory import (
     pointer,
     read_byte,
@@ -40,6 +40,8 @@ __all__ = ["NONE", "WIDTH", "Steps", "next_item", "row_at", "steps", "walker"]
 NONE = numpy.int64(0)
 # Where in a thread's memory the number of lanes of its item stands: whole vectors.
 WIDTH = 0
+# The batch entry and the head of the rows that a thread keeps converted.
+KEPT_BATCH, KEPT_HEAD = 8, 16
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class Steps:
         Scores of these keys, and the largest of each lane so far.
     describe_tile(block, item, scratch, first, columns, count, action)
         Let tile code do something to the scores.
+    weigh_seen(block, scratch, values, stride, count, of_channel, of_lane)
+        Add values times weights to the sums, which are `of_lane` and `of_channel` bytes apart, of what is
+        seen alone: where a hidden value may be NaN or infinite.
     """
 
     begin: Any
@@ -67,6 +72,7 @@ class Steps:
     load_values: Any
     load_scores: Any
     describe_tile: Any
+    weigh_seen: Any
 
 
 # Behind the offsets of the batch entries: strides of heads, rows and numbers.
@@ -91,6 +97,27 @@ def row_at(block: int, item: int, base: int, strides: int, row: int) -> int:
     at += read_word(item + a.ITEM_HEAD) * read_word(block + strides + HEAD)
     at += row * read_word(block + strides + ROW)
     return at
+
+
+@compiled
+def flags_of(block: int) -> int:
+    """Bytes that say of a head's keys which are converted."""
+    flags: int = (read_word(block + a.K_LEN) + a.WIDENED - 1) // a.WIDENED
+    return flags
+
+
+@compiled
+def forget(block: int, item: int, scratch: int) -> None:
+    """Drop the rows that a thread keeps converted, if they are not those of an item's head."""
+    batch, head = read_word(item + a.ITEM_BATCH), read_word(item + a.ITEM_HEAD)
+    if read_word(scratch + KEPT_BATCH) == batch and read_word(scratch + KEPT_HEAD) == head:
+        return
+    write_word(scratch + KEPT_BATCH, batch)
+    write_word(scratch + KEPT_HEAD, head)
+    number = 2 * flags_of(block)
+    there = carray(pointer(scratch + read_word(block + a.AT_WIDENED)), number, types.uint8)
+    for n in range(number):
+        there[n] = 0
 
 
 @lru_cache
@@ -154,6 +181,8 @@ def steps(shape: Shape, dtype: str) -> Steps:
     def begin(block: int, item: int, scratch: int) -> None:
         """largest = -inf, total = 0, out = 0; a sink is a key that has been seen and has no value."""
         load_queries(block, item, scratch)
+        if read_word(block + a.AT_WIDENED) != 0:
+            forget(block, item, scratch)
         width = read_word(scratch + WIDTH)
         state = carray(pointer(scratch + read_word(block + a.AT_STATE)), (5, width), kind)
         sums = carray(
@@ -181,6 +210,8 @@ def steps(shape: Shape, dtype: str) -> Steps:
         strides: int,
         length: int,
         room: int,
+        wide: int,
+        done: int,
         first: int,
         columns: int,
         count: int,
@@ -189,6 +220,14 @@ def steps(shape: Shape, dtype: str) -> Steps:
         if in_place and step == stored and columns == 0:
             return row_at(block, item, base, strides, first), read_word(block + strides + ROW)
         start, stride = row_at(block, item, base, strides, NONE), read_word(block + strides + ROW)
+        if columns == 0 and done != 0:
+            for n in range(first // a.WIDENED, (first + count - 1) // a.WIDENED + 1):
+                there = carray(pointer(done + n), 1, types.uint8)
+                if there[0] == 0:
+                    for j in range(n * a.WIDENED, min((n + 1) * a.WIDENED, read_word(block + a.K_LEN))):
+                        read(start + j * stride, step, length, 1.0, wide + j * length * size)
+                    there[0] = 1
+            return wide + first * length * size, length * size
         for n in range(count):
             j = read_index(columns + 4 * n) if columns else first + n
             read(start + j * stride, step, length, 1.0, room + n * length * size)
@@ -197,12 +236,16 @@ def steps(shape: Shape, dtype: str) -> Steps:
     @compiled
     def load_keys(block: int, item: int, scratch: int, first: int, columns: int, count: int) -> Any:
         length, room = read_word(block + a.HEAD_DIM), scratch + read_word(block + a.AT_KEYS)
-        return rows_of(block, item, a.K, a.K_BATCH, length, room, first, columns, count)
+        wide, done = scratch + read_word(block + a.AT_WIDE_KEYS), read_word(block + a.AT_WIDENED)
+        done += scratch if done != 0 else 0
+        return rows_of(block, item, a.K, a.K_BATCH, length, room, wide, done, first, columns, count)
 
     @compiled
     def load_values(block: int, item: int, scratch: int, first: int, columns: int, count: int) -> Any:
         length, room = read_word(block + a.V_HEAD_DIM), scratch + read_word(block + a.AT_VALUES)
-        return rows_of(block, item, a.V, a.V_BATCH, length, room, first, columns, count)
+        wide, done = scratch + read_word(block + a.AT_WIDE_VALUES), read_word(block + a.AT_WIDENED)
+        done += scratch + flags_of(block) if done != 0 else 0
+        return rows_of(block, item, a.V, a.V_BATCH, length, room, wide, done, first, columns, count)
 
     @compiled
     def describe_tile(
@@ -256,7 +299,26 @@ def steps(shape: Shape, dtype: str) -> Steps:
             )
             largest_of(vectors, scores, count, state + width * size)
 
-    return Steps(begin, load_queries, load_keys, load_values, load_scores, describe_tile)
+    @compiled
+    def weigh_seen(
+        block: int, scratch: int, values: int, stride: int, count: int, of_channel: int, of_lane: int
+    ) -> None:
+        width = read_word(scratch + WIDTH)
+        state = carray(pointer(scratch + read_word(block + a.AT_STATE)), (5, width), kind)
+        weights = carray(pointer(scratch + read_word(block + a.AT_SCORE)), (count, width), kind)
+        seen = carray(pointer(scratch + read_word(block + a.AT_SEEN)), (count, width), kind)
+        sums = scratch + read_word(block + a.AT_SUM)
+        for c in range(read_word(block + a.V_HEAD_DIM)):
+            for lane in range(width):
+                at = carray(pointer(sums + c * of_channel + lane * of_lane), 1, kind)
+                total = at[0] * state[3, lane]
+                for n in range(count):
+                    if seen[n, lane] != 0:
+                        value = carray(pointer(values + n * stride + c * size), 1, kind)[0]
+                        total += weights[n, lane] * value
+                at[0] = total
+
+    return Steps(begin, load_queries, load_keys, load_values, load_scores, describe_tile, weigh_seen)
 
 
 def walker(visit: Any) -> Any:
@@ -266,7 +328,7 @@ def walker(visit: Any) -> Any:
     on, or those whose numbers are at the address `columns`; all are seen where `masked` is 0.
     """
 
-    @compiled
+    @inlined
     def visit_all(
         block: int, item: int, scratch: int, first: int, end: int, columns: int, masked: int
     ) -> None:
@@ -275,24 +337,28 @@ def walker(visit: Any) -> Any:
             count = min(chunk, end - start)
             visit(block, item, scratch, start, columns + 4 * start if columns else NONE, count, masked)
 
-    @compiled
+    @inlined
     def walk(block: int, item: int, scratch: int) -> None:
         first, end = read_word(item + a.ITEM_KEY), read_word(item + a.ITEM_KEY_END)
         line = read_word(item + a.ITEM_LINE)
-        if line < 0:
-            visit_all(block, item, scratch, first, end, NONE, NONE)
-            return
         starts, ends = read_word(block + a.SPAN_STARTS), read_word(block + a.SPAN_ENDS)
         kinds, columns = read_word(block + a.SPAN_KINDS), read_word(block + a.COLUMNS)
-        for n in range(read_word(starts + 8 * line), read_word(starts + 8 * line + 8)):
-            kind_of = read_byte(kinds + n)
-            low, high = read_word(ends + 16 * n), read_word(ends + 16 * n + 8)
-            masked = kind_of & MASKED
-            if kind_of & GATHERED:
-                # The first item of a row that is split gathers its columns.
-                if read_word(item + a.ITEM_PART) <= 0:
-                    visit_all(block, item, scratch, low, high, columns, masked)
-            else:
-                visit_all(block, item, scratch, max(low, first), min(high, end), NONE, masked)
+        span, last = NONE, NONE + 1
+        if line >= 0:
+            span, last = read_word(starts + 8 * line), read_word(starts + 8 * line + 8)
+        for n in range(span, last):
+            low, high, masked, at = first, end, NONE, NONE
+            if line >= 0:
+                kind_of = read_byte(kinds + n)
+                low, high = read_word(ends + 16 * n), read_word(ends + 16 * n + 8)
+                masked = kind_of & MASKED
+                if not kind_of & GATHERED:
+                    low, high = max(low, first), min(high, end)
+                elif read_word(item + a.ITEM_PART) <= 0:
+                    at = columns
+                else:
+                    # The first item of a row that is split gathers its columns.
+                    high = low
+            visit_all(block, item, scratch, low, high, at, masked)
 
     return walk

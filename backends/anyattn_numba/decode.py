@@ -13,7 +13,7 @@ from numba import types
 
 from anyattn_numba import arguments as a
 from anyattn_numba.blocks import next_item, row_at, steps, walker
-from anyattn_numba.jit import carray, compiled
+from anyattn_numba.jit import carray, compiled, inlined
 from anyattn_numba.memory import pointer, read_word
 from anyattn_numba.microkernels import largest_kernel, soften_kernel
 from anyattn_numba.narrow import QUERIES, narrow_score_kernel, narrow_weigh_kernel
@@ -30,12 +30,8 @@ def decode_kernel(shape: Shape, dtype: str) -> Any:
     lanes, size = shape.lanes, shape.itemsize
     kind = getattr(types, shape.element)
     step = steps(shape, dtype)
-    begin, load_keys, load_values, describe_tile = (
-        step.begin,
-        step.load_keys,
-        step.load_values,
-        step.describe_tile,
-    )
+    begin, load_keys, load_values = step.begin, step.load_keys, step.load_values
+    describe_tile, weigh_seen = step.describe_tile, step.weigh_seen
     soften, largest_of = soften_kernel(shape), largest_kernel(shape)
     # float16 has no conversion that every target knows: it is read converted.
     raw_dtype = shape.element if dtype == "float16" else dtype
@@ -53,24 +49,7 @@ def decode_kernel(shape: Shape, dtype: str) -> Any:
     finite = all_finite(shape.element)
     finish = finisher(shape, dtype)
 
-    @compiled
-    def weigh_seen(scratch: int, block: int, values: int, stride: int, count: int) -> None:
-        """The sum over what is seen alone, where a hidden value may be NaN or infinite."""
-        v_head_dim = read_word(block + a.V_HEAD_DIM)
-        state = carray(pointer(scratch + read_word(block + a.AT_STATE)), (5, lanes), kind)
-        sums = carray(pointer(scratch + read_word(block + a.AT_SUM)), (lanes, v_head_dim), kind)
-        weights = carray(pointer(scratch + read_word(block + a.AT_SCORE)), (count, lanes), kind)
-        seen = carray(pointer(scratch + read_word(block + a.AT_SEEN)), (count, lanes), kind)
-        for lane in range(lanes):
-            for c in range(v_head_dim):
-                sums[lane, c] *= state[3, lane]
-            for n in range(count):
-                if seen[n, lane] != 0:
-                    row = carray(pointer(values + n * stride), v_head_dim, kind)
-                    for c in range(v_head_dim):
-                        sums[lane, c] += weights[n, lane] * row[c]
-
-    @compiled
+    @inlined
     def visit(block: int, item: int, scratch: int, first: int, columns: int, count: int, masked: int) -> None:
         head_dim, v_head_dim = read_word(block + a.HEAD_DIM), read_word(block + a.V_HEAD_DIM)
         raw = in_place and masked == 0 and columns == 0
@@ -112,7 +91,7 @@ def decode_kernel(shape: Shape, dtype: str) -> Any:
         soften(1, scores, count, state, largest, state + 2 * lanes * size, factor)
         if masked != 0 and not finite(values, value_stride, count, v_head_dim):
             describe_tile(block, item, scratch, first, columns, count, a.SEEN)
-            weigh_seen(scratch, block, values, value_stride, count)
+            weigh_seen(block, scratch, values, value_stride, count, size, v_head_dim * size)
             return
         sums, wide = scratch + read_word(block + a.AT_SUM), v_head_dim * size
         for q in range(0, queries, QUERIES):

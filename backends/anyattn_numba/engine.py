@@ -51,7 +51,7 @@ class Prepared:
         self.lse_dtype = numpy.dtype(call.accumulate) if call.return_lse else None
         out = empty_like(q.dtype, self.shape, self.swapped, call.library)
         tensors = {"Q": q, "K": k, "V": v, "OUT": out}
-        self.template = Template(call, shape_for(call.accumulate), tensors, lasting)
+        self.template = Template(call, shape_for(call.accumulate), tensors, lasting=lasting, keep_rows=True)
         self.scratch = self.template.word(a.SCRATCH_SIZE)
         self.rows = math.prod(self.shape[:-1])
         self.channels = call.head_dim + call.v_head_dim

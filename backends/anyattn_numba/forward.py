@@ -20,12 +20,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from numba import types
-
 from anyattn_numba import arguments as a
-from anyattn_numba.blocks import WIDTH, next_item, steps, walker
-from anyattn_numba.jit import carray, compiled
-from anyattn_numba.memory import pointer, read_word, transpose_kernel
+from anyattn_numba.blocks import KEPT_BATCH, NONE, WIDTH, next_item, steps, walker
+from anyattn_numba.jit import compiled, inlined
+from anyattn_numba.memory import read_word, transpose_kernel, write_word
 from anyattn_numba.microkernels import soften_kernel, weigh_kernel
 from anyattn_numba.results import finisher
 from anyattn_numba.rows import all_finite
@@ -38,10 +36,9 @@ __all__ = ["forward_kernel"]
 def forward_kernel(shape: Shape, dtype: str) -> Any:
     """The task (`anyattn_numba.threads.TASK`) that computes attention for arrays of a dtype."""
     lanes, size, rows = shape.lanes, shape.itemsize, shape.rows
-    kind = getattr(types, shape.element)
     step = steps(shape, dtype)
     begin, load_scores, load_values = step.begin, step.load_scores, step.load_values
-    describe_tile = step.describe_tile
+    describe_tile, weigh_seen = step.describe_tile, step.weigh_seen
     soften = soften_kernel(shape)
     weigh = weigh_kernel(shape, rows)
     weigh_four, weigh_one = weigh_kernel(shape, 4), weigh_kernel(shape, 1)
@@ -49,24 +46,7 @@ def forward_kernel(shape: Shape, dtype: str) -> Any:
     transpose = transpose_kernel(shape.element, lanes)
     finish = finisher(shape, dtype)
 
-    @compiled
-    def weigh_seen(scratch: int, block: int, values: int, stride: int, count: int) -> None:
-        """The sum over what is seen alone, where a hidden value may be NaN or infinite."""
-        v_head_dim, width = read_word(block + a.V_HEAD_DIM), read_word(scratch + WIDTH)
-        state = carray(pointer(scratch + read_word(block + a.AT_STATE)), (5, width), kind)
-        sums = carray(pointer(scratch + read_word(block + a.AT_SUM)), (v_head_dim, width), kind)
-        weights = carray(pointer(scratch + read_word(block + a.AT_SCORE)), (count, width), kind)
-        seen = carray(pointer(scratch + read_word(block + a.AT_SEEN)), (count, width), kind)
-        for c in range(v_head_dim):
-            for lane in range(width):
-                sums[c, lane] *= state[3, lane]
-            for n in range(count):
-                value = carray(pointer(values + n * stride + c * size), 1, kind)[0]
-                for lane in range(width):
-                    if seen[n, lane] != 0:
-                        sums[c, lane] += weights[n, lane] * value
-
-    @compiled
+    @inlined
     def visit(block: int, item: int, scratch: int, first: int, columns: int, count: int, masked: int) -> None:
         """Take some keys into the state."""
         load_scores(block, item, scratch, first, columns, count, masked)
@@ -80,7 +60,7 @@ def forward_kernel(shape: Shape, dtype: str) -> Any:
         v_head_dim = read_word(block + a.V_HEAD_DIM)
         if masked != 0 and not finite(values, stride, count, v_head_dim):
             describe_tile(block, item, scratch, first, columns, count, a.SEEN)
-            weigh_seen(scratch, block, values, stride, count)
+            weigh_seen(block, scratch, values, stride, count, width * size, size)
             return
         sums = scratch + read_word(block + a.AT_SUM)
         c = 0
@@ -112,6 +92,7 @@ def forward_kernel(shape: Shape, dtype: str) -> Any:
     @compiled
     def forward(block: int, worker: int) -> int:
         scratch = read_word(block + a.SCRATCH) + worker * read_word(block + a.SCRATCH_SIZE)
+        write_word(scratch + KEPT_BATCH, NONE - 1)
         while True:
             item = next_item(block)
             if item == 0:

@@ -14,7 +14,7 @@ import numba
 import numba.extending
 from numba.core import cgutils as _cgutils
 
-__all__ = ["OPTIONS", "carray", "cgutils", "compiled", "intrinsic"]
+__all__ = ["OPTIONS", "carray", "cgutils", "compiled", "inlined", "intrinsic"]
 
 # No exception for a division by zero, no GIL, and no wrappers that make functions callable from Python, which
 # take a sixth of the time in which kernels compile.
@@ -35,10 +35,24 @@ def compiled(function: Callable[..., Any]) -> Any:
     What was made of one function for other dtypes must have another name: of machine code from the cache,
     compiled in several processes, functions of one name are taken for one.
     """
+    _name_apart(function)
+    return numba.njit(**OPTIONS)(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A function that becomes part of each one that calls it.
+
+    A function that is called is compiled with all that it calls, and again with its caller: a chain of
+    functions that each call nearly all of a kernel would be optimised once for each.
+    """
+    _name_apart(function)
+    return numba.njit(inline="always", **OPTIONS)(function)
+
+
+def _name_apart(function: Callable[..., Any]) -> None:
     if function.__closure__:
         digest = hashlib.sha256(_identity(function).encode()).hexdigest()[:16]
         function.__qualname__ += f".made_{digest}"
-    return numba.njit(**OPTIONS)(function)
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:

@@ -37,6 +37,8 @@ NDArray = numpy.ndarray[Any, Any]
 # Keys of a chunk. Scores, keys and values of one stay in the first or second cache.
 _CHUNK = 128
 _NARROW_CHUNK = 64
+# Bytes of converted keys and values that a thread keeps at most.
+_MOST_WIDE = 1 << 22
 # Contents of more bytes are compared by their digest.
 _MOST_BYTES = 4096
 
@@ -70,7 +72,15 @@ class Template:
         Whether all items have so few queries that lanes run along the channels.
     """
 
-    def __init__(self, call: AttentionCall, shape: Shape, tensors: dict[str, NDArray], lasting: bool):
+    def __init__(
+        self,
+        call: AttentionCall,
+        shape: Shape,
+        tensors: dict[str, NDArray],
+        *,
+        lasting: bool,
+        keep_rows: bool = False,
+    ):
         numbers: dict[int, int] = {}
         for n, x in enumerate(call.others):
             numbers.setdefault(id(x), n)
@@ -101,7 +111,7 @@ class Template:
         self._index = self._index_type(program, call.others) if program is not None and fixed else None
         self._kept: list[NDArray] = []
         self._block = numpy.zeros(a.BLOCK_WORDS, numpy.int64)
-        self._fill(call, shape, tensors)
+        self._fill(call, shape, tensors, keep_rows and not self.narrow)
         self._case: Case | None = None
 
     def word(self, place: int) -> int:
@@ -166,7 +176,7 @@ class Template:
             [as_numpy(x, call.library) for x in call.others],
         )
 
-    def _fill(self, call: AttentionCall, shape: Shape, tensors: dict[str, NDArray]) -> None:
+    def _fill(self, call: AttentionCall, shape: Shape, tensors: dict[str, NDArray], keep_rows: bool) -> None:
         """The words that are the same in all calls."""
         block = self._block
 
@@ -191,7 +201,7 @@ class Template:
         chunk = _NARROW_CHUNK if self.narrow else _CHUNK
         put(a.CHUNK, chunk)
         tile = 0 if self._program is None else tile_memory(self._program, call.accumulate, chunk)
-        _lay_out(put, call, shape, chunk, tile)
+        _lay_out(put, call, shape, chunk, tile, keep_rows and _converted(call, shape, tensors))
 
 
 def put_work(block: NDArray, work: Work) -> None:
@@ -232,7 +242,14 @@ def _put_strides(put: Any, place: int, x: NDArray, batch_shape: tuple[int, ...])
         put(place + 8 + 8 * n, stride)
 
 
-def _lay_out(put: Any, call: AttentionCall, shape: Shape, chunk: int, tile: int) -> None:
+def _converted(call: AttentionCall, shape: Shape, tensors: dict[str, NDArray]) -> bool:
+    """Whether several items convert the same keys and values, and a thread has room for all of a head."""
+    in_place = call.dtype == shape.element and all(tensors[x].strides[-1] == shape.itemsize for x in "KV")
+    nbytes = call.k_len * (call.head_dim + call.v_head_dim) * shape.itemsize
+    return not in_place and call.group_size * call.q_len > shape.queries and nbytes <= _MOST_WIDE
+
+
+def _lay_out(put: Any, call: AttentionCall, shape: Shape, chunk: int, tile: int, wide: bool) -> None:
     """Where the parts of a thread's memory begin."""
     size, width, lanes = shape.itemsize, shape.queries, shape.lanes
     d, dv = (-(-n // lanes) * lanes for n in (call.head_dim, call.v_head_dim))
@@ -248,6 +265,12 @@ def _lay_out(put: Any, call: AttentionCall, shape: Shape, chunk: int, tile: int)
         a.AT_SEEN: chunk * width * size,
         a.AT_TILE: 8 * a.TILE_WORDS + tile * width,
     }
+    if wide:
+        parts |= {
+            a.AT_WIDE_KEYS: call.k_len * call.head_dim * size,
+            a.AT_WIDE_VALUES: call.k_len * call.v_head_dim * size,
+            a.AT_WIDENED: 2 * -(-call.k_len // a.WIDENED),
+        }
     at = 64
     for place, nbytes in parts.items():
         put(place, at)
