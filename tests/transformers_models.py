@@ -43,7 +43,6 @@ class Model:
     kind: str = "decoder"
     inputs: str = "tokens"
     attentions: int = 2
-    beams: bool = False
     checks: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +77,7 @@ MODELS = (
         dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0),
         "causal",
     ),
-    Model("Llama", "LlamaConfig", "LlamaForCausalLM", _GROUPED, "grouped heads", beams=True),
+    Model("Llama", "LlamaConfig", "LlamaForCausalLM", _GROUPED, "grouped heads"),
     Model("Qwen 2", "Qwen2Config", "Qwen2ForCausalLM", _GROUPED, "grouped heads"),
     Model("Qwen 3", "Qwen3Config", "Qwen3ForCausalLM", {**_GROUPED, **_WIDE}, "heads that do not add up"),
     Model("Phi", "PhiConfig", "PhiForCausalLM", _GROUPED, "rotary on half of the features"),
