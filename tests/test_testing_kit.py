@@ -209,6 +209,10 @@ class TestSkips:
             assert wide.lacks(plain(mask=Entry("masks", "documents", (Given("ids", [0, 0, 1]),)))) is None
             assert wide.lacks(replace(plain(), family="pairs")) is None
             assert "64-bit numbers are in no array" in wide.lacks(plain())
+        chunks = LIBRARIES["dask-chunks"]
+        assert chunks.lacks(plain()) is None
+        assert chunks.lacks(replace(plain(dtype="float64"), family="pairs")) is None
+        assert "float64 whole" in chunks.lacks(plain(dtype="float64"))
 
     def test_what_a_library_adds_to_the_needs(self):
         jit, eager = LIBRARIES["jax-jit"], LIBRARIES["jax"]
