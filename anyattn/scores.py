@@ -243,7 +243,8 @@ def relative_keys(
 def softcap(c: float) -> Score:
     """c * tanh(s / c) (Gemma 2, 2024)."""
     c = soft_cap(c, "softcap: c")
-    return Score(c * tanh(SCORE / c), f"softcap({c})")
+    # A division takes a kernel as long as all of tanh; 1 / c may be infinite in float32 where c is tiny.
+    return Score(c * tanh(SCORE * (1 / c) if c > 1e-30 else SCORE / c), f"softcap({c})")
 
 
 def from_function(function: Callable[..., Any]) -> Score:
