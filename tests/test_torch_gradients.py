@@ -54,6 +54,11 @@ def affine(factor, shift):
     return lambda s, b, h, i, j: aa.where(i >= j, s * factor[h], s * s / 4) + shift[b, j] * (i - j)
 
 
+def logarithm(scale):
+    """Its derivatives, by the score too, are NaN and infinite at 0, which hidden scores are taken for."""
+    return lambda s, b, h, i, j: scale[h] * aa.log(s * s)
+
+
 DENSE = torch.tensor([[(3 * i + j) % 4 != 0 and i != 2 for j in range(LK)] for i in range(LQ)])
 COMBINATIONS = {
     "plain": (qkv(), {}, {}),
@@ -77,6 +82,7 @@ COMBINATIONS = {
     "alibi": (qkv(), {"slopes": draw(HQ).abs()}, {"causal": True}),
     "relative bias": (qkv(), {"table": draw(HQ, 5)}, {"softcap": 2.0}),
     "relative keys, q captured too": (qkv(), {"keys": draw(5, D)}, {}),
+    "function that is infinite where hidden": (qkv(), {"scale": draw(HQ)}, {"causal": True}),
     "function": (qkv(), {"factor": draw(HQ), "shift": draw(B, LK)}, {"bias": draw(LQ, LK), "causal": True}),
 }
 
@@ -91,6 +97,7 @@ def function_of(name):
             "slopes": lambda: aa.scores.alibi(given.pop("slopes")),
             "table": lambda: aa.scores.relative_bias(given.pop("table")),
             "keys": lambda: aa.scores.relative_keys(q, given.pop("keys")),
+            "scale": lambda: logarithm(given.pop("scale")),
             "factor": lambda: affine(given.pop("factor"), given.pop("shift")),
         }
         score_mod = next((make() for key, make in scores.items() if key in given), None)

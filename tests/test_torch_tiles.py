@@ -49,7 +49,7 @@ def described(q, k, v, **options):
     return describe("attention", q, k, v, Options(**options))
 
 
-FAMILIES = ("each option", "hidden", "softmax", "shapes")
+FAMILIES = ("each option", "hidden", "softmax", "shapes", "positions")
 
 
 @pytest.mark.parametrize("read", [True, False], ids=["read", "not read"])
@@ -74,6 +74,18 @@ def test_gradients_in_tiny_tiles(read, monkeypatch):
     for case in gradient_cases():
         if case.k[-2] < 40 and (read or "nan" in case.name or "-inf" in case.name):
             check_gradients(case, LIBRARIES["torch"], "torch", twice=True)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_infinities_of_both_signs_meet():
+    """At seen keys of one row they make NaN, and only there."""
+    q, k, v = (x.detach() for x in qkv(1, 1, 6, 2))
+    v[..., 4, 0], v[..., 5, 0] = math.inf, -math.inf
+    out = tiles.forward(described(q, k, v, causal=True))[0][0, 0]
+    assert bool(out[:4].isfinite().all())
+    assert out[4, 0] == math.inf
+    assert bool(out[5, 0].isnan())
+    assert bool(out[:, 1].isfinite().all())
 
 
 class Sizes(TorchDispatchMode):

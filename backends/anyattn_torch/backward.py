@@ -69,7 +69,7 @@ def gradients(
         careful = call.visible is not None and not (
             work.readable and all_finite(call.q, call.k, call.v, grad_out, delta, base)
         )
-        rows = work.join(grad_out, 3), work.join(delta, 2), work.join(base, 2), work.join(dead, 2)
+        rows = work.join(grad_out, 3), work.join(delta, 2), work.join(base, 2)
         for chunk in work.chunks():
             _backward(chunk, careful, found, rows)
         return found.results(inputs)
@@ -116,10 +116,10 @@ def _backward(chunk: Chunk, careful: bool, found: _Gradients, rows: tuple[Tensor
     v = Keys(chunk, chunk.part(work.join(call.v, 3), heads=False))
     dq = None if found.q is None else chunk.part(found.q, heads=True)
     dk, dv = (None if x is None else KeySum(chunk, chunk.part(x, heads=False)) for x in (found.k, found.v))
-    grad_out, delta, base, dead = (chunk.part(x, heads=True) for x in rows)
+    grad_out, delta, base = (chunk.part(x, heads=True) for x in rows)
     dout = Rows(chunk, grad_out)
     if found.sinks is not None:
-        _add_sinks(chunk, found.sinks, delta, base, dead)
+        _add_sinks(chunk, found.sinks, delta, base)
     delta, base = delta[..., None], base[..., None]
     # Derivatives of a score function need the products again.
     weights = "scores" if call.score is None else "weights"
@@ -159,11 +159,10 @@ def _backward(chunk: Chunk, careful: bool, found: _Gradients, rows: tuple[Tensor
             dq[:, :, here] += grad_q if dq.shape[0] == chunk.entries else grad_q.sum(0, keepdim=True)
 
 
-def _add_sinks(chunk: Chunk, total: Tensor, delta: Tensor, base: Tensor, dead: Tensor) -> None:
+def _add_sinks(chunk: Chunk, total: Tensor, delta: Tensor, base: Tensor) -> None:
     call = chunk.work.call
     sink = chunk.part(chunk.work.join(call.sinks, 1), heads=True)[..., None]
-    share = torch.exp(sink - base).masked_fill(dead | (sink == -torch.inf), 0.0)
-    grad = -(share * delta).sum(-1)
+    grad = -(torch.exp(sink - base) * delta).sum(-1)
     part = chunk.part(total, heads=True)
     part += grad if part.shape[0] == chunk.entries else grad.sum(0, keepdim=True)
 
