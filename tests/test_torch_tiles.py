@@ -88,6 +88,15 @@ def test_infinities_of_both_signs_meet():
     assert bool(out[:, 1].isfinite().all())
 
 
+@pytest.mark.usefixtures("tiny")
+def test_scores_that_broadcast():
+    """A score function that gives one number a head is masked like any other."""
+    q, k, v = (x.detach() for x in qkv(1, 2, 6, 2))
+    table = torch.tensor([1.0, 2.0])
+    out = tiles.forward(described(q, k, v, causal=True, score_mod=lambda s, b, h, i, j: table[h]))[0]
+    torch.testing.assert_close(out, v.cumsum(-2) / torch.arange(1.0, 7.0)[:, None])
+
+
 class Sizes(TorchDispatchMode):
     """The largest tensor that is made, and the elements of all results of products."""
 
