@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import anyattn as aa
-from anyattn import masks, plan, scores
+from anyattn import dispatch, masks, plan, scores
 from anyattn.describe import Options, describe
 
 pytest.importorskip("numba", reason="numba is not installed")
@@ -456,3 +456,18 @@ class TestNames:
         assert len(made_with) > 100
         for name, makings in made_with.items():
             assert makings == makings[:1] * len(makings), name
+
+
+def test_tensors_that_are_negated_lazily_go_to_another_backend():
+    torch = pytest.importorskip("torch")
+    x = torch.complex(torch.randn(1, 2, 9, 9), torch.randn(1, 2, 9, 9))
+    lazily, plain = x.conj().imag, -x.imag
+    assert lazily.is_neg()
+    wanted = aa.attention(plain, plain, plain, backend="reference")
+    for operands in ((lazily, plain, plain), (plain, plain, lazily)):
+        with dispatch.recording() as ran:
+            out = aa.attention(*operands)
+        assert [one.backend for one in ran] == ["torch"]
+        torch.testing.assert_close(out, wanted)
+    with pytest.raises(aa.errors.UnsupportedCallError, match="negated lazily"):
+        aa.attention(plain, plain, plain, bias=lazily[0, 0], backend="numba")

@@ -44,6 +44,8 @@ class NumbaBackend(Backend):
         reasons = super().unsupported(call)
         if not reasons and not hasattr(call.q, "__dlpack__"):
             reasons = (f"shares memory by DLPack, which {call.array_type} has not",)
+        if not reasons and call.library == "torch" and any(x.is_neg() for x in _floats(call)):
+            reasons = ("reads memory as it is, not tensors that are negated lazily (Tensor.resolve_neg)",)
         if not reasons and call.library == "jax":
             spread = max(len(x.sharding.device_set) for x in (call.q, call.k, call.v) if x is not None)
             if spread > 1:
@@ -91,6 +93,12 @@ class NumbaBackend(Backend):
         from anyattn_numba import kernels
 
         return kernels.call_key(call)
+
+
+def _floats(call: Any) -> list[Any]:
+    """The arrays of a call that may hold floats."""
+    others = call.others if isinstance(call, AttentionCall) else (call.state, call.normalizer)
+    return [x for x in (call.q, call.k, call.v, *others) if x is not None]
 
 
 backend = NumbaBackend()
