@@ -45,6 +45,7 @@ BACKENDS = {"reference": "large"}
 PAIRS = [
     *(("reference", library) for library in LIBRARIES),
     *(("numba", x) for x in ("numpy", "torch", "jax")),
+    ("torch", "torch"),
 ]
 # Processors for which Numba compiles as well, by LLVM's names: with AVX2, and with SSE2 alone.
 PROCESSORS = ("haswell", "generic")
