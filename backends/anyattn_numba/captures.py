@@ -81,7 +81,9 @@ class Captures:
             if slot is not None:
                 x = self._along_pairs(x, slot)
                 held.append(x)
+            # Lengths and offsets are checked copies, whose strides need not be those of the caller's.
             words[at] = address_of(x)
+            words[at + 1 + x.ndim : at + 1 + 2 * x.ndim] = x.strides
         return words, held
 
     def _along_pairs(self, x: NDArray, slot: AlignedSlot) -> NDArray:
