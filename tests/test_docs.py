@@ -36,6 +36,10 @@ def test_getting_started(capsys: pytest.CaptureFixture[str]) -> None:
     np.testing.assert_array_less(names["stats"]["entropy"], np.log(100))
     step = aa.attention(q[1, :, :1], k[1, :, :63], v[1, :, :63])
     np.testing.assert_allclose(names["step"][1], step, rtol=0, atol=1e-5)
+    second = aa.attention(q[1, :, :63], k[1, :, :63], v[1, :, :63], causal=True)
+    np.testing.assert_allclose(np.moveaxis(names["packed"][100:], 0, 1), second, rtol=0, atol=1e-5)
+    longer = [np.concatenate([x, x[:, :, :1]], axis=2) for x in (k, v)]
+    np.testing.assert_allclose(names["token"], aa.attention(q[:, :, :1], *longer), rtol=0, atol=1e-5)
     assert "reference" in capsys.readouterr().out
 
 
