@@ -92,7 +92,8 @@ def process(folder, tmp_path):
             env=settings | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            # Seconds each, and minutes where others use the processors: some wait for three threads on two.
+            timeout=300,
             check=False,
         )
         assert done.returncode == status, f"{done.returncode}: {done.stdout}{done.stderr}"
