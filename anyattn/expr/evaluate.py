@@ -103,8 +103,8 @@ def _load(node: Load, indices: list[Array], tile: Tile) -> Array:
     flat = flat_index(node, indices, tile)
     if flat is None:
         return tile.cast(table, node.kind)
-    if 0 in table.shape:  # of an empty call: there is nothing to read and nothing that is read
-        return tile.xp.zeros(flat.shape, dtype=tile.dtype(node.kind), device=tile.device)
+    if 0 in table.shape or 0 in flat.shape:  # of an empty call; dask does not reshape all empty arrays
+        return arrays.full(xp, flat.shape, 0, tile.dtype(node.kind), tile.device)
     if arrays.dtype_name(table) in ("uint16", "uint32", "uint64"):
         table = tile.cast(table, "int")  # torch gathers signed integers only
     values = arrays.take(xp, xp.reshape(table, (-1,)), xp.reshape(flat, (-1,)), axis=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from anyattn.testing.case import Case, Drawn, Given, call
+from anyattn.testing.case import Case, Drawn, Entry, Given, call
 
 FAMILY = "shapes"
 LONG = "long"
@@ -55,6 +55,12 @@ def _lengths() -> Iterator[Case]:
             f"Lq = {q_len}, Lk = {k_len}, sinks and bias", FAMILY, "options of empty axes", q_len=q_len,
             k_len=k_len, return_lse=True, sinks=Drawn("sinks", (2,)), bias=Drawn("bias", (q_len, k_len)),
             causal=True,
+        )  # fmt: skip
+        yield call(
+            f"Lq = {q_len}, Lk = {k_len}, a table of distances", FAMILY, "tables of empty axes",
+            operation="stats", batch=(2,), q_len=q_len, k_len=k_len, q_offset=Given("q_offset", (0, 3)),
+            stats=("key_mass", "entropy", "max"),
+            score_mod=Entry("scores", "t5_bias", (Drawn("table", (8, 2)), False, 8)),
         )  # fmt: skip
 
 
