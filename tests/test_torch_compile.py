@@ -239,3 +239,11 @@ def test_a_module_is_exported():
     targets = [str(node.target) for node in exported.graph.nodes]
     assert "anyattn.attend.default" in targets
     torch.testing.assert_close(exported.module()(Q, K, V), Layer()(Q, K, V))
+
+
+def test_a_cache_is_refused_with_what_to_give_instead():
+    cache = aa.KVCache(*torch.zeros(2, 1, 2, 8, 4))
+    compiled = torch.compile(lambda q: aa.attention(q, cache), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="k: a cache keeps its lengths on the host") as caught:
+        compiled(torch.zeros(1, 2, 1, 4))
+    assert "Unsupported" in type(caught.value).__name__
