@@ -272,7 +272,12 @@ def needs_gradient(x: Array) -> bool:
     """Whether `x` is known to take part in automatic differentiation (JAX tracers do not tell)."""
     if library(x) != "torch":
         return False
-    return bool(sys.modules["torch"].is_grad_enabled() and x.requires_grad)
+    torch = sys.modules["torch"]
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    forward = torch.autograd.forward_ad
+    # torch counts the levels of its forward mode from 0 and has no public name for the count.
+    return getattr(forward, "_current_level", -1) >= 0 and forward.unpack_dual(x).tangent is not None
 
 
 def index_dtype(xp: Namespace, where: Any) -> Any:

@@ -191,7 +191,7 @@ def _attention(q: Any, k: Any, v: Any = None, **options: Any) -> Any:
     from anyattn_torch.graph import attention_in_graph
 
     if not hasattr(k, "shape"):
-        raise TypeError("k: a cache keeps its lengths on the host; here give its arrays, kv_lengths, q_offset")
+        raise TypeError("k: a cache keeps its lengths on the host; give its arrays, kv_lengths and q_offset")
     tensors = [x for x in (q, k, v) if x is not None]
     return attention_in_graph(tensors, _options(options, tensors))
 

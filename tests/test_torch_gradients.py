@@ -288,3 +288,22 @@ def test_forward_mode_is_refused():
     run, inputs = function_of("plain")
     with pytest.raises(NotImplementedError, match="forward-mode derivatives of attention are not built"):
         torch.func.jvp(lambda q: run(q, *inputs[1:])[0], (inputs[0].detach(),), (inputs[0].detach(),))
+
+
+def test_forward_mode_is_refused_or_right_and_never_lost():
+    from torch.autograd import forward_ad
+
+    q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64) for _ in range(3))
+    slopes = torch.rand(2, dtype=torch.float64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(Exception, match="forward"):
+            aa.attention(dual, k, v, causal=True, softcap=2.0)
+        tangent = forward_ad.unpack_dual(aa.attention(dual, k, v, causal=True, backend="reference")).tangent
+        steep = forward_ad.make_dual(slopes, torch.ones_like(slopes))
+        with pytest.raises(Exception, match="forward"):
+            aa.attention(q, k, v, score_mod=aa.scores.alibi(steep))
+    step = 1e-6
+    ahead, behind = (aa.attention(q + s * step, k, v, causal=True, backend="reference") for s in (1, -1))
+    torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
+    assert aa.attention(q, k, v, causal=True).shape == q.shape

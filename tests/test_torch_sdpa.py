@@ -9,6 +9,9 @@ from anyattn.describe import Options, describe
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
 from anyattn_torch import routes, sdpa  # noqa: E402
 
 GENERATOR = torch.Generator().manual_seed(1)
@@ -81,3 +84,42 @@ def test_the_plain_kernel_is_never_taken(monkeypatch):
     assert sdpa.refusal(call) == "has no fused kernel for this call"
     monkeypatch.delattr(torch, "_fused_sdp_choice")
     assert sdpa.refusal(call) == "does not tell which kernel it would run"
+
+
+def test_a_mask_of_keys_stays_one_of_keys():
+    """torch makes numbers of a boolean mask: of as many entries as it is given."""
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.numel())
+            return out
+
+    q = torch.randn(1, 1, 600, 8, requires_grad=True)
+    seen = torch.arange(600) < 500
+    with Largest(), routes.only("sdpa"):
+        out = aa.attention(q, q, q, mask=seen[None, None, None], backend="torch")
+        out.sum().backward()
+    assert largest < 600 * 600
+    torch.testing.assert_close(out, aa.attention(q, q, q, kv_lengths=500, backend="reference"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "options"),
+    [
+        (torch.float64, 8, {"causal": True}),
+        (torch.float32, 2, {"causal": True}),
+        (torch.bfloat16, 2, {"mask": True}),
+    ],
+)
+def test_no_plain_kernel_in_graphs_for_cuda(dtype, kv_heads, options):
+    with FakeTensorMode():
+        q, k = (torch.empty(1, n, 64, 64, dtype=dtype, device="cuda") for n in (8, kv_heads))
+        if "mask" in options:
+            options = {"mask": torch.ones(64, 64, dtype=torch.bool, device="cuda")}
+        call = describe("attention", q, k, k, Options(**options))
+        assert routes.choose(call).name != "sdpa"

@@ -110,6 +110,11 @@ def _no_kernel(call: AttentionCall) -> str | None:
     if call.traced:
         if call.device_kind == "cuda" and (call.head_dim % 8 or call.head_dim > 256):
             return "may have no fused kernel for so many channels"
+        if call.device_kind == "cuda" and call.dtype == "float64":
+            return "has no fused kernel for float64"
+        grouped = call.group_size > 1 and (call.dtype == "float32" or _array(call) is not None)
+        if call.device_kind == "cuda" and grouped:
+            return "may have no fused kernel for grouped heads in float32 or with an array"
         return (
             None if call.device_kind in ("cpu", "cuda") else f"may have no fused kernel on {call.device_kind}"
         )
@@ -132,13 +137,12 @@ def _options(call: AttentionCall) -> dict[str, Any]:
 
 
 def _array_mask(call: AttentionCall) -> Array | None:
-    """The array of mask or bias with the four axes of the scores, of one entry where it broadcasts."""
+    """The array of mask or bias with the four axes of the scores, of one entry where it broadcasts.
+
+    SDPA makes numbers of a boolean mask, as many as it is given.
+    """
     x = _array(call)
-    if x is None:
-        return None
-    x = x.expand(*x.shape[:-2], call.q_len, call.k_len)
-    lead = (1, 1, *x.shape[:-2])[-2:]
-    return x.reshape(*lead, call.q_len, call.k_len)
+    return None if x is None else x.reshape(*(1, 1, *x.shape[:-2])[-2:], *x.shape[-2:])
 
 
 def _array(call: AttentionCall) -> Array | None:
