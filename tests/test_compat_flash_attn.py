@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -126,3 +127,20 @@ def test_packed_errors_name_the_argument():
         flash_attn_qkvpacked_func(np.stack([K, V], axis=2))
     with pytest.raises(ValueError, match=r"^kv: wanted axes"):
         flash_attn_kvpacked_func(Q, K)
+
+
+def test_devices_are_asked_for_order_too(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from anyattn.compat.flash_attn import arguments
+
+    x = torch.zeros(1, 4, 2, 8, requires_grad=True)
+    made = arguments.describe
+    monkeypatch.setattr(arguments, "describe", lambda *given: replace(made(*given), device_kind="cuda"))
+    with aa.use(backend="torch"):
+        with pytest.raises(aa.errors.UnsupportedCallError, match="sums gradients in any order on cuda"):
+            flash_attn_func(x, x, x, deterministic=True)
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert flash_attn_func(x, x, x, deterministic=True).shape == x.shape
+        finally:
+            torch.use_deterministic_algorithms(False)

@@ -172,3 +172,11 @@ class TestNumbaForward:
         pytest.importorskip("numba", reason="numba is not installed")
         q = Q.clone().requires_grad_()
         assert "Numba computes the forward" in aa.explain(q, K, K, softcap=2.0).notes
+
+
+def test_shared_keys_with_gradients_are_not_expanded():
+    q, k = torch.zeros(3, 2, 5, 8), torch.zeros(1, 2, 9, 8, requires_grad=True)
+    call = describe("attention", q, k, k, Options())
+    assert dict(routes.choose(call).passed)["sdpa"].startswith("makes a gradient of k for each")
+    call = describe("attention", q, k.detach(), k.detach(), Options())
+    assert routes.choose(call).name == "sdpa"

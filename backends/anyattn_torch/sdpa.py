@@ -7,6 +7,7 @@ used: the plain one ("math") keeps all Lq x Lk scores.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from anyattn import arrays
@@ -100,6 +101,8 @@ def _other_memory(call: AttentionCall) -> str | None:
             return f"has no fused kernel for {name} with channels that are not next to each other"
         if one_batch_axis(x, call.batch_shape) is None:
             return f"takes one batch axis, and to join those of {name} would copy it"
+        if arrays.needs_gradient(x) and math.prod(x.shape[:-3]) < math.prod(call.batch_shape):
+            return f"makes a gradient of {name} for each of the batch entries that share it"
     return None
 
 

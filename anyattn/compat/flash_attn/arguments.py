@@ -52,8 +52,18 @@ def check_deterministic(q: Array, k: Array, v: Array, options: dict[str, Any]) -
     if "gradients" not in call.features:
         return
     chosen = dispatch.choose(call, None)
+    reason = None
     if "deterministic_backward" not in chosen.capabilities:
         reason = "does not declare deterministic_backward"
+    elif call.library == "torch" and call.device_kind != "cpu":
+        import torch
+
+        if not torch.are_deterministic_algorithms_enabled():
+            reason = (
+                f"sums gradients in any order on {call.device_kind} until "
+                "torch.use_deterministic_algorithms(True)"
+            )
+    if reason is not None:
         raise UnsupportedCallError(
             f"deterministic: backend {chosen.name!r}, which would run this call, {reason}",
             {chosen.name: (reason,)},
