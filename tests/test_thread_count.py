@@ -19,7 +19,9 @@ def _environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module, "usable_cpus", lambda: 4)
     module.process_threads.cache_clear()
+    limit = module._limit.set(None)
     yield
+    module._limit.reset(limit)
     module.process_threads.cache_clear()
 
 
@@ -100,6 +102,12 @@ class TestThreadpoolctl:
             other.start()
             other.join()
         assert found == [4]
+
+    def test_a_limit_that_ends_is_none(self, ctl, environment):
+        with ctl.threadpool_limits(2):
+            assert thread_count() == 2
+        environment(ANYATTN_NUM_THREADS="7")
+        assert thread_count() == 7
 
     def test_information(self, ctl):
         (found,) = [info for info in ctl.threadpool_info() if info["user_api"] == "anyattn"]

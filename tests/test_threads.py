@@ -92,8 +92,8 @@ def process(folder, tmp_path):
             env=settings | environment,
             capture_output=True,
             text=True,
-            # Seconds each, and minutes where others use the processors: some wait for three threads on two.
-            timeout=300,
+            # Seconds each, and more where others use the processors: some wait for three threads on two.
+            timeout=120,
             check=False,
         )
         assert done.returncode == status, f"{done.returncode}: {done.stdout}{done.stderr}"
@@ -390,6 +390,8 @@ def test_fork_while_a_thread_makes_kernels(process):
 @pytest.mark.skipif(os.name != "posix", reason="os.kill ends the process elsewhere")
 def test_interrupts_leave_the_pool_whole(process):
     out = process("""
+        # A shell lets its background jobs, and what they start, ignore SIGINT.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         until_shared(3)
         ended = False
         def interrupting():

@@ -126,7 +126,9 @@ def _register() -> None:
             return process_threads() if limit is None else limit
 
         def set_num_threads(self, num_threads: Any) -> None:
-            _limit.set(integer(num_threads, "threadpoolctl: num_threads", least=1))
+            count = integer(num_threads, "threadpoolctl: num_threads", least=1)
+            # A limit that ends is set back to what there was, which a forked child shall count anew.
+            _limit.set(None if count == process_threads() else count)
 
         def get_version(self) -> str:
             from anyattn import __version__
