@@ -21,13 +21,15 @@ from anyattn.expr.nodes import B, Expr, J, load
 from anyattn.expr.relocate import Relocation
 from anyattn.expr.tables import table_of
 from anyattn.masks import Mask
-from anyattn.numbers import integer, integers
+from anyattn.numbers import host_integers, integer
 from anyattn.scores import Score
 
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["Cache", "KVCache", "Lookup", "write"]
+__all__ = ["Cache", "GrowingCache", "KVCache", "Lookup", "write"]
+
+_KEPT = ", as a cache keeps them there"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,23 +55,11 @@ class Lookup:
 
 
 class Cache(ABC):
-    """What `attention` takes in the place of `k`.
-
-    Attributes
-    ----------
-    lengths : numpy.ndarray, shape (...)
-        Tokens of each sequence.
-    """
-
-    lengths: numpy.ndarray[Any, Any]
+    """What `attention` takes in the place of `k`."""
 
     @abstractmethod
     def lookup(self) -> Lookup:
         """Where the tokens are."""
-
-    @abstractmethod
-    def extend(self, k: Array, v: Array) -> None:
-        """Add (..., Hkv, n, D) and (..., Hkv, n, Dv) at the end of all sequences."""
 
     def arguments(self, q: Array, given: tuple[Any, ...]) -> tuple[Array, Array, tuple[Any, ...]]:
         """k, v and the options of a call of `attention` for queries at the end of the sequences.
@@ -96,6 +86,19 @@ class Cache(ABC):
             xp = arrays.namespace(k)
             k, v = xp.moveaxis(k, -2, -3), xp.moveaxis(v, -2, -3)
         return k, v, tuple(changed.values())
+
+
+class GrowingCache(Cache):
+    """A cache that tokens are added to."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> numpy.ndarray[Any, Any]:
+        """Tokens of each sequence, (...)."""
+
+    @abstractmethod
+    def extend(self, k: Array, v: Array) -> None:
+        """Add (..., Hkv, n, D) and (..., Hkv, n, Dv) at the end of all sequences."""
 
 
 def _relocated(found: Lookup, options: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +137,7 @@ def write(buffer: Array, place: tuple[Any, ...], values: Array) -> Array:
     return buffer
 
 
-class KVCache(Cache):
+class KVCache(GrowingCache):
     """Keys and values of past tokens of a batch of sequences.
 
     Appending writes into the arrays that the cache owns; on a library without writing (JAX) it replaces them.
@@ -200,8 +203,12 @@ class KVCache(Cache):
         self.k, self.v = (
             xp.zeros((*x.shape[:-2], room, x.shape[-1]), dtype=x.dtype, device=device) for x in (k, v)
         )
-        self.lengths: numpy.ndarray[Any, Any] = numpy.zeros(tuple(k.shape[:-3]), dtype=numpy.int64)
+        self._lengths: numpy.ndarray[Any, Any] = numpy.zeros(tuple(k.shape[:-3]), dtype=numpy.int64)
         self.append(k, v)
+
+    @property
+    def lengths(self) -> numpy.ndarray[Any, Any]:
+        return self._lengths
 
     @property
     def capacity(self) -> int:
@@ -235,7 +242,7 @@ class KVCache(Cache):
                 raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(new.shape)}")
         count = int(k.shape[-2])
         added = numpy.broadcast_to(
-            _host(count if lengths is None else lengths, "lengths"), self.lengths.shape
+            host_integers(count if lengths is None else lengths, "lengths", _KEPT), self.lengths.shape
         )
         if added.size and (added.min() < 0 or added.max() > count):
             raise ValueError(
@@ -250,7 +257,7 @@ class KVCache(Cache):
                 index = (*entry, slice(None), place, slice(None))
                 taken = (*entry, slice(None), slice(first, last), slice(None))
                 self.k, self.v = write(self.k, index, k[taken]), write(self.v, index, v[taken])
-        self.lengths = self.lengths + added
+        self._lengths = self.lengths + added
 
     def _grow(self, capacity: int) -> None:
         xp = arrays.namespace(self.k)
@@ -318,14 +325,14 @@ class KVCache(Cache):
         """
         if self.lengths.ndim != 1:
             raise ValueError(f"reorder: wanted a cache with one batch axis, got {self.lengths.ndim}")
-        chosen = _host(indices, "indices")
+        chosen = host_integers(indices, "indices", _KEPT)
         count = len(self.lengths)
         if chosen.ndim != 1 or (chosen.size and (chosen.min() < 0 or chosen.max() >= count)):
             raise ValueError(f"indices: wanted numbers of the {count} sequences, from 0, got {indices!r}")
         xp, device = arrays.namespace(self.k), arrays.device(self.k)
         placed = xp.asarray(chosen, dtype=arrays.index_dtype(xp, device), device=device)
         self.k, self.v = (arrays.take(xp, x, placed, axis=-x.ndim) for x in (self.k, self.v))
-        self.lengths = self.lengths[chosen]
+        self._lengths = self.lengths[chosen]
 
     def crop(self, lengths: int | Sequence[int] | Array) -> None:
         """Forget tokens from the end.
@@ -342,7 +349,7 @@ class KVCache(Cache):
         """
         import numpy
 
-        kept = numpy.minimum(self.lengths, _host(lengths, "lengths"))
+        kept = numpy.minimum(self.lengths, host_integers(lengths, "lengths", _KEPT))
         if kept.size and kept.min() < 0:
             raise ValueError(f"lengths: wanted 0 or more, got {lengths!r}")
         if (
@@ -350,7 +357,7 @@ class KVCache(Cache):
             and ((kept < self.lengths) & (self.lengths > self.window + self.sink_tokens)).any()
         ):
             raise ValueError("crop: the ring has overwritten tokens that would be the last ones again")
-        self.lengths = kept
+        self._lengths = kept
 
     def __repr__(self) -> str:
         lengths = sorted({int(n) for n in self.lengths.flat})
@@ -375,14 +382,3 @@ def _check_tokens(k: Any, v: Any) -> None:
             f"v: wanted (..., heads, tokens, dim) with all axes but the last like k, "
             f"got k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
-
-
-def _host(value: Any, name: str) -> Any:
-    """Integers that decide what a cache keeps, on the host."""
-    if not arrays.is_array(value):
-        return integers(value, name)
-    if arrays.kind(value) != "int":
-        raise TypeError(f"{name}: wanted integers, got dtype {arrays.dtype_name(value)}")
-    if not arrays.is_concrete_cpu(value):
-        raise TypeError(f"{name}: wanted numbers that the host can read, as a cache keeps them there")
-    return arrays.to_host(value).astype("int64")

@@ -17,7 +17,7 @@ from anyattn import arrays
 from anyattn.arrays import Array, Namespace
 from anyattn.attention import attention, attention_weights
 from anyattn.describe import OPTIONS
-from anyattn.kv_cache import Cache
+from anyattn.kv_cache import GrowingCache
 from anyattn.numbers import boolean, integer
 from anyattn.rope import as_positions, check_options, rope, sequence_length
 from anyattn.rope_scaling import needs_sequence_length
@@ -283,7 +283,7 @@ class MultiHeadAttention:
         x: Array,
         kv: Array | None = None,
         *,
-        cache: Cache | None = None,
+        cache: GrowingCache | None = None,
         positions: Any = None,
         kv_positions: Any = None,
         return_weights: bool = False,
@@ -394,7 +394,7 @@ class MultiHeadAttention:
         parts.append(f"{arrays.library(wq)} {arrays.dtype_name(wq)}")
         return f"MultiHeadAttention({', '.join(parts)})"
 
-    def _with_cache(self, x: Array, cache: Cache, positions: Any, options: Mapping[str, Any]) -> Any:
+    def _with_cache(self, x: Array, cache: GrowingCache, positions: Any, options: Mapping[str, Any]) -> Any:
         """Attention of `x` to a cache that its keys and values have joined."""
         import numpy
 

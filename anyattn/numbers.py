@@ -6,10 +6,12 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any
 
+from anyattn import arrays
+
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["boolean", "integer", "integers", "is_integer", "real"]
+__all__ = ["boolean", "host_integers", "integer", "integers", "is_integer", "real"]
 
 
 def is_integer(value: Any) -> bool:
@@ -45,6 +47,18 @@ def integers(value: Any, label: str) -> numpy.ndarray[Any, Any]:
 
     check(value)
     return numpy.asarray(value, dtype=numpy.int64)
+
+
+def host_integers(value: Any, label: str, reason: str) -> numpy.ndarray[Any, Any]:
+    """Integers, sequences of them or an integer array as int64; `reason` ends the error where unreadable."""
+    if not arrays.is_array(value):
+        return integers(value, label)
+    if arrays.kind(value) != "int":
+        raise TypeError(f"{label}: wanted integers, got dtype {arrays.dtype_name(value)}")
+    if not arrays.is_concrete_cpu(value):
+        raise TypeError(f"{label}: wanted numbers that the host can read{reason}")
+    found: numpy.ndarray[Any, Any] = arrays.to_host(value).astype("int64")
+    return found
 
 
 def real(value: Any, label: str) -> float:

@@ -18,7 +18,7 @@ from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.expr.nodes import B, J, load
 from anyattn.expr.tables import table_of
-from anyattn.kv_cache import Cache, Lookup, write
+from anyattn.kv_cache import GrowingCache, Lookup, write
 from anyattn.numbers import integer
 
 __all__ = ["PagedKVCache", "PagedSequences", "in_pages"]
@@ -32,7 +32,7 @@ class _Sequence:
     length: int = 0
 
 
-class PagedKVCache(Cache):
+class PagedKVCache(GrowingCache):
     """Keys and values of many sequences in one pool of pages.
 
     It is meant for eager code: tables and lengths are kept on the host. Appending writes into the pool; on a
@@ -188,7 +188,7 @@ class PagedKVCache(Cache):
         return PagedSequences(self, tuple(chosen))
 
     @property
-    def lengths(self) -> Any:  # type: ignore[override]
+    def lengths(self) -> Any:
         return self[self.sequences].lengths
 
     def lookup(self) -> Lookup:
@@ -238,14 +238,14 @@ class PagedKVCache(Cache):
 
 
 @dataclass(frozen=True, eq=False)
-class PagedSequences(Cache):
+class PagedSequences(GrowingCache):
     """Some sequences of a `PagedKVCache`, which `attention` takes as batch entries."""
 
     cache: PagedKVCache
     sequences: tuple[int, ...]
 
     @property
-    def lengths(self) -> Any:  # type: ignore[override]
+    def lengths(self) -> Any:
         import numpy
 
         return numpy.asarray([self.cache.length(number) for number in self.sequences], dtype=numpy.int64)

@@ -18,10 +18,12 @@ from anyattn.expr.nodes import ROW, Expr, J, load
 from anyattn.expr.relocate import Relocation
 from anyattn.expr.tables import table_of
 from anyattn.masks import Mask
-from anyattn.numbers import integer, integers
+from anyattn.numbers import host_integers, integer
 from anyattn.scores import Score
 
 __all__ = ["pack", "packed_options", "unpack", "varlen_attention"]
+
+_SIZES = ": they are sizes of the result"
 
 
 def varlen_attention(
@@ -168,7 +170,7 @@ def pack(x: Array, lengths: Sequence[int] | Array) -> tuple[Array, Array]:
     arrays.check_plain(x, "x")
     if x.ndim < 2:
         raise ValueError(f"x: wanted axes (batch, length, ...), got shape {tuple(x.shape)}")
-    host = _host(lengths, "lengths")
+    host = host_integers(lengths, "lengths", _SIZES)
     if host.shape != (x.shape[0],):
         raise ValueError(f"lengths: wanted shape ({x.shape[0]},), got {host.shape}")
     if host.size and (host.min() < 0 or host.max() > x.shape[1]):
@@ -200,7 +202,7 @@ def unpack(packed: Array, cu_seqlens: Sequence[int] | Array, length: int | None 
     import numpy
 
     arrays.check_plain(packed, "packed")
-    host = _host(cu_seqlens, "cu_seqlens")
+    host = host_integers(cu_seqlens, "cu_seqlens", _SIZES)
     _check_values(host, "cu_seqlens", int(packed.shape[0]))
     longest = int(numpy.diff(host).max(initial=0))
     length = longest if length is None else integer(length, "length", least=longest)
@@ -227,16 +229,6 @@ def _beside(numbers: Any, like: Array) -> Array:
     """Host integers as an array beside another."""
     xp, where = arrays.namespace(like), arrays.device(like)
     return xp.asarray(numbers, dtype=arrays.index_dtype(xp, where), device=where)
-
-
-def _host(value: Any, name: str) -> Any:
-    if not arrays.is_array(value):
-        return integers(value, name)
-    if arrays.kind(value) != "int":
-        raise TypeError(f"{name}: wanted integers, got dtype {arrays.dtype_name(value)}")
-    if not arrays.is_concrete_cpu(value):
-        raise TypeError(f"{name}: wanted numbers that the host can read: they are sizes of the result")
-    return arrays.to_host(value).astype("int64")
 
 
 def _check_values(host: Any, name: str, total: int) -> None:
@@ -271,7 +263,7 @@ def _sequences(cu_seqlens: Any, name: str, x: Array, longest: Any) -> _Sequences
             raise TypeError(f"{name}: wanted integers, got dtype {arrays.dtype_name(cu_seqlens)}")
         arrays.check_beside(cu_seqlens, name, x, "q")
     if not arrays.is_array(cu_seqlens) or arrays.is_concrete_cpu(cu_seqlens):
-        host = _host(cu_seqlens, name)
+        host = host_integers(cu_seqlens, name, _SIZES)
         _check_values(host, name, total)
         lengths = numpy.diff(host)
         if longest is not None and len(lengths) and lengths.max() > longest:

@@ -135,9 +135,6 @@ class _Given(Cache):
     def lookup(self) -> Lookup:
         return self.found
 
-    def extend(self, k: Array, v: Array) -> None:
-        raise NotImplementedError("tokens were written before")
-
 
 def _lookup(k_cache: Array, v_cache: Array, table: Array | None, lengths: Array, index: Any) -> Lookup:
     xp, device = arrays.namespace(k_cache), arrays.device(k_cache)
