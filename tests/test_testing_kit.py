@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from anyattn.backend import CAPABILITIES, Backend
+from anyattn.reference import backend as reference_backend
 from anyattn.testing import running
 from anyattn.testing.bad_input import bad_calls
 from anyattn.testing.case import Entry, Given, Plant, Value, call
@@ -333,6 +335,28 @@ class TestRunning:
         monkeypatch.setattr(running, "perform", lambda case, arrays, _: {})
         with pytest.raises(AssertionError, match="shows no backend"):
             running.check_values(self.CASE, NUMPY, "reference")
+
+    def test_arrays_of_another_call(self, install):
+        class Keeping(Backend):
+            name, arrays, devices = "keeping", ("*",), ("*",)
+            capabilities = frozenset(CAPABILITIES)
+            keep = frozenset({"v"})
+
+            def run(self, call):
+                return reference_backend.run(call)
+
+            def prepare(self, call):
+                def run(q, k, v, *others):
+                    given = {"q": q, "k": k, "v": v}
+                    return self.run(replace(call, **{x: given[x] for x in given if x not in self.keep}))
+
+                return run
+
+        install(backend := Keeping())
+        with pytest.raises(AssertionError, match="out: .* elements are wrong"):
+            running.check_values(self.CASE, NUMPY, "keeping")
+        backend.keep = frozenset()
+        running.check_values(self.CASE, NUMPY, "keeping")
 
     def test_other_bits_the_second_time(self, monkeypatch):
         perform, noise = running.perform, iter([0.0, 1e-7])
