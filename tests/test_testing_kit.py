@@ -353,7 +353,7 @@ class TestRunning:
                 return run
 
         install(backend := Keeping())
-        with pytest.raises(AssertionError, match="out: .* elements are wrong"):
+        with pytest.raises(AssertionError, match=r"out: .* elements are wrong"):
             running.check_values(self.CASE, NUMPY, "keeping")
         backend.keep = frozenset()
         running.check_values(self.CASE, NUMPY, "keeping")

@@ -126,7 +126,7 @@ def check_values(case: Case, library: Library, backend: str) -> None:
     values = case.arrays()
     with library.session():
         if case.operation == "attention" and _prepares(backend):
-            # What is kept of these arrays shows in the results of the next call, which has the same signature.
+            # What is kept of these arrays shows in the results of the next call, of the same signature.
             perform(case, library.arrays(case, _turned(values)), backend)
         arrays = library.arrays(case, values)
         results = _recorded(case, library, backend, arrays)
