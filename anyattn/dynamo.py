@@ -43,6 +43,9 @@ class MaskRecipe:
     def __ror__(self, other: Any) -> MaskRecipe:
         return _ror(self, other)
 
+    def __invert__(self) -> MaskRecipe:
+        return MaskRecipe(("not", self.recipe))
+
 
 class ScoreRecipe:
     """Stands for a `Score` in a compiled function."""
@@ -85,6 +88,7 @@ class SymbolRecipe:
     def __neg__(self) -> SymbolRecipe: return _apply("neg", self)
     def __pos__(self) -> SymbolRecipe: return self
     def __abs__(self) -> SymbolRecipe: return _apply("abs", self)
+    def __invert__(self) -> SymbolRecipe: return _apply("not", self)
     def __and__(self, other: Any) -> SymbolRecipe: return _apply("and", self, other)
     def __rand__(self, other: Any) -> SymbolRecipe: return _apply("and", other, self)
     def __or__(self, other: Any) -> SymbolRecipe: return _apply("or", self, other)
@@ -153,7 +157,32 @@ def _is_function(value: Any) -> bool:
 
 
 def _function(kind: str, function: Callable[..., Any], names: tuple[str, ...]) -> Any:
-    return ("function", kind, _recipe(function(*[SymbolRecipe(("symbol", name)) for name in names])))
+    from anyattn_torch.symbols import Indexing
+
+    _learn_invert()
+    symbols = [SymbolRecipe(("symbol", name)) for name in names]
+    with Indexing():
+        return ("function", kind, _recipe(function(*symbols)))
+
+
+def load(tensor: Any, keys: tuple[Any, ...]) -> SymbolRecipe:
+    """The recipe of a captured tensor's element."""
+    for key in keys:
+        if key is None or key is Ellipsis or isinstance(key, slice):
+            raise TraceError(
+                "a traced function computes one number at each index: index every axis of a captured tensor "
+                "by a number or an expression, or take the part outside the function"
+            )
+    return _apply("load", tensor, *keys)
+
+
+def _learn_invert() -> None:
+    from anyattn_torch import symbols
+
+    symbols.learn_invert()
+
+
+_learn_invert._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _made_before(value: Mask | Score) -> Any:
@@ -260,6 +289,7 @@ def _then(self: Any, other: Any) -> ScoreRecipe:
 
 def _entry(kind: type, module: str, name: str) -> Callable[..., Any]:
     def entry(*args: Any, **options: Any) -> Any:
+        _learn_invert()
         positional = ("tuple", *[_recipe(x) for x in args])
         return kind(
             ("entry", module, name, positional, tuple([(key, _recipe(x)) for key, x in options.items()]))

@@ -65,6 +65,14 @@ CALLS = {
         ),
         mask=lambda b, h, i, j: (i - j < 5) | (j == 0),
     ),
+    "inverted": lambda q, k, v, s: attend(q, k, v, mask=~(masks.prefix(2) | BEFORE) | masks.causal()),
+    "a function that inverts, and reads at two symbols": lambda q, k, v, s: attend(
+        q,
+        k,
+        v,
+        mask=lambda b, h, i, j: ~(i - j > 5) & ~(TABLE[h, j] > 1),
+        score_mod=lambda x, b, h, i, j: x + TABLE[h, j] * s[0] - TABLE[0, (i + j) % 11] + TABLE[h, 2],
+    ),
     "made before": lambda q, k, v, s: attend(q, k, v, mask=BEFORE),
     "made before, joined": lambda q, k, v, s: attend(
         q, k, v, score_mod=SCORE.then(scores.softcap(3.0)), mask=BEFORE & masks.causal()
@@ -200,6 +208,14 @@ class TestErrors:
     def test_of_a_backend_that_refuses(self):
         found = self.message(lambda q: attend(q, q, q, softcap=1.0, backend="cupy"), Q)
         assert "cupy" in found
+
+    def test_of_parts_of_arrays(self):
+        found = self.message(lambda q: attend(q, q, q, score_mod=lambda s, b, h, i, j: s + TABLE[h, :][j]), Q)
+        assert "index every axis of a captured tensor" in found
+
+    def test_of_a_mask_that_was_made_before_and_is_inverted_inside(self):
+        found = self.message(lambda q: attend(q, q, q, mask=~BEFORE), Q)
+        assert "builtin `invert` with argument types ['Mask']" in found
 
     def test_of_functions(self):
         found = self.message(lambda q: attend(q, q, q, score_mod=lambda s, b, h, i, j: torch.erf(s)), Q)

@@ -155,6 +155,7 @@ def _made(recipe: Any, tensors: Tensors) -> Any:
 _JOINED: dict[str, Callable[..., Any]] = {
     "and": operator.and_,
     "or": operator.or_,
+    "not": operator.invert,
     "plus": operator.add,
 }
 
@@ -238,6 +239,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "pow": operator.pow,
     "neg": operator.neg,
     "abs": operator.abs,
+    "not": operator.invert,
     "and": operator.and_,
     "or": operator.or_,
     "xor": operator.xor,
