@@ -132,6 +132,8 @@ def attention(
         dropout_seed,
         layout,
         return_lse,
+        None,
+        None,
     )
     if isinstance(k, Cache):
         if v is not None:

@@ -34,6 +34,7 @@ CAPABILITIES: dict[str, str] = {
     "weights": "attention_weights",
     "stats": "attention_stats",
     "gradients": "the array library can differentiate through the call",
+    "int8": "int8 keys and values with a scale for each token and head, of a quantised cache",
     "traced": "arrays without values: jit tracers, lazy arrays",
     "strict_masking": "under use(strict=True) a hidden key contributes nothing even if it is NaN",
     "deterministic_backward": "the same backward twice gives the same bits",

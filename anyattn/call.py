@@ -34,12 +34,15 @@ class AttentionCall:
     batch_shape : tuple of int
         The broadcast batch axes; the batch index b of an expression is their flat row-major index.
     dtype, accumulate : str
-        Names of the dtype of q, k and v and of the one that scores and sums are computed in.
-    scale : float
+        Names of the dtype of q and the result, which k and v have too unless they are scaled, and of the one
+        that scores and sums are computed in.
     score : Expr or None
         What becomes of scale * (q . k): softcap, score_mod and bias in this order; None leaves it alone.
     visible : Expr or None
         Which keys a row sees: causal, window, mask and kv_lengths together; None sees all.
+    k_scales, v_scales : float32 arrays (..., Hkv, Lk), or None
+        What int8 rows of `k` and `v` are times to be keys and values, with the batch axes of these; None
+        where k and v are what they are.
     sinks : array (Hq,) or None
         Logits that join the denominator only.
     offset : int or integer array
@@ -75,6 +78,8 @@ class AttentionCall:
     scale: float
     score: Expr | None
     visible: Expr | None
+    k_scales: Array | None
+    v_scales: Array | None
     sinks: Array | None
     offset: Any
     offset_host: numpy.ndarray[Any, Any] | int | None
@@ -134,10 +139,11 @@ class AttentionCall:
     def others(self) -> tuple[Array, ...]:
         """The arrays besides q, k and v that are other ones in the next call of the same signature.
 
-        They are lengths, offsets and sinks as above, then the arrays of mask, score_mod and bias that the
-        caller gave, as they stand in `visible` and `score`.
+        They are lengths, offsets, sinks and scales as above, then the arrays of mask, score_mod and bias that
+        the caller gave, as they stand in `visible` and `score`.
         """
-        found = [x for x in (self.kv_lengths, self.offset, self.sinks) if arrays.is_array(x)]
+        own = (self.kv_lengths, self.offset, self.sinks, self.k_scales, self.v_scales)
+        found = [x for x in own if arrays.is_array(x)]
         for part in (self.mask, self.score_mod):
             found += [] if part is None else [a.value for a in structure(part.expr).arrays if is_given(a)]
         return (*found, self.bias) if self.bias is not None else tuple(found)

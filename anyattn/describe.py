@@ -68,6 +68,9 @@ class Options:
     dropout_seed: Any = None
     layout: Any = "bhld"
     return_lse: bool = False
+    # Of int8 keys and values, by a cache alone.
+    k_scales: Any = None
+    v_scales: Any = None
     rows: Any = None
     stats: Any = ()
 
@@ -88,7 +91,8 @@ def check_names(function: str, operation: str, options: dict[str, Any]) -> None:
 def describe(operation: str, q: Array, k: Array, v: Array | None, options: Options) -> AttentionCall:
     """The description of a call, or the error that says what is wrong with it."""
     tensors = {"q": q, "k": k} if operation != "attention" else {"q": q, "k": k, "v": v}
-    check_tensors(tensors)
+    scaled = options.k_scales is not None
+    check_tensors(tensors, scaled=scaled)
     if options.layout not in ("bhld", "blhd"):
         raise ValueError(f"layout: wanted 'bhld' or 'blhd', got {options.layout!r}")
     views = {name: canonical(x, options.layout) for name, x in tensors.items()}
@@ -96,6 +100,9 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
     if views["q"].shape[-3] == 0:
         # Without query heads no key/value head is read; heads would not line up in a product.
         views = {name: x[..., :0, :, :] for name, x in views.items()}
+    k_scales, v_scales = options.k_scales, options.v_scales
+    if scaled and views["q"].shape[-3] == 0:
+        k_scales, v_scales = (x[..., :0, :] for x in (k_scales, v_scales))
     qc, kc, vc = views["q"], views["k"], views.get("v")
     _check_flags(options)
     scale = 1 / math.sqrt(qc.shape[-1]) if options.scale is None else real(options.scale, "scale")
@@ -145,6 +152,7 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
         "q_offset": positional and not (isinstance(offset, int) and offset == place.k_len - place.q_len),
         "grouped_heads": qc.shape[-3] != kc.shape[-3],
         "return_lse": options.return_lse,
+        "int8": scaled,
         "weights": operation == "weights",
         "stats": operation == "stats",
         "gradients": any(arrays.needs_gradient(x) for x in read),
@@ -168,6 +176,8 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
         scale=scale,
         score=score,
         visible=visible,
+        k_scales=k_scales,
+        v_scales=v_scales,
         sinks=sinks,
         offset=offset,
         offset_host=offset_host,
@@ -186,11 +196,11 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
     )
 
 
-def check_tensors(tensors: dict[str, Any]) -> None:
-    """Arrays of one library, device and float dtype, of two axes or more."""
+def check_tensors(tensors: dict[str, Any], *, scaled: bool = False) -> None:
+    """Arrays of one library, device and float dtype, of two axes or more; k and v are int8 where `scaled`."""
     for name, x in tensors.items():
         arrays.check_plain(x, name)
-        if arrays.dtype_name(x) not in FLOAT_DTYPES:
+        if arrays.dtype_name(x) not in FLOAT_DTYPES and not (scaled and name != "q"):
             raise TypeError(f"{name}: wanted dtype {', '.join(FLOAT_DTYPES)}, got {x.dtype}")
         if x.ndim < 2:
             raise ValueError(
@@ -201,7 +211,7 @@ def check_tensors(tensors: dict[str, Any]) -> None:
         if x is q:
             continue
         arrays.check_beside(x, name, q, "q")
-        if arrays.dtype_name(x) != arrays.dtype_name(q):
+        if arrays.dtype_name(x) != arrays.dtype_name(q) and not scaled:
             raise TypeError(f"{name}: wanted dtype {arrays.dtype_name(q)} like q, got {arrays.dtype_name(x)}")
 
 

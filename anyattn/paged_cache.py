@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.expr.nodes import B, J, load
 from anyattn.expr.tables import table_of
-from anyattn.kv_cache import GrowingCache, Lookup, write
+from anyattn.kv_cache import GrowingCache, Lookup, stored_rows, write
 from anyattn.numbers import integer
 
 __all__ = ["PagedKVCache", "PagedSequences", "in_pages"]
+
+# What a token becomes (`stored_rows`), and where it is kept.
+_POOLS = {"k": "k_pages", "v": "v_pages", "k_scales": "k_scales", "v_scales": "v_scales"}
 
 
 @dataclass
@@ -41,12 +44,15 @@ class PagedKVCache(GrowingCache):
     Parameters
     ----------
     k_pages : array, shape (pages, page_size, Hkv, D)
-        The pool, which the cache writes to from now on.
+        The pool, which the cache writes to from now on: floats, or int8, for which the cache keeps a float32
+        scale for each token and head (`KVCache` says what that costs); tokens of any float dtype go there.
     v_pages : array, shape (pages, page_size, Hkv, Dv)
 
     Attributes
     ----------
     k_pages, v_pages : arrays
+    k_scales, v_scales : arrays (pages, page_size, Hkv, 1), or None
+        What the rows of int8 pages are times.
     sequences : tuple of int
         Numbers of the sequences there are, in the order in which they were added; `attention(q, cache)` takes
         them as the batch entries of q, and ``cache[numbers]`` some of them.
@@ -78,7 +84,16 @@ class PagedKVCache(GrowingCache):
             )
         if k_pages.shape[1] == 0:
             raise ValueError(f"k_pages: wanted pages of 1 token or more, got shape {tuple(k_pages.shape)}")
+        names = [arrays.dtype_name(x) for x in (k_pages, v_pages)]
+        if names[0] != names[1] or names[0] not in (*arrays.FLOAT_DTYPES, "int8"):
+            raise TypeError(f"k_pages, v_pages: wanted one dtype, a float or int8, got {' and '.join(names)}")
         self.k_pages, self.v_pages = k_pages, v_pages
+        self.k_scales = self.v_scales = None
+        if names[0] == "int8":
+            xp, shape = arrays.namespace(k_pages), (*k_pages.shape[:3], 1)
+            self.k_scales, self.v_scales = (
+                xp.zeros(shape, dtype=xp.float32, device=arrays.device(k_pages)) for _ in range(2)
+            )
         self._users = [0] * int(k_pages.shape[0])
         self._free = list(range(int(k_pages.shape[0])))  # a heap: low pages first keep the pool dense
         self._sequences: dict[int, _Sequence] = {}
@@ -147,10 +162,9 @@ class PagedKVCache(GrowingCache):
         for name, new, pool in (("k", k, self.k_pages), ("v", v, self.v_pages)):
             arrays.check_plain(new, name)
             arrays.check_beside(new, name, pool, "the cache")
-            if arrays.dtype_name(new) != arrays.dtype_name(pool):
-                raise TypeError(
-                    f"{name}: wanted dtype {arrays.dtype_name(pool)}, got {arrays.dtype_name(new)}"
-                )
+            taken = arrays.FLOAT_DTYPES if self.k_scales is not None else (arrays.dtype_name(pool),)
+            if arrays.dtype_name(new) not in taken:
+                raise TypeError(f"{name}: wanted dtype {', '.join(taken)}, got {arrays.dtype_name(new)}")
             wanted = (int(pool.shape[2]), int(k.shape[1]) if k.ndim == 3 else "n", int(pool.shape[3]))
             if tuple(new.shape) != wanted:
                 raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(new.shape)}")
@@ -164,6 +178,9 @@ class PagedKVCache(GrowingCache):
             raise MemoryError(
                 f"append: {count} tokens need {needed} more pages of {size}, {len(self._free)} are free"
             )
+        # Before anything is written: it may refuse the tokens.
+        stored = stored_rows(k, v, quantized=self.k_scales is not None)
+        rows = {_POOLS[name]: x for name, x in stored.items()}
         if shared:
             self._copy_page(known, last)
         done = 0
@@ -175,8 +192,8 @@ class PagedKVCache(GrowingCache):
             run = min(count - done, size - start)
             place = known.pages[page], slice(start, start + run), slice(None), slice(None)
             part = slice(None), slice(done, done + run), slice(None)
-            self.k_pages = write(self.k_pages, place, xp.moveaxis(k[part], 0, 1))
-            self.v_pages = write(self.v_pages, place, xp.moveaxis(v[part], 0, 1))
+            for name, x in rows.items():
+                setattr(self, name, write(getattr(self, name), place, xp.moveaxis(x[part], 0, 1)))
             known.length += run
             done += run
 
@@ -221,8 +238,10 @@ class PagedKVCache(GrowingCache):
     def _copy_page(self, known: _Sequence, entry: int) -> None:
         """Give a sequence a page of its own with what a shared one holds."""
         old, new = known.pages[entry], self._take()
-        self.k_pages = write(self.k_pages, (new, ...), self.k_pages[old, ...])
-        self.v_pages = write(self.v_pages, (new, ...), self.v_pages[old, ...])
+        for name in _POOLS.values():
+            pool = getattr(self, name)
+            if pool is not None:
+                setattr(self, name, write(pool, (new, ...), pool[old, ...]))
         known.pages[entry] = new
         self._release(old)
 
@@ -273,7 +292,12 @@ class PagedSequences(GrowingCache):
             row[sequence.pages] = numpy.arange(len(sequence.pages))
         lengths = xp.asarray([sequence.length for sequence in known], dtype=index, device=device)
         entry = xp.asarray(entry, dtype=index, device=device)
-        return in_pages(self.cache.k_pages, self.cache.v_pages, entry, lengths)
+        cache = self.cache
+        found = in_pages(cache.k_pages, cache.v_pages, entry, lengths)
+        if cache.k_scales is None:
+            return found
+        scales = [_in_a_row(x)[..., 0] for x in (cache.k_scales, cache.v_scales)]
+        return replace(found, k_scales=scales[0], v_scales=scales[1])
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -289,9 +313,14 @@ def in_pages(k_pages: Array, v_pages: Array, entry: Array, lengths: Array) -> Lo
         The how-manieth page of a sequence a page is, -1 for those that it does not use.
     lengths : integer array (B,)
     """
-    xp, size = arrays.namespace(k_pages), int(k_pages.shape[1])
+    size = int(k_pages.shape[1])
     page = load(table_of(entry, "pages", ("b", None)), (B, J // size))
     length = load(table_of(lengths, "tokens of each sequence", ("b",)), (B,))
     token = page * size + J % size
-    k, v = (xp.moveaxis(xp.reshape(x, (x.shape[0] * size, *x.shape[2:])), 1, 0) for x in (k_pages, v_pages))
-    return Lookup(k, v, lengths, (page >= 0) & (token < length), token)
+    return Lookup(_in_a_row(k_pages), _in_a_row(v_pages), lengths, (page >= 0) & (token < length), token)
+
+
+def _in_a_row(pool: Array) -> Array:
+    """(pages, page_size, Hkv, n) as (Hkv, pages * page_size, n)."""
+    xp = arrays.namespace(pool)
+    return xp.moveaxis(xp.reshape(pool, (pool.shape[0] * pool.shape[1], *pool.shape[2:])), 1, 0)

@@ -160,6 +160,8 @@ _ARRAY_READERS: dict[str, _Reader] = {
     "bias": _read_array,
     "score_mod": _read_expression,
     "sinks": _read_array,
+    "k_scales": _read_array,
+    "v_scales": _read_array,
     "kv_lengths": _read_integers,
     "q_offset": _read_integers,
 }
@@ -256,7 +258,7 @@ def _feeds(known: Signature, call: AttentionCall) -> tuple[_Feed, ...] | None:
     if call.sinks is not None:
         by_array = "sinks" in known.given
         feeds.append(_sinks(call.xp, call.sinks.dtype) if by_array else _always(call.sinks))
-    for name in ("mask", "score_mod", "bias"):
+    for name in ("k_scales", "v_scales", "mask", "score_mod", "bias"):
         feeds += [_nth(name, n) for n in range(len(known.given.get(name, ())))]
     return tuple(feeds)
 

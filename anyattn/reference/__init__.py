@@ -33,8 +33,9 @@ class ReferenceBackend(Backend):
         if call.operation == "linear":
             return _linear_notes(call)  # type: ignore[arg-type]
         found = ["makes a scaled copy of q in " + call.accumulate]
-        if call.dtype != call.accumulate:
-            found.append(f"converts k and v from {call.dtype} to {call.accumulate} a block at a time")
+        stored = "int8" if "int8" in call.features else call.dtype
+        if stored != call.accumulate:
+            found.append(f"converts k and v from {stored} to {call.accumulate} a block at a time")
         if call.features & {"gradients", "traced"}:
             found.append("gradients through it keep the scores of every block: memory grows with Lq * Lk")
         if call.operation == "weights":

@@ -56,7 +56,7 @@ class Logits:
         xp, call = self.xp, self.call
         tile = self._tile(start, size)
         visible = None if call.visible is None or full else evaluate(call.visible, tile)
-        k = arrays.cast(xp, arrays.take_range(call.k, start, size, axis=-2), self.dtype)
+        k = self._rows_of(call.k, call.k_scales, start, size)
         score = self._scores(k, clean=visible is not None)
         if self.score is not None:
             if visible is not None:
@@ -71,12 +71,20 @@ class Logits:
     def weigh(self, p: Array, visible: Array | None, start: Array | int, size: int) -> Array:
         """P . V of a block, (..., Hq, R, Dv)."""
         xp = self.xp
-        v = arrays.cast(xp, arrays.take_range(self.call.v, start, size, axis=-2), self.dtype)
+        v = self._rows_of(self.call.v, self.call.v_scales, start, size)
         if visible is None or self._is_finite(v):
             return self._product(self._pack(p), v)
         finite = xp.isfinite(v)
         out = self._product(self._pack(p), xp.where(finite, v, 0.0))
         return out + arrays.stop_gradient(self._seen_nonfinite(p, visible, v))
+
+    def _rows_of(self, x: Array, scales: Array | None, start: Array | int, size: int) -> Array:
+        """Keys or values of a block, in the dtype that is computed in."""
+        rows = arrays.cast(self.xp, arrays.take_range(x, start, size, axis=-2), self.dtype)
+        if scales is None:
+            return rows
+        factors = arrays.cast(self.xp, arrays.take_range(scales, start, size, axis=-1), self.dtype)
+        return rows * self.xp.expand_dims(factors, axis=-1)
 
     def _seen_nonfinite(self, p: Array, visible: Array, v: Array) -> Array:
         """What the NaN and infinite values at seen keys add to P . V: NaN, inf, -inf, or 0 for nothing."""

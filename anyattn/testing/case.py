@@ -19,6 +19,8 @@ Array = Any
 
 ACCUMULATION = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 POSITION_ARGUMENTS = ("q", "k", "v")
+CACHES = ("buffer", "ring", "pages")
+"""Operations that are attention through a cache: of one buffer, a ring with sink tokens, pages of a pool."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ class Case:
     dtype
         Of q, k and v.
     operation
-        "attention", "weights", "stats", "linear" (`linear_attention`), or "merge": attention in parts,
-        joined.
+        "attention", "weights", "stats", "linear" (`linear_attention`), "merge": attention in parts, joined,
+        or one of `CACHES`: attention through a cache, an int8 one where the case needs that.
     options
         Keyword arguments of the call; arrays are `Drawn` or `Given`, masks and scores `Entry`, `Combined` or
         `Function`, everything else is plain data.
@@ -160,7 +162,8 @@ class Case:
     also
         Capabilities that the case needs besides those that follow from its options.
     cuts
-        Of "merge": the keys at which the call is cut into parts that `anyattn.merge` joins.
+        Of "merge": the keys at which the call is cut into parts that `anyattn.merge` joins. Of a cache: where
+        the tokens are cut that are appended one part after the other.
     """
 
     name: str
@@ -378,6 +381,13 @@ def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return rng.standard_normal(shape)
 
 
+def _int8_rows(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Rows that int8 with a scale holds exactly: whole numbers, 127 the largest, times 2**n."""
+    rows = rng.integers(-127, 128, shape).astype(np.float64)
+    rows[..., 0] = 127
+    return np.ldexp(rows, rng.integers(-8, -4, (*shape[:-1], 1)))
+
+
 def _unit(x: Array) -> Array:
     return x / np.sqrt((x * x).sum(axis=-1, keepdims=True))
 
@@ -390,6 +400,7 @@ RECIPES: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Array]] = {
     "positive": lambda rng, shape: rng.uniform(0.1, 1.0, shape),
     "mostly true": lambda rng, shape: rng.random(shape) < 0.7,
     "half true": lambda rng, shape: rng.random(shape) < 0.5,
+    "int8 rows": _int8_rows,
     "unit": lambda rng, shape: _unit(rng.standard_normal(shape)),
     "decays": lambda rng, shape: -rng.uniform(0.01, 0.3, shape),
     "few ids": lambda rng, shape: np.sort(rng.integers(0, 3, shape), axis=-1),

@@ -12,7 +12,7 @@ import numpy as np
 from anyattn.testing import oracle
 from anyattn.testing.bounds import Bounds, gradient_bounds
 from anyattn.testing.bounds_linear import linear_bounds
-from anyattn.testing.case import ACCUMULATION, Case, Value
+from anyattn.testing.case import ACCUMULATION, CACHES, Case, Value
 from anyattn.testing.oracle.linear import recur
 
 Array = Any
@@ -45,7 +45,7 @@ def expected(case: Case, arrays: Mapping[str, Value] | None = None) -> dict[str,
     dense, options = _dense(case, case.arrays() if arrays is None else arrays)
     bounds = Bounds.of(dense, case.dtype)
     wide = ACCUMULATION[case.dtype]
-    if case.operation == "attention":
+    if case.operation in ("attention", *CACHES):
         found = {"out": Expected(*_both(dense, bounds.out, bounds.output(), features=True), case.dtype)}
         if options["return_lse"]:
             found["lse"] = Expected(*_both(dense, bounds.lse, bounds.logsumexp()), wide, nan_or_inf=True)

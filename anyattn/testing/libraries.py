@@ -15,7 +15,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 
 from anyattn.testing.bad_input import BadCall
-from anyattn.testing.case import Case, Value, arrays_in
+from anyattn.testing.case import CACHES, Case, Value, arrays_in
 from anyattn.testing.memory import MEMORIES, lay_out
 
 Array = Any
@@ -77,6 +77,8 @@ class Library:
             return f"{self.name} has no {', '.join(dtypes)}"
         if case.memory not in self.memories:
             return f"{self.name} has no {case.memory} arrays"
+        if case.operation in CACHES and self.traced:
+            return f"{self.name} has arrays without values, and caches keep lengths on the host"
         if "gradients" in case.also and not self.differentiates:
             return f"{self.name} has no automatic differentiation"
         return None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from anyattn.testing.bad_input import BadCall
-from anyattn.testing.case import Case, Value, arrays_in, draw, resolve
+from anyattn.testing.case import CACHES, Case, Value, arrays_in, draw, resolve
 from anyattn.testing.expected import (
     Expected,
     cotangents,
@@ -68,6 +68,8 @@ def _perform(case: Case, arrays: Mapping[str, Array], backend: str) -> dict[str,
         return dict(anyattn.attention_stats(*arguments, **keywords, backend=backend))
     if case.operation == "linear":
         return _linear(anyattn.linear_attention(*arguments, **keywords, backend=backend), keywords)
+    if case.operation in CACHES:
+        arguments = [arguments[0], _cache(case, *arguments[1:])]
     result = anyattn.attention(*arguments, **keywords, backend=backend)
     return {"out": result[0], "lse": result[1]} if keywords.get("return_lse") else {"out": result}
 
@@ -116,6 +118,38 @@ def _in_parts(case: Case, arrays: Mapping[str, Array], backend: str) -> dict[str
         parts.append(anyattn.attention(*arguments, **keywords, return_lse=True, backend=backend))
     out, lse = anyattn.merge([part[0] for part in parts], [part[1] for part in parts], layout=case.layout)
     return {"out": out, "lse": lse}
+
+
+def _cache(case: Case, k: Array, v: Array) -> Any:
+    """A cache that the tokens of a case went into, part by part."""
+    from array_api_compat import array_namespace, device
+
+    import anyattn
+
+    xp = array_namespace(k)
+    if case.layout == "blhd":
+        k, v = (xp.moveaxis(x, -3, -2) for x in (k, v))
+    edges = pairwise((0, *case.cuts, case.k[-2]))
+    parts = [tuple(x[..., start:stop, :] for x in (k, v)) for start, stop in edges]
+    quantize = "int8" if "int8" in case.needs else None
+    if case.operation != "pages":
+        kept: dict[str, Any] = {"capacity": case.k[-2]}
+        if case.operation == "ring":
+            kept = {"window": 6, "sink_tokens": 2}
+        cache = anyattn.KVCache(*parts[0], quantize=quantize, **kept)
+        for part in parts[1:]:
+            cache.append(*part)
+        return cache
+    # Pages of 3 tokens, of which those of one sequence do not follow each other.
+    dtype = xp.int8 if quantize else k.dtype
+    heads = k.shape[-3]
+    pools = (xp.zeros((20, 3, heads, x.shape[-1]), dtype=dtype, device=device(k)) for x in (k, v))
+    paged = anyattn.PagedKVCache(*pools)
+    numbers = [paged.add() for _ in range(k.shape[0])]
+    for part in parts:
+        for n in reversed(numbers):
+            paged.append(n, *(x[n, ...] for x in part))
+    return paged
 
 
 def check_values(case: Case, library: Library, backend: str) -> None:

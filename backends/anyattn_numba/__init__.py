@@ -30,6 +30,7 @@ class NumbaBackend(Backend):
     devices = ("cpu",)
     capabilities = frozenset(CAPABILITIES) - {
         "dropout",
+        "int8",
         "gradients",
         "traced",
         "deterministic_backward",

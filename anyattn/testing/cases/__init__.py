@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from anyattn.testing.case import Case
 from anyattn.testing.cases import (
     around,
+    cached,
     derivatives,
     each_option,
     functions,
@@ -29,7 +30,7 @@ def all_cases() -> tuple[Case, ...]:
     """Every case whose results are compared with the oracle."""
     families = (
         each_option, shapes, hidden, softmax, positions, vocabulary, functions, memory, around, merging,
-        pairwise, linear,
+        pairwise, linear, cached,
     )  # fmt: skip
     return _distinct(case for family in families for case in family.cases())
 
