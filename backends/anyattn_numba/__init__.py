@@ -34,8 +34,6 @@ class NumbaBackend(Backend):
         "gradients",
         "traced",
         "deterministic_backward",
-        "gated_rule",
-        "delta_rule",
     }
     requires = ("numba",)
     extra = "numba"
@@ -98,7 +96,11 @@ class NumbaBackend(Backend):
 
 def _floats(call: Any) -> list[Any]:
     """The arrays of a call that may hold floats."""
-    others = call.others if isinstance(call, AttentionCall) else (call.state, call.normalizer)
+    others = (
+        call.others
+        if isinstance(call, AttentionCall)
+        else (call.decay, call.beta, call.state, call.normalizer)
+    )
     return [x for x in (call.q, call.k, call.v, *others) if x is not None]
 
 

@@ -149,6 +149,7 @@ def _own_modules() -> tuple[ModuleType, ...]:
         "forward",
         "inspect",
         "jit",
+        "linear_decay",
         "linear_forward",
         "memory",
         "microkernels",

@@ -28,15 +28,20 @@ def linear(call: LinearCall) -> tuple[Array, Array, Array | None]:
     q, k, v, dtype = _tensors(call)
     shape = (*call.batch_shape, call.num_heads, call.q_len, call.v_head_dim)
     out = empty_like(v.dtype, shape, call.layout == "blhd" and call.has_heads, call.library)
-    before, after = _states(call)
-    strands = _strands(call, (q, k, v, out), before, after)
+    parts = _parts(call)
+    before, after = _states(call, parts)
+    beside = _beside(call)
+    strands = _strands(call, (q, k, v, out, *beside), before, after)
     if len(strands) and after.shape[-1]:
-        _run(call, (q, k, v, out), strands, dtype)
+        _run(call, (q, k, v, out, *beside), strands, parts, dtype)
     rows = from_numpy(out, call.v, call.library)
     with exactly(call.v):
         rows = cast(call.xp, rows, call.v.dtype)
-    parts = (after[..., :-1], after[..., -1]) if call.normalize else (after,)
-    states = [from_numpy(numpy.ascontiguousarray(x), call.v, call.library) for x in parts]
+    state = numpy.moveaxis(after[..., : call.v_head_dim // parts], -3, -2)
+    found = [state.reshape(*state.shape[:-2], call.v_head_dim)]
+    if call.normalize:
+        found.append(numpy.ascontiguousarray(after[..., 0, :, -1]))
+    states = [from_numpy(numpy.ascontiguousarray(x), call.v, call.library) for x in found]
     return rows, states[0], states[1] if call.normalize else None
 
 
@@ -54,17 +59,50 @@ def _tensors(call: LinearCall) -> tuple[NDArray, NDArray, NDArray, str]:
     return q, k, v, dtype
 
 
-def _states(call: LinearCall) -> tuple[NDArray | None, NDArray]:
-    """The states before and after, (..., Hkv, F, Dv) and one more column with the normalizer."""
+def _beside(call: LinearCall) -> tuple[NDArray, NDArray]:
+    """Decay and beta with all batch axes, (..., Hkv, L, 1 or F) and (..., Hkv, L, 1); without, one number."""
+    given = (call.decay, None if call.beta is None else call.beta[..., None])
+    arrays = [numpy.zeros((1, 1, 1)) if x is None else as_numpy(x, call.library) for x in given]
+    decay, beta = (
+        numpy.broadcast_to(x, (*call.batch_shape, call.num_kv_heads, call.k_len, x.shape[-1])) for x in arrays
+    )
+    return decay, beta
+
+
+def _parts(call: LinearCall) -> int:
+    """Into how many parts the columns of the state are cut, so that every thread has some.
+
+    Columns have nothing to do with each other; the weights of a chunk, a fourth of its products, are computed
+    for each part.
+    """
+    strands = math.prod(call.batch_shape) * call.num_sequences * call.num_kv_heads
+    wanted = _threads(call) / max(strands, 1)
+    lanes, parts = shape_for(call.accumulate).lanes, 1
+    while parts < wanted and call.v_head_dim % (2 * parts) == 0 and call.v_head_dim // (2 * parts) >= lanes:
+        parts *= 2
+    return parts
+
+
+def _threads(call: LinearCall) -> int:
+    """How many threads the work of a call is worth."""
+    most = shape_for(call.accumulate).queries
+    products = call.k_len * call.num_heads * (call.head_dim + most) * (call.v_head_dim + call.normalize)
+    return 1 if products * math.prod(call.batch_shape) < _WORK_FOR_THREADS else thread_count()
+
+
+def _states(call: LinearCall, parts: int) -> tuple[NDArray | None, NDArray]:
+    """The states before and after, (..., Hkv, parts, F, Dv / parts), one more column with the normalizer."""
     sequences = () if call.cu_seqlens is None else (call.num_sequences,)
-    lead = (*call.batch_shape, *sequences, call.num_kv_heads, call.head_dim)
-    after = numpy.empty((*lead, call.v_head_dim + call.normalize), call.accumulate)
+    lead, columns = (*call.batch_shape, *sequences, call.num_kv_heads), call.v_head_dim // parts
+    after = numpy.empty((*lead, parts, call.head_dim, columns + call.normalize), call.accumulate)
     if call.state is None:
         return None, after
     before = numpy.empty_like(after)
-    before[..., : call.v_head_dim] = as_numpy(call.state, call.library)
+    state = as_numpy(call.state, call.library)
+    state = state.reshape(*state.shape[:-1], parts, columns)
+    before[..., :columns] = numpy.moveaxis(state, -2, -3)
     if call.normalizer is not None:
-        before[..., -1] = as_numpy(call.normalizer, call.library)
+        before[..., -1] = as_numpy(call.normalizer, call.library)[..., None, :]
     return before, after
 
 
@@ -72,33 +110,44 @@ def _strands(
     call: LinearCall, tensors: tuple[NDArray, ...], before: NDArray | None, after: NDArray
 ) -> NDArray:
     """The words of every strand, (strands, STRAND_WORDS)."""
-    q, k, v, out = tensors
     bounds = numpy.array([0, call.k_len]) if call.cu_seqlens_host is None else call.cu_seqlens_host
     packed, count = call.cu_seqlens is not None, len(bounds) - 1
-    heads = (*call.batch_shape, count, call.num_kv_heads)
+    parts = after.shape[-3]
+    columns = call.v_head_dim // parts
+    heads = (*call.batch_shape, count, call.num_kv_heads, parts)
+    starts = [numpy.arange(n) for n in heads]
+    starts[-3] = bounds[:-1].astype(numpy.int64)
+    grid = numpy.meshgrid(*starts, indexing="ij", sparse=True)
     words = numpy.zeros((*heads, a.STRAND_WORDS), numpy.int64)
     group = call.group_size
-    for place, x, step in ((0, q, group), (1, k, 1), (2, v, 1), (3, out, group)):
-        strides = (*x.strides[:-3], x.strides[-2], step * x.strides[-3])
-        starts = [numpy.arange(n) for n in heads]
-        starts[-2] = bounds[:-1].astype(numpy.int64)
-        grid = numpy.meshgrid(*starts, indexing="ij", sparse=True)
-        words[..., place] = address_of(x) + sum(
+    q, k, v, out, decay, beta = tensors
+    for place, x, step, cut in (
+        (a.STRAND_Q, q, group, 0),
+        (a.STRAND_K, k, 1, 0),
+        (a.STRAND_V, v, 1, columns),
+        (a.STRAND_OUT, out, group, columns),
+        (a.STRAND_DECAY, decay, 1, 0),
+        (a.STRAND_BETA, beta, 1, 0),
+    ):
+        strides = (*x.strides[:-3], x.strides[-2], step * x.strides[-3], cut * x.strides[-1])
+        words[..., place // 8] = address_of(x) + sum(
             axis * stride for axis, stride in zip(grid, strides, strict=True)
         )
     states = numpy.arange(math.prod(heads)).reshape(heads) * (math.prod(after.shape[-2:]) * after.itemsize)
-    words[..., 4] = 0 if before is None else address_of(before) + states
-    words[..., 5] = address_of(after) + states
-    lengths = numpy.diff(bounds)[:, None]
-    words[..., 6] = lengths if packed else call.q_len
-    words[..., 7] = lengths
+    words[..., a.STATE_BEFORE // 8] = 0 if before is None else address_of(before) + states
+    words[..., a.STATE_AFTER // 8] = address_of(after) + states
+    lengths = numpy.diff(bounds)[:, None, None]
+    words[..., a.Q_LEN // 8] = lengths if packed else call.q_len
+    words[..., a.K_LEN // 8] = lengths
     return words.reshape(-1, a.STRAND_WORDS)
 
 
-def _run(call: LinearCall, tensors: tuple[NDArray, ...], strands: NDArray, dtype: str) -> None:
-    q, k, v, out = tensors
+def _run(call: LinearCall, tensors: tuple[NDArray, ...], strands: NDArray, parts: int, dtype: str) -> None:
+    q, k, v, out, decay, beta = tensors
     shape = shape_for(call.accumulate)
-    dim, columns, most = call.head_dim, call.v_head_dim + call.normalize, shape.queries
+    dim, v_dim, most = call.head_dim, call.v_head_dim // parts, shape.queries
+    columns = v_dim + call.normalize
+    channels = 0 if call.decay is None else decay.shape[-1]
     wide, wide_columns = (-(-n // shape.lanes) * shape.lanes for n in (dim, columns))
     block = numpy.zeros(a.BLOCK_WORDS, numpy.int64)
 
@@ -115,11 +164,12 @@ def _run(call: LinearCall, tensors: tuple[NDArray, ...], strands: NDArray, dtype
         (a.AT_SCORE, most * most),
         (a.AT_SUM, most * wide_columns),
         (a.AT_ONES, most),
+        (a.AT_FACTORS, most * channels),
+        (a.AT_BETA, most),
     ):
         put(place, size)
         size += -(-numbers * shape.itemsize // 64) * 64
-    products = call.k_len * call.num_heads * (dim + most) * columns * math.prod(call.batch_shape)
-    number = 1 if products < _WORK_FOR_THREADS else max(1, min(thread_count(), len(strands)))
+    number = max(1, min(_threads(call), len(strands)))
     for place, value in (
         (a.NUM_STRANDS, len(strands)),
         (a.STRANDS, address_of(strands)),
@@ -127,10 +177,12 @@ def _run(call: LinearCall, tensors: tuple[NDArray, ...], strands: NDArray, dtype
         (a.SCRATCH_SIZE, size),
         (a.GROUP_SIZE, call.group_size),
         (a.HEAD_DIM, dim),
-        (a.V_HEAD_DIM, call.v_head_dim),
+        (a.V_HEAD_DIM, v_dim),
         (a.COLUMNS, columns),
         (a.CAUSAL, int(call.causal)),
         (a.SCALE, int(numpy.float64(call.scale).view(numpy.int64))),
+        (a.CHANNELS, channels),
+        (a.DELTA, int(call.beta is not None)),
         (a.Q_HEAD, q.strides[-3]),
         (a.Q_ROW, q.strides[-2]),
         (a.Q_STEP, q.strides[-1]),
@@ -140,6 +192,9 @@ def _run(call: LinearCall, tensors: tuple[NDArray, ...], strands: NDArray, dtype
         (a.V_STEP, v.strides[-1]),
         (a.OUT_HEAD, out.strides[-3]),
         (a.OUT_ROW, out.strides[-2]),
+        (a.DECAY_ROW, decay.strides[-2]),
+        (a.DECAY_STEP, decay.strides[-1]),
+        (a.BETA_ROW, beta.strides[-2]),
     ):
         put(place, value)
     run(kernel_address("linear", dtype), block, number)

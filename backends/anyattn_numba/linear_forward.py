@@ -7,6 +7,12 @@ Plainly, for each chunk of keys K and values V, and the queries Q of each head t
     out = scale (S^T Q^T + V^T weights)
     S = S + K^T V
 
+With decays the weights fade from key to query, queries and S to the start of the chunk, and K to its end
+(`anyattn_numba.linear_decay`). With beta, V becomes first what the delta rule writes, U with
+(I + N) U = beta (V - K S) (Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence
+Length", 2024, section 3.2): the rows -beta K are taken for queries, their weights are -N, and rows of U are
+found from the first to the last.
+
 All of it is done by the micro-kernels of attention. A lane is a query in the first two lines, and a channel
 of V in the third: S and V lie in blocks of as many columns as a block has lanes. The normalizer is one more
 column, that of a value that is always 1.
@@ -20,16 +26,18 @@ from typing import Any
 from numba import types
 
 from anyattn_numba.atomics import fetch_add
-from anyattn_numba.jit import carray, compiled
+from anyattn_numba.jit import carray, compiled, inlined
+from anyattn_numba.linear_decay import fade_head_kernel, fade_kernel, fade_keys_kernel
 from anyattn_numba.memory import pointer, read_real, read_word, transpose_kernel
 from anyattn_numba.microkernels import score_kernel, weigh_kernel
 from anyattn_numba.rows import ITEMSIZE, all_finite, reader, writer
 from anyattn_numba.target import Shape
+from anyattn_numba.vector_math import exp_float32, exp_float64
 
 __all__ = ["BLOCK_WORDS", "STRAND_WORDS", "linear_kernel"]
 
 # The words of the argument block, then those of a strand.
-BLOCK_WORDS = 32
+BLOCK_WORDS = 40
 (
     COUNTER,
     NUM_STRANDS,
@@ -43,6 +51,9 @@ BLOCK_WORDS = 32
     COLUMNS,
     CAUSAL,
     SCALE,
+    # Decays of a token: none, one, or one for each channel of a key.
+    CHANNELS,
+    DELTA,
     Q_HEAD,
     Q_ROW,
     Q_STEP,
@@ -52,6 +63,9 @@ BLOCK_WORDS = 32
     V_STEP,
     OUT_HEAD,
     OUT_ROW,
+    DECAY_ROW,
+    DECAY_STEP,
+    BETA_ROW,
     # Where the parts of a thread's memory begin, in bytes.
     AT_KEYS,
     AT_VALUES,
@@ -61,9 +75,22 @@ BLOCK_WORDS = 32
     AT_SCORE,
     AT_SUM,
     AT_ONES,
-) = range(0, 8 * 28, 8)
-STRAND_WORDS = 8
-STRAND_Q, STRAND_K, STRAND_V, STRAND_OUT, STATE_BEFORE, STATE_AFTER, Q_LEN, K_LEN = range(0, 64, 8)
+    AT_FACTORS,
+    AT_BETA,
+) = range(0, 8 * 35, 8)
+STRAND_WORDS = 10
+(
+    STRAND_Q,
+    STRAND_K,
+    STRAND_V,
+    STRAND_OUT,
+    STRAND_DECAY,
+    STRAND_BETA,
+    STATE_BEFORE,
+    STATE_AFTER,
+    Q_LEN,
+    K_LEN,
+) = range(0, 8 * STRAND_WORDS, 8)
 
 
 @lru_cache
@@ -72,11 +99,15 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
     lanes, size, rows, most = shape.lanes, shape.itemsize, shape.rows, shape.queries
     kind = getattr(types, shape.element)
     read, write = reader(dtype, shape.element), writer(dtype, shape.element)
+    read_wide = reader(shape.element, shape.element)
     stored = ITEMSIZE[dtype]
     score, score_one = score_kernel(shape, rows), score_kernel(shape, 1)
     weigh, weigh_one = weigh_kernel(shape, rows), weigh_kernel(shape, 1)
     transpose = transpose_kernel(shape.element, lanes)
     finite = all_finite(shape.element)
+    fade, fade_head = fade_kernel(shape), fade_head_kernel(shape.element)
+    fade_keys = fade_keys_kernel(shape.element)
+    exp = exp_float32 if shape.element == "float32" else exp_float64
 
     @compiled
     def padded(count: int) -> int:
@@ -107,11 +138,18 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
         keys, values = scratch + read_word(block + AT_KEYS), scratch + read_word(block + AT_VALUES)
         stage = scratch + read_word(block + AT_STAGE)
         k_row, v_row = read_word(block + K_ROW), read_word(block + V_ROW)
+        betas = carray(pointer(scratch + read_word(block + AT_BETA)), most, kind)
+        if read_word(block + DELTA):
+            at = read_word(strand + STRAND_BETA) + first * read_word(block + BETA_ROW)
+            read_wide(at, read_word(block + BETA_ROW), count, 1.0, scratch + read_word(block + AT_BETA))
+        else:
+            for n in range(count):
+                betas[n] = 1
         for n in range(count):
             at = read_word(strand + STRAND_K) + (first + n) * k_row
             read(at, read_word(block + K_STEP), dim, 1.0, keys + n * dim * size)
             at = read_word(strand + STRAND_V) + (first + n) * v_row
-            read(at, read_word(block + V_STEP), v_dim, 1.0, stage)
+            read(at, read_word(block + V_STEP), v_dim, betas[n], stage)
             row = carray(pointer(stage), v_dim, kind)
             for start in range(0, columns, most):
                 width = min(most, padded(columns - start))
@@ -120,29 +158,47 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                     here = start + c
                     target[c] = row[here] if here < v_dim else kind(1 if here < columns else 0)
 
-    @compiled
+    @inlined
+    def load_factors(block: int, strand: int, scratch: int, first: int, count: int) -> None:
+        """What each token of a chunk keeps."""
+        channels, factors = read_word(block + CHANNELS), scratch + read_word(block + AT_FACTORS)
+        for n in range(count):
+            at = read_word(strand + STRAND_DECAY) + (first + n) * read_word(block + DECAY_ROW)
+            here = factors + n * channels * size
+            read_wide(at, read_word(block + DECAY_STEP), channels, 1.0, here)
+        kept = carray(pointer(factors), count * channels, kind)
+        for n in range(count * channels):
+            kept[n] = exp(kept[n])
+
+    @inlined
     def add_keys(block: int, scratch: int, count: int) -> None:
-        """S = S + K^T V."""
+        """S = S + K^T V, what was there before faded."""
         dim, columns = read_word(block + HEAD_DIM), read_word(block + COLUMNS)
         keys, ones = scratch + read_word(block + AT_KEYS), scratch + read_word(block + AT_ONES)
+        channels, left = read_word(block + CHANNELS), scratch + read_word(block + AT_STAGE)
+        if channels:
+            fade_keys(keys, scratch + read_word(block + AT_FACTORS), channels, left, dim, count)
         for start in range(0, columns, most):
             width = min(most, padded(columns - start))
             values = scratch + read_word(block + AT_VALUES) + start * most * size
             state = scratch + read_word(block + AT_STATE) + start * dim * size
+            if channels:
+                kept, old = carray(pointer(left), dim, kind), carray(pointer(state), (dim, width), kind)
+                for d in range(dim):
+                    for c in range(width):
+                        old[d, c] *= kept[d]
             sum_up(width // lanes, keys, dim * size, values, count, ones, state, dim)
 
     @compiled
-    def load_queries(block: int, strand: int, scratch: int, head: int, first: int, count: int) -> None:
+    def load_queries(block: int, scratch: int, source: int, stride: int, step: int, count: int) -> None:
         """Queries side by side: (F, lanes)."""
         dim, width = read_word(block + HEAD_DIM), padded(count)
         wide = padded(dim)
         stage, query = scratch + read_word(block + AT_STAGE), scratch + read_word(block + AT_QUERY)
-        start = read_word(strand + STRAND_Q) + head * read_word(block + Q_HEAD)
         for lane in range(width):
             target = stage + lane * wide * size
             if lane < count:
-                source = start + (first + lane) * read_word(block + Q_ROW)
-                read(source, read_word(block + Q_STEP), dim, 1.0, target)
+                read(source + lane * stride, step, dim, 1.0, target)
             else:
                 empty = carray(pointer(target), wide, kind)
                 for n in range(wide):
@@ -158,30 +214,51 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
 
     @compiled
     def weigh_chunk(block: int, scratch: int, count: int) -> None:
-        """The weights of a chunk's keys for its queries, 0 for those that come later."""
+        """The weights of a chunk's keys for its queries, 0 for those that come later; queries fade."""
         dim, width = read_word(block + HEAD_DIM), padded(count)
         keys, query = scratch + read_word(block + AT_KEYS), scratch + read_word(block + AT_QUERY)
         scores, vectors = scratch + read_word(block + AT_SCORE), width // lanes
+        factors, channels = scratch + read_word(block + AT_FACTORS), read_word(block + CHANNELS)
         # Nobody asks for the largest.
         largest = scratch + read_word(block + AT_STAGE)
-        n = 0
-        while n < count:
-            here, to = keys + n * dim * size, scores + n * width * size
-            if n + rows <= count:
-                score(vectors, here, dim * size, query, dim, to, largest, here, dim * size)
-                n += rows
-            else:
-                score_one(vectors, here, dim * size, query, dim, to, largest, here, dim * size)
-                n += 1
-        weights = carray(pointer(scores), (count, width), kind)
-        for j in range(count):
-            for lane in range(j):
-                weights[j, lane] = 0
+        if channels > 1:
+            for back in range(count):
+                n = count - 1 - back
+                # The lanes before have nothing to do with it.
+                skip = n // lanes
+                own = factors + (n + 1 if back else n) * dim * size
+                fade(
+                    vectors - skip,
+                    query + skip * lanes * size,
+                    width * size,
+                    own,
+                    keys + n * dim * size,
+                    dim,
+                    n - skip * lanes,
+                    scores + (n * width + skip * lanes) * size,
+                )
+            fade(vectors, query, width * size, factors, keys, dim, -1, largest)
+        else:
+            n = 0
+            while n < count:
+                here, to = keys + n * dim * size, scores + n * width * size
+                if n + rows <= count:
+                    score(vectors, here, dim * size, query, dim, to, largest, here, dim * size)
+                    n += rows
+                else:
+                    score_one(vectors, here, dim * size, query, dim, to, largest, here, dim * size)
+                    n += 1
+        if channels == 1:
+            fade_head(scores, query, factors, largest, dim, count, width)
+        else:
+            weights = carray(pointer(scores), (count, width), kind)
+            for j in range(count):
+                for lane in range(j):
+                    weights[j, lane] = 0
 
-    @compiled
-    def answer(block: int, strand: int, scratch: int, head: int, first: int, count: int, inside: int) -> None:
+    @inlined
+    def write_rows(block: int, target: int, scratch: int, count: int, inside: int) -> None:
         """The rows of some queries of a head; `inside` says that keys of the chunk count as well."""
-        load_queries(block, strand, scratch, head, first, count)
         dim, v_dim, columns = (
             read_word(block + HEAD_DIM),
             read_word(block + V_HEAD_DIM),
@@ -194,8 +271,6 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
         empty = carray(pointer(sums), wide * width, kind)
         for n in range(wide * width):
             empty[n] = 0
-        if inside:
-            weigh_chunk(block, scratch, count)
         for start in range(0, columns, most):
             own = min(most, padded(columns - start))
             channels = min(most, columns - start)
@@ -214,7 +289,6 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                     stage + (lane * wide + c) * size,
                     wide * size,
                 )
-        target = read_word(strand + STRAND_OUT) + head * read_word(block + OUT_HEAD)
         for lane in range(count):
             factor = read_real(block + SCALE)
             row = carray(pointer(stage + lane * wide * size), wide, kind)
@@ -222,8 +296,39 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                 total = row[v_dim]
                 for c in range(v_dim):
                     row[c] = row[c] / total if total != 0 else kind(0)
-            at = target + (first + lane) * read_word(block + OUT_ROW)
-            write(stage + lane * wide * size, v_dim, factor, at, stored)
+            write(
+                stage + lane * wide * size, v_dim, factor, target + lane * read_word(block + OUT_ROW), stored
+            )
+
+    @compiled
+    def correct(block: int, strand: int, scratch: int, first: int, count: int) -> None:
+        """V = U."""
+        dim, columns, width = read_word(block + HEAD_DIM), read_word(block + COLUMNS), padded(count)
+        query, ones = scratch + read_word(block + AT_QUERY), scratch + read_word(block + AT_ONES)
+        scores = scratch + read_word(block + AT_SCORE)
+        row = read_word(block + K_ROW)
+        source = read_word(strand + STRAND_K) + first * row
+        load_queries(block, scratch, source, row, read_word(block + K_STEP), count)
+        betas = carray(pointer(scratch + read_word(block + AT_BETA)), most, kind)
+        queries = carray(pointer(query), (dim, width), kind)
+        for d in range(dim):
+            for lane in range(count):
+                queries[d, lane] *= -betas[lane]
+        weigh_chunk(block, scratch, count)
+        for start in range(0, columns, most):
+            own = min(most, padded(columns - start))
+            vectors = own // lanes
+            state = scratch + read_word(block + AT_STATE) + start * dim * size
+            values = scratch + read_word(block + AT_VALUES) + start * most * size
+            sum_up(vectors, query, width * size, state, dim, ones, values, count)
+            for block_start in range(0, count, rows):
+                end = min(block_start + rows, count)
+                here, weights = values + block_start * own * size, scores + block_start * size
+                sum_up(vectors, weights, width * size, values, block_start, ones, here, end - block_start)
+                for t in range(block_start + 1, end):
+                    weights = scores + (block_start * width + t) * size
+                    out = values + t * own * size
+                    weigh_one(vectors, weights, width * size, here, t - block_start, ones, out)
 
     @compiled
     def move_state(block: int, scratch: int, address: int, out: int) -> None:
@@ -247,37 +352,59 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                         for c in range(width):
                             own[c] = other[c] if c < channels else kind(0)
 
-    @compiled
+    @inlined
+    def load_chunk(block: int, strand: int, scratch: int, first: int, most_tokens: int) -> int:
+        """Keys, factors and what is written of as many tokens as the chunk has, a number that is returned.
+
+        Later tokens are multiplied by 0: where one is not finite, or what it writes, it goes alone.
+        """
+        count = most_tokens
+        if read_word(block + CHANNELS):
+            load_factors(block, strand, scratch, first, count)
+        columns, values = read_word(block + COLUMNS), scratch + read_word(block + AT_VALUES)
+        sound = False
+        while not sound:
+            load_keys(block, strand, scratch, first, count)
+            if read_word(block + DELTA):
+                correct(block, strand, scratch, first, count)
+            sound = True
+            if count > 1 and read_word(block + CAUSAL):
+                for start in range(0, columns, most):
+                    width = min(most, padded(columns - start))
+                    sound = sound and finite(values + start * most * size, width * size, count, width)
+            if not sound:
+                count = 1
+        return count
+
+    @inlined
     def follow(block: int, strand: int, scratch: int) -> None:
-        """All of a strand."""
-        keys, queries = read_word(strand + K_LEN), read_word(strand + Q_LEN)
-        group, causal = read_word(block + GROUP_SIZE), read_word(block + CAUSAL)
+        """All of a strand: chunks of keys, which queries read in between, or after the last without order."""
+        keys, causal = read_word(strand + K_LEN), read_word(block + CAUSAL)
+        group, end = read_word(block + GROUP_SIZE), keys + (0 if causal else read_word(strand + Q_LEN))
         ones = carray(pointer(scratch + read_word(block + AT_ONES)), most, kind)
         for n in range(most):
             ones[n] = 1
         move_state(block, scratch, read_word(strand + STATE_BEFORE), 0)
-        first = 0
-        while first < keys:
-            count = min(most, keys - first)
-            load_keys(block, strand, scratch, first, count)
-            if causal:
-                values, v_dim = scratch + read_word(block + AT_VALUES), read_word(block + COLUMNS)
-                # Later tokens are multiplied by 0: one that is not finite goes alone.
-                sound = True
-                for start in range(0, v_dim, most):
-                    width = min(most, padded(v_dim - start))
-                    sound = sound and finite(values + start * most * size, width * size, count, width)
-                if not sound:
-                    count = 1
-                    load_keys(block, strand, scratch, first, count)
-                for head in range(group):
-                    answer(block, strand, scratch, head, first, count, 1)
-            add_keys(block, scratch, count)
-            first += count
-        if causal == 0:
-            for start in range(0, queries, most):
-                for head in range(group):
-                    answer(block, strand, scratch, head, start, min(most, queries - start), 0)
+        at = 0
+        while at < end:
+            inside = at < keys
+            count = min(most, (keys if inside else end) - at)
+            if inside:
+                count = load_chunk(block, strand, scratch, at, count)
+            if causal or not inside:
+                first, row = at if inside else at - keys, read_word(block + Q_ROW)
+                source = read_word(strand + STRAND_Q) + first * row
+                target = read_word(strand + STRAND_OUT) + first * read_word(block + OUT_ROW)
+                for _ in range(group):
+                    load_queries(block, scratch, source, row, read_word(block + Q_STEP), count)
+                    if inside:
+                        weigh_chunk(block, scratch, count)
+                    write_rows(block, target, scratch, count, inside)
+                    source += read_word(block + Q_HEAD)
+                    target += read_word(block + OUT_HEAD)
+            if inside:
+                add_keys(block, scratch, count)
+            at += count
         move_state(block, scratch, read_word(strand + STATE_AFTER), 1)
 
     @compiled
