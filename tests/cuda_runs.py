@@ -31,10 +31,14 @@ class Interpreted(CupyBackend):
         self.capability = capability
         self.options = options
 
+    def make(self, capability: int, **options: Any) -> Standin:
+        """A device for one call."""
+        return Standin(capability, **options)
+
     def unsupported(self, call: Any) -> tuple[str, ...]:
         return Backend.unsupported(self, call)
 
     def run(self, call: Any) -> Any:
-        self.standin = Standin(self.capability, **self.options)
+        self.standin = self.make(self.capability, **self.options)
         out, lse = launch.attend(call, self.standin)
         return np.array(out), None if lse is None else np.array(lse)

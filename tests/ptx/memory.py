@@ -40,6 +40,7 @@ class Arena:
         self.known = np.zeros(size, bool)
         self._owner = np.zeros(size // self._UNIT, np.int32)
         self._ends = [0]
+        self._starts = [0]
         self.top = self._ALIGN
 
     def allocate(self, nbytes: int) -> int:
@@ -48,9 +49,14 @@ class Arena:
         self.top = at + -(-max(nbytes, 1) // self._ALIGN) * self._ALIGN + self._ALIGN
         if self.top > len(self.data):
             raise MemoryError(f"the arena of {len(self.data)} bytes is full")
+        self._starts.append(at)
         self._ends.append(at + nbytes)
         self._owner[at // self._UNIT : -(-(at + nbytes) // self._UNIT)] = len(self._ends) - 1
         return at
+
+    def allocations(self) -> list[tuple[int, int]]:
+        """(offset, bytes) of each allocation."""
+        return [(at, end - at) for at, end in zip(self._starts[1:], self._ends[1:], strict=True)]
 
     def place(self, array: NDArray) -> int:
         """The address of a copy of an array, contiguous."""
