@@ -45,6 +45,7 @@ from anyattn.expr.print_numba import numba_arguments, numba_source
 from anyattn.expr.print_torch import torch_functions
 from anyattn.expr.program import lower
 from anyattn.expr.statements import aligned_slots, aligned_view, body
+from anyattn.testing.oracle.philox import philox4x32
 
 SEEDS = range(150)
 POINTS = 12
@@ -444,6 +445,13 @@ def special_programs():
         (nodes.J,),
     )
     yield lower(visible, load(table, (apply("floor", odd),)) / 1), at[:6], np.array([5, 5, 9, 9, 7, 5], "f4")
+    # Words of Philox, which have 32 bits whatever their sign.
+    at = np.array([(b, h, row, row, j) for b, h, row, j in np.ndindex(2, 3, 5, 7)])
+    for low, high in ((-1, 7), (-(2**31), 2**31 - 1)):
+        key = (low & 0xFFFFFFFF, high & 0xFFFFFFFF)
+        wanted = [philox4x32((b, h, row, j), key)[0] >> 8 for b, h, row, _, j in at.tolist()]
+        words = (Const(low, "int"), Const(high, "int"), nodes.B, nodes.H, nodes.ROW, nodes.J)
+        yield lower(visible, apply("philox", *words) / 1), at, np.array(wanted, "f4")
 
 
 CUDA_RUN = """
@@ -465,7 +473,7 @@ def cuda_unit(programs, dtype, index, qualifier=""):
     for n, program in enumerate(programs):
         text = cuda_source(program, dtype, index=index)
         text = text.replace("namespace program", f"namespace program{n}")
-        text += "#undef ANYATTN_VISIBLE\n#undef ANYATTN_SCORE\n"
+        text += "#undef ANYATTN_VISIBLE\n#undef ANYATTN_SCORE\n#undef ANYATTN_KEEP\n"
         parts.append(text + CUDA_RUN.format(name=f"program{n}", qualifier=qualifier))
     return "\n".join(parts)
 
@@ -706,6 +714,7 @@ CUDA_LISTING = """
 
     #define ANYATTN_VISIBLE 1
     #define ANYATTN_SCORE 1
+    #define ANYATTN_KEEP 0
 
     namespace program {
 

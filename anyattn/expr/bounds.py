@@ -155,9 +155,7 @@ def fits(program: Program, ranges: Mapping[str, Range], *, bits: int = 32) -> bo
     if any(size > largest for x in program.tables for size in x.shape):
         return False
     of_values = _Values(otherwise=_of_dtype)
-    for root in (program.visible, program.score):
-        if root is None:
-            continue
+    for root in program.functions.values():
         if any(isinstance(node, AlignedSlot) and node.block > largest for node in walk(root)):
             return False
         if all(_beyond(root, ranges, stored, bits, program) for stored in (_of_dtype, of_values)):
@@ -172,8 +170,8 @@ def holds(least: int, most: int, bits: int) -> bool:
 
 def check_constants(program: Program, bits: int) -> None:
     """Raise ValueError where a constant of a program's code needs more than so many bits."""
-    for root in (program.visible, program.score):
-        for node in () if root is None else walk(root):
+    for root in program.functions.values():
+        for node in walk(root):
             if isinstance(node, AlignedSlot):
                 value = node.block
             elif isinstance(node, Const) and node.kind == "int":
@@ -320,6 +318,7 @@ _RULES: dict[str, Callable[..., Range]] = {
     "minimum": lambda x, y: (min(x[0], y[0]), min(x[1], y[1])),
     "maximum": lambda x, y: (max(x[0], y[0]), max(x[1], y[1])),
     "where": lambda x, y: (min(x[0], y[0]), max(x[1], y[1])),
+    "philox": lambda *words: (0, 2**24 - 1),
 }
 
 

@@ -15,6 +15,7 @@ from anyattn import arrays
 from anyattn.arrays import Array, Namespace
 from anyattn.expr.branches import Held
 from anyattn.expr.nodes import Aligned, Apply, Const, Expr, Load, Symbol, walk
+from anyattn.philox import upper_bits, upper_bits_of_32
 
 __all__ = ["Tile", "evaluate", "evaluate_all", "flat_index"]
 
@@ -167,6 +168,13 @@ def _mod_or_zero(xp: Namespace, x: Array, y: Array) -> Array:
     return x % xp.where(y == 0, 1, y)
 
 
+def _philox(xp: Namespace, *words: Array) -> Array:
+    index = words[0].dtype
+    if xp.iinfo(index).bits == 64:
+        return upper_bits(*words)
+    return arrays.cast(xp, upper_bits_of_32(*(arrays.cast(xp, x, xp.uint32) for x in words)), index)
+
+
 # By a whole number that may be 0, where NumPy gives 0 and warns, torch raises and XLA gives something else.
 _WHOLE_QUOTIENTS: dict[str, Callable[..., Array]] = {"floordiv": _floordiv_or_zero, "mod": _mod_or_zero}
 
@@ -198,4 +206,5 @@ _OPERATIONS: dict[str, Callable[..., Array]] = {
     "sqrt": lambda xp, x: xp.sqrt(x),
     "sigmoid": _sigmoid,
     "floor": lambda xp, x: xp.floor(x),
+    "philox": _philox,
 }

@@ -1,4 +1,4 @@
-"""A program as text for people: an assignment for each part that is used twice, then the two results."""
+"""A program as text for people: an assignment for each part that is used twice, then the results."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ def listing(program: Program, labels: Sequence[str] = ()) -> str:
     labels : sequence of str
         What to call the tables and then the aligned arrays, by slot.
     """
-    roots = [root for root in (program.visible, program.score) if root is not None]
-    nodes = {id(node): node for root in roots for node in walk(root)}
+    nodes = {id(node): node for root in program.functions.values() for node in walk(root)}
     uses = times_read(nodes.values())
     lines: list[str] = []
     texts: dict[int, str] = {}
@@ -42,9 +41,8 @@ def listing(program: Program, labels: Sequence[str] = ()) -> str:
             lines.append(f"{name} = {_bare(text, node)}")
             text = name
         texts[id(node)] = text
-    for name, root in (("visible", program.visible), ("score", program.score)):
-        if root is not None:
-            lines.append(f"{name} = {_bare(texts[id(root)], root)}")
+    for name, root in program.functions.items():
+        lines.append(f"{name} = {_bare(texts[id(root)], root)}")
     if not lines:
         lines.append("score unchanged, every key visible")
     kinds = program.parameter_kinds

@@ -294,6 +294,9 @@ OPERATIONS: dict[str, Operation] = {
     "sigmoid": Operation(1, "number", "float"),
     # Counts in whole numbers but keeps the range of floats; the only float that may index a table.
     "floor": Operation(1, "number", "float"),
+    # The upper 24 bits of the first word of Philox4x32-10 (`anyattn.philox`): two words of the key, four of
+    # the counter, of each its lower 32 bits. For dropout; functions of users cannot call it.
+    "philox": Operation(6, "number", "int"),
 }
 
 COMPARISONS = frozenset(("lt", "le", "gt", "ge", "eq", "ne"))

@@ -20,6 +20,7 @@ from anyattn.expr.writer import ATOM, Form, Text, Writer, called
 
 __all__ = ["cuda_arguments", "cuda_source"]
 
+_FUNCTIONS = {"visible": "bool", "score": "Real", "keep": "Real"}
 _AXES = ("b", "h", "row", "j")
 _STORED = {
     "bool": "bool",
@@ -39,12 +40,12 @@ _STORED = {
 
 
 def cuda_source(program: Program, accumulate: str, *, index: str = "long long", title: str = "") -> str:
-    """CUDA C++ with the device functions `visible` and `score` of a program, where it has them.
+    """CUDA C++ with the device functions `visible`, `score` and `keep` of a program, where it has them.
 
     `bool visible(const Captured& c, Index b, Index h, Index row, Index i, Index j)` tells whether the key is
-    seen, `Real score(Real s, const Captured& c, Index b, ...)` what becomes of the score s; both, and the
-    types, are in the namespace `program`. The macros ANYATTN_VISIBLE and ANYATTN_SCORE are 1 where the
-    function exists, else 0.
+    seen, `Real score(Real s, const Captured& c, Index b, ...)` what becomes of the score s, `Real keep(const
+    Captured& c, ...)` what the weight is multiplied by; they, and the types, are in the namespace `program`.
+    The macros ANYATTN_VISIBLE, ANYATTN_SCORE and ANYATTN_KEEP are 1 where the function exists, else 0.
 
     Parameters
     ----------
@@ -64,11 +65,7 @@ def cuda_source(program: Program, accumulate: str, *, index: str = "long long", 
     """
     check_constants(program, 64 if index == "long long" else 32)
     writer = _Writer(accumulate)
-    functions = [
-        writer.function(name, body(root))
-        for name, root in (("visible", program.visible), ("score", program.score))
-        if root is not None
-    ]
+    functions = [writer.function(name, body(root)) for name, root in program.functions.items()]
     lines = [f"// Device functions of program {program.key}, floats in {accumulate}."]
     lines += [f"// {title}"] if title else []
     lines += [
@@ -76,8 +73,7 @@ def cuda_source(program: Program, accumulate: str, *, index: str = "long long", 
         "// (b, h, row, j) with their strides, 0 where one entry serves all. Of the locals, r are the same",
         "// for all keys of a row and x are of one key.",
         "",
-        f"#define ANYATTN_VISIBLE {int(program.visible is not None)}",
-        f"#define ANYATTN_SCORE {int(program.score is not None)}",
+        *(f"#define ANYATTN_{name.upper()} {int(name in program.functions)}" for name in _FUNCTIONS),
         "",
         "namespace program {",
         "",
@@ -200,6 +196,7 @@ _FORMS: dict[str, Form | str] = {
     "sqrt": "sqrt",
     "sigmoid": "sigmoid",
     "floor": "floor",
+    "philox": "philox",
 }
 
 
@@ -218,7 +215,7 @@ class _Writer(Writer):
             lines.append(f"    const {self.kinds[node.kind]} {local} = {self.whole(node)};")
             self.names[id(node)] = local
         lines.append(f"    return {self.whole(parts.result)};")
-        kind, first = ("Real", "Real s, ") if name == "score" else ("bool", "")
+        kind, first = _FUNCTIONS[name], "Real s, " if name == "score" else ""
         arguments = f"{first}const Captured& c, Index b, Index h, Index row, Index i, Index j"
         return f"__device__ inline {kind} {name}({arguments}) {{\n" + "\n".join(lines) + "\n}"
 
@@ -326,5 +323,18 @@ __device__ inline Index power(Index x, int n) {
 __device__ inline Real sigmoid(Real x) {
     const Real t = exp(x < 0 ? x : -x);
     return (x < 0 ? t : Real(1)) / (Real(1) + t);
+}""",
+    "philox": """\
+// The upper 24 bits of the first word of Philox4x32-10 (Salmon et al., 2011).
+__device__ inline Index philox(Index key0, Index key1, Index b, Index h, Index row, Index j) {
+    unsigned int k0 = (unsigned int)key0, k1 = (unsigned int)key1;
+    unsigned int x = (unsigned int)b, y = (unsigned int)h, z = (unsigned int)row, w = (unsigned int)j;
+    for (int n = 0; n < 10; ++n) {
+        const unsigned long long left = 0xD2511F53ull * x, right = 0xCD9E8D57ull * z;
+        x = (unsigned int)(right >> 32) ^ y ^ k0, y = (unsigned int)right;
+        z = (unsigned int)(left >> 32) ^ w ^ k1, w = (unsigned int)left;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    return Index(x >> 8);
 }""",
 }

@@ -36,12 +36,13 @@ def numba_source(
     entries: bool = False,
     title: str = "",
 ) -> str:
-    """A Python module with the functions `visible` and `score` of a program, where it has them.
+    """A Python module with the functions `visible`, `score` and `keep` of a program, where it has them.
 
     `visible(b, h, row, i, j, *captured)` tells whether the key is seen,
-    `score(s, b, h, row, i, j, *captured)` what becomes of the score s. `captured` are the
-    values of `numba_arguments`, of the types `CAPTURED` of the module: parameters p0, ..., tables t0, ...,
-    aligned arrays a0, ...
+    `score(s, b, h, row, i, j, *captured)` what becomes of the score s, and
+    `keep(b, h, row, i, j, *captured)` what the weight is multiplied by. `captured` are the values of
+    `numba_arguments`, of the types `CAPTURED` of the module: parameters p0, ..., tables t0, ..., aligned
+    arrays a0, ...
 
     Parameters
     ----------
@@ -65,9 +66,8 @@ def numba_source(
     captured = _captured_names(program)
     of_row = captured[: len(captured) - len(program.aligned)] if entries else captured
     functions = []
-    for name, root in (("visible", program.visible), ("score", program.score)):
-        if root is not None:
-            functions.append(writer.function(name, body(root), captured, of_row, split))
+    for name, root in program.functions.items():
+        functions.append(writer.function(name, body(root), captured, of_row, split))
     table = _HELPERS | (_HELPERS_OF_INT32 if index == "int32" else {})
     helpers = [text.format(float=accumulate) for text in called(table, functions)]
     imported = ", ".join(called({name: name for name in _functions(accumulate).values()}, functions))
@@ -152,10 +152,11 @@ _FORMS: dict[str, Form | str] = {
     "where": "_where",
     "sqrt": "np.sqrt",
     "floor": "np.floor",
+    "philox": "_philox",
 }
 
 
-_WIDENED = ("add", "sub", "mul", "floordiv", "mod", "pow", "neg")
+_WIDENED = ("add", "sub", "mul", "floordiv", "mod", "pow", "neg", "philox")
 
 
 class _Writer(Writer):
@@ -310,6 +311,18 @@ def _power(x, n):
 @inline
 def _power_float(x, y):
     return np.{float}(x**y)""",
+    "_philox": '''\
+@inline
+def _philox(key0, key1, x, y, z, w):
+    """The upper 24 bits of the first word of Philox4x32-10 (Salmon et al., 2011)."""
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    key0, key1 = np.uint64(key0) & mask, np.uint64(key1) & mask
+    x, y, z, w = np.uint64(x) & mask, np.uint64(y), np.uint64(z) & mask, np.uint64(w)
+    for n in range(10):
+        left, right = x * np.uint64(0xD2511F53), z * np.uint64(0xCD9E8D57)
+        x, y = ((right >> half) ^ y ^ (key0 + np.uint64(n * 0x9E3779B9))) & mask, right
+        z, w = ((left >> half) ^ w ^ (key1 + np.uint64(n * 0xBB67AE85))) & mask, left
+    return np.int64(x >> np.uint64(8))''',
 }
 
 _HELPERS_OF_INT32 = {

@@ -15,6 +15,7 @@ from anyattn.arrays import Array
 from anyattn.expr.nodes import Apply, Const, Expr, Symbol, walk
 from anyattn.expr.program import AlignedSlot, LoadSlot, Parameter, Program
 from anyattn.expr.statements import computed_in
+from anyattn.philox import upper_bits
 
 if TYPE_CHECKING:
     import torch
@@ -242,4 +243,5 @@ def _operations(torch: Any) -> dict[str, Callable[..., Any]]:
         "sqrt": torch.sqrt,
         "sigmoid": torch.sigmoid,
         "floor": torch.floor,
+        "philox": upper_bits,
     }

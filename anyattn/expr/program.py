@@ -82,7 +82,7 @@ class Program:
 
     Attributes
     ----------
-    visible, score : Expr or None
+    visible, score, keep : Expr or None
         Over symbols, `Parameter`, `LoadSlot` and `AlignedSlot`, and constants that are part of the structure.
     parameters : tuple of number
         Values of the `Parameter` nodes by slot.
@@ -101,6 +101,13 @@ class Program:
     aligned: tuple[Array, ...]
     key: str
     text: str
+    keep: Expr | None = None
+
+    @property
+    def functions(self) -> dict[str, Expr]:
+        """The expressions that there are, by name."""
+        named = {"visible": self.visible, "score": self.score, "keep": self.keep}
+        return {name: root for name, root in named.items() if root is not None}
 
     @property
     def parameter_kinds(self) -> tuple[str, ...]:
@@ -128,7 +135,7 @@ def canonical(root: Expr) -> Expr:
     return done[id(root)]
 
 
-def lower(visible: Expr | None, score: Expr | None) -> Program:
+def lower(visible: Expr | None, score: Expr | None, keep: Expr | None = None) -> Program:
     """The program of bound expressions."""
     names: dict[int, int] = {}
     built: dict[int, Expr] = {}
@@ -176,7 +183,8 @@ def lower(visible: Expr | None, score: Expr | None) -> Program:
             raise TypeError(f"{type(node).__name__} must be bound before it is lowered")
 
     roots: list[Expr | None] = []
-    for role, root in (("visible", visible), ("score", score)):
+    named = [("visible", visible), ("score", score)]
+    for role, root in named if keep is None else [*named, ("keep", keep)]:
         if root is None:
             roots.append(None)
             lines.append(f"{role} none")
@@ -194,7 +202,9 @@ def lower(visible: Expr | None, score: Expr | None) -> Program:
         lines.append(f"{role} %{names[id(root)]}")
     text = "\n".join(lines)
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return Program(roots[0], roots[1], tuple(parameters), tuple(table_values), tuple(aligned), key, text)
+    visible, score, keep = (*roots, None)[:3]
+    values = tuple(parameters), tuple(table_values), tuple(aligned)
+    return Program(visible, score, *values, key, text, keep)
 
 
 def _structural(node: Apply) -> set[int]:

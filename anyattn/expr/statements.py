@@ -141,4 +141,4 @@ def _is_leaf(node: Expr) -> bool:
 
 
 def _nodes(program: Program) -> list[Expr]:
-    return [node for root in (program.visible, program.score) if root is not None for node in walk(root)]
+    return [node for root in program.functions.values() for node in walk(root)]
