@@ -229,6 +229,13 @@ def signature(x: Any) -> tuple[Any, ...] | None:
     return read(x)
 
 
+def without_length(found: tuple[Any, ...], axis: int) -> tuple[Any, ...]:
+    """A `signature` without the length of an axis, nor the strides, which may hang on it."""
+    cls, shape, *others = found
+    rest = tuple(size for n, size in enumerate(shape, -len(shape)) if n != axis)
+    return (cls, rest, *(others if _library_of_type(cls) == "jax" else others[1:]))
+
+
 def _numpy_signature(x: Array) -> tuple[Any, ...]:
     return type(x), x.shape, x.strides, x.dtype, x.flags.aligned
 

@@ -5,6 +5,9 @@ itself. Both depend on the signature of the call alone: types, shapes and stride
 options, structure of expressions, settings, installed backends. So the first call of a signature leaves a
 plan behind, with what its backend's `prepare` gave, and the next one finds it by one look-up.
 
+Decoding gives each step a signature of its own, as keys are one more each time. So a plan may also belong to
+a family: calls that differ in the number of keys alone, which its backend then makes room for in what it has.
+
 No array is part of a signature or a plan, nor is the identity of any object that can change; the values in
 arrays are read in every call. Where one does not pass a check, and for whatever has no signature (tracers,
 subclasses, gradients, expressions that only the call can settle), the call is described as if there were no
@@ -23,6 +26,7 @@ from anyattn.arrays import Array
 from anyattn.call import AttentionCall
 from anyattn.describe import ARGUMENTS
 from anyattn.expr.bounds import check_integers
+from anyattn.expr.nodes import Aligned, walk
 from anyattn.expr.structure import is_given, is_read, structure
 from anyattn.forks import held_over_forks
 from anyattn.masks import Mask
@@ -30,8 +34,9 @@ from anyattn.scores import Score
 
 __all__ = ["Plan", "Signature", "make", "run", "signature"]
 
-# Growing keys give every step of a decoding loop a signature of its own.
 _MOST_PLANS = 256
+# Integers of the expressions of a family are checked for so many keys.
+_MOST_KEYS = 1 << 24
 # Integers and host data of more bytes than this are not compared, but described.
 _MOST_CONTENTS = 4096
 
@@ -89,6 +94,9 @@ class _Kinds:
 
 _kinds: dict[tuple[type, ...], _Kinds] = {}
 _PLAIN = (type(None), bool, int, str)
+_LAYOUT = ARGUMENTS.index("layout")
+# Arguments whose arrays may be none along the keys.
+_ANY_LENGTH = {"mask", "score_mod", "sinks", "kv_lengths", "q_offset"}
 
 
 def _find_readers(types: tuple[type, ...]) -> tuple[tuple[int, _Reader], ...] | None:
@@ -166,9 +174,9 @@ _ARRAY_READERS: dict[str, _Reader] = {
     "q_offset": _read_integers,
 }
 
-# Gives one of `AttentionCall.others`, from the arrays of a call by argument and the others before it; None
-# where a value fails a check.
-_Feed = Callable[[dict[str, list[Array]], list[Array]], Array | None]
+# Gives one of `AttentionCall.others`, from the arrays of a call by argument, the others before it and the
+# number of keys; None where a value fails a check.
+_Feed = Callable[[dict[str, list[Array]], list[Array], int], Array | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +187,7 @@ class Plan:
     run: Callable[..., Any]
     record: dispatch.Record
     feeds: tuple[_Feed, ...]
+    k_len: int
     has_heads: bool
     swapped: bool
     return_lse: bool
@@ -187,7 +196,7 @@ class Plan:
         """What `attention` returns, or None where the values of an array need a description of the call."""
         others: list[Array] = []
         for feed in self.feeds:
-            other = feed(given, others)
+            other = feed(given, others, self.k_len)
             if other is None:
                 return None
             others.append(other)
@@ -205,15 +214,70 @@ class Plan:
             out = out.swapaxes(-3, -2)
         return (out, lse) if self.return_lse else out
 
+    def resized(self, k: Array, v: Array) -> Plan | None:
+        """The plan of calls with another number of keys, where the backend can tell."""
+        if not self.has_heads:
+            k, v = k[None], v[None]
+        elif self.swapped:
+            k, v = k.swapaxes(-3, -2), v.swapaxes(-3, -2)
+        prepared = self.run.resized(k, v)  # type: ignore[attr-defined]
+        return None if prepared is None else replace(self, run=prepared, k_len=int(k.shape[-2]))
+
+
+@dataclass(slots=True)
+class _Family:
+    """Calls that differ in the number of keys alone: a plan of some, and the key of the last ones'."""
+
+    plan: Plan
+    last: Hashable = None
+
 
 _plans: dict[Hashable, Plan] = {}
+_families: dict[Hashable, _Family] = {}
 _lock = held_over_forks(threading.Lock())
 
 
 def run(known: Signature | None, q: Array, k: Array, v: Array) -> Any:
     """What `attention` returns, if there is a plan that serves the call; otherwise None."""
-    plan = None if known is None else _plans.get(known.key)
-    return None if plan is None or known is None else plan(q, k, v, known.given)
+    if known is None:
+        return None
+    plan = _plans.get(known.key)
+    if plan is None:
+        plan = _resized(known.key, k, v)
+    return None if plan is None else plan(q, k, v, known.given)
+
+
+def _resized(key: Any, k: Array, v: Array) -> Plan | None:
+    """A plan made from that of a call with another number of keys."""
+    family = _families.get(_without_keys(key))
+    if family is None:
+        return None
+    plan = family.plan.resized(k, v)
+    if plan is not None:
+        with _lock:
+            # A loop that decodes has one plan of this kind at a time, and leaves those of others alone.
+            _plans.pop(family.last, None)
+            family.last = key
+            _keep(_plans, key, plan)
+    return plan
+
+
+def _without_keys(key: Any) -> Hashable:
+    """The key of a signature without the number of keys; None where k and v differ in it."""
+    q, k, v, values, *others = key
+    axis = -3 if values[_LAYOUT] == "blhd" and len(q[1]) > 2 else -2
+    if min(len(k[1]), len(v[1])) < -axis:
+        return None
+    count = k[1][axis]
+    if count != v[1][axis] or not 0 < count <= _MOST_KEYS:
+        return None
+    return (q, arrays.without_length(k, axis), arrays.without_length(v, axis), values, *others)
+
+
+def _keep(plans: dict[Hashable, Any], key: Hashable, plan: Any) -> None:
+    while len(plans) >= _MOST_PLANS:
+        del plans[next(iter(plans))]
+    plans[key] = plan
 
 
 def make(known: Signature | None, call: AttentionCall, backend: Any) -> bool:
@@ -231,14 +295,16 @@ def make(known: Signature | None, call: AttentionCall, backend: Any) -> bool:
         run=prepared,
         record=dispatch.Record(backend.name, call.operation, call.features),
         feeds=feeds,
+        k_len=call.k_len,
         has_heads=call.has_heads,
         swapped=call.layout == "blhd",
         return_lse=call.return_lse,
     )
+    is_family = hasattr(prepared, "resized") and _takes_any_length(known, call, backend)
     with _lock:
-        while len(_plans) >= _MOST_PLANS:
-            del _plans[next(iter(_plans))]
-        _plans[known.key] = plan
+        _keep(_plans, known.key, plan)
+        if is_family and (key := _without_keys(known.key)) is not None:
+            _keep(_families, key, _Family(plan))
     return True
 
 
@@ -264,36 +330,38 @@ def _feeds(known: Signature, call: AttentionCall) -> tuple[_Feed, ...] | None:
 
 
 def _always(value: Array) -> _Feed:
-    return lambda given, before: value
+    return lambda given, before, k_len: value
 
 
 def _nth(name: str, n: int) -> _Feed:
-    return lambda given, before: given[name][n]
+    return lambda given, before, k_len: given[name][n]
 
 
 def _sinks(xp: Any, dtype: Any) -> _Feed:
-    return lambda given, before: arrays.cast(xp, given["sinks"][0], dtype)
+    return lambda given, before, k_len: arrays.cast(xp, given["sinks"][0], dtype)
 
 
 def _lengths(call: AttentionCall) -> _Feed:
     assert call.kv_lengths is not None
-    return _between("kv_lengths", 0, call.k_len, call.kv_lengths.dtype)
+    return _between("kv_lengths", 0, call.kv_lengths.dtype)
 
 
 def _offset(call: AttentionCall) -> _Feed:
-    return _between("q_offset", -call.q_len, call.k_len, call.offset.dtype)
+    return _between("q_offset", -call.q_len, call.offset.dtype)
 
 
-def _between(name: str, least: int, most: int, dtype: Any) -> _Feed:
-    def feed(given: dict[str, list[Array]], before: list[Array]) -> Array | None:
+def _between(name: str, least: int, dtype: Any) -> _Feed:
+    """Integers from `least` to the number of keys."""
+
+    def feed(given: dict[str, list[Array]], before: list[Array], k_len: int) -> Array | None:
         value = given[name][0].copy()
-        within = not value.size or (value.min() >= least and value.max() <= most)
+        within = not value.size or (value.min() >= least and value.max() <= k_len)
         return value.astype(dtype, copy=False) if within else None
 
     return feed
 
 
-def _last(given: dict[str, list[Array]], before: list[Array]) -> Array:
+def _last(given: dict[str, list[Array]], before: list[Array], k_len: int) -> Array:
     """The position of the only query, from the lengths, which come first."""
     return before[0] - 1
 
@@ -302,12 +370,51 @@ def _takes_any_offset(call: AttentionCall) -> bool:
     """Whether the description of a call holds wherever row 0 stands, from -Lq to Lk."""
     if not all(structure(part.expr).settled for part in (call.mask, call.score_mod) if part is not None):
         return False
-    anywhere = replace(call, offset_host=None)
-    bits = call.xp.iinfo(call.offset.dtype).bits
+    return _are_integers_held(call, call.k_len)
+
+
+def _takes_any_length(known: Signature, call: AttentionCall, backend: Any) -> bool:
+    """Whether the description of a call, and the choice of `backend`, hold for any number of keys.
+
+    They do where nothing lies along the keys, and no list, number or expression hangs on how many there are.
+    """
+    key: Any = known.key
+    _, _, _, values, _, named, _, _ = key
+    options = dict(zip(ARGUMENTS, values, strict=False))
+    if not known.given.keys() <= _ANY_LENGTH or any(
+        options[name] is not None and name not in known.given for name in ("kv_lengths", "q_offset")
+    ):
+        return False
+    bound = [part for part in (call.visible, call.score) if part is not None]
+    if any(isinstance(node, Aligned) for part in bound for node in walk(part)):
+        return False
+    if not all(structure(part.expr).settled for part in (call.mask, call.score_mod) if part is not None):
+        return False
+    # One that comes before it may have refused for the number of keys.
+    if settings.forced_backend(named) is None and dispatch.order_for(call)[0] != backend.name:
+        return False
+    return _are_integers_held(call, _MOST_KEYS)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes of calls in which row 0 may stand anywhere."""
+
+    batch_shape: tuple[int, ...]
+    num_heads: int
+    q_len: int
+    k_len: int
+    offset_host: None = None
+
+
+def _are_integers_held(call: AttentionCall, k_len: int) -> bool:
+    """Whether the integers of a call fit its indices, with up to so many keys and wherever row 0 stands."""
+    sizes = _Sizes(call.batch_shape, call.num_heads, call.q_len, k_len)
+    bits = int(call.xp.iinfo(arrays.index_dtype(call.xp, call.device)).bits)
     try:
         for part in (call.visible, call.score):
             if part is not None:
-                check_integers(part, anywhere, bits, "", call.library)
+                check_integers(part, sizes, bits, "", call.library)
     except ValueError:
         return False
     return True

@@ -319,6 +319,23 @@ GIVEN = {
 }  # fmt: skip
 
 
+# Options of calls in which the number of keys changes.
+GROWING = {
+    "plain": lambda rng, k_len: {},
+    "causal": lambda rng, k_len: {"causal": True, "sinks": rng.standard_normal(4).astype("f4")},
+    "window": lambda rng, k_len: {"window": (9, 2), "softcap": 2.0},
+    "lengths": lambda rng, k_len: {
+        "kv_lengths": rng.integers(1, k_len + 1, 2),
+        "q_offset": rng.integers(0, k_len, 2),
+        "window": (30, None),
+    },
+    "scattered": lambda rng, k_len: {
+        "mask": masks.causal() & (masks.strided(5) | masks.prefix(3)),
+        "score_mod": scores.alibi(rng.random(4).astype("f4")),
+    },
+}
+
+
 class TestPlans:
     """A call like one before, with other values in each of its arrays."""
 
@@ -329,6 +346,7 @@ class TestPlans:
 
         made = []
         monkeypatch.setattr(plan, "_plans", {})
+        monkeypatch.setattr(plan, "_families", {})
         monkeypatch.setattr(backend, "run", None, raising=False)
         monkeypatch.setattr(engine, "Prepared", lambda *a, **b: made.append(Prepared(*a, **b)) or made[-1])
         return made
@@ -344,6 +362,20 @@ class TestPlans:
             wanted = aa.attention(q, k, v, backend="reference", **options)
             for x, y in zip(found, wanted, strict=True):
                 np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+        assert len(prepared) == 1
+
+    @pytest.mark.parametrize("kind", GROWING)
+    @pytest.mark.parametrize("q_len", [1, 12])
+    def test_more_and_fewer_keys(self, prepared, kind, q_len):
+        """Keys that were joined anew, and as many of a buffer as are filled."""
+        q, k, v = inputs(2, 4, 2, q_len, 1300, 16, 12)
+        rng = np.random.default_rng(4)
+        for n, k_len in enumerate((20, 21, 1200, 14, 1201)):
+            keys = k[:, :, :k_len], v[:, :, :k_len]
+            keys = [x.copy() for x in keys] if n % 2 else keys
+            options = GROWING[kind](rng, k_len)
+            with aa.use(threads=2):
+                assert_equals_reference(q, *keys, **options)
         assert len(prepared) == 1
 
     def test_arrays_that_change_in_place(self, prepared):

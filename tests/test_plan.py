@@ -38,6 +38,9 @@ class Planner(Backend):
 
     def prepare(self, call):
         self.prepared += 1
+        return self.serve(call)
+
+    def serve(self, call):
         first = call.others
 
         def run(q, k, v, *others):
@@ -145,6 +148,125 @@ def test_the_second_call_runs_by_the_plan_of_the_first(planner, kind):
         for x, y in zip(found, wanted, strict=True) if options.get("return_lse") else [(found, wanted)]:
             np.testing.assert_array_equal(x, y)
         assert (planner.prepared, planner.ran) == (1, n + 1)
+
+
+class Growing(Planner):
+    """Makes what serves other numbers of keys of what it has; `sizes` are those that it was asked for."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def serve(self, call):
+        def resized(k, v):
+            self.sizes.append(k.shape[-2])
+            assert k.shape[-2] == v.shape[-2]
+            changed = {"k": k, "v": v}
+            if isinstance(call.offset, int):
+                changed |= dict.fromkeys(("offset", "offset_host"), k.shape[-2] - call.q_len)
+            return self.serve(replace(call, **changed))
+
+        run = super().serve(call)
+        run.resized = resized
+        return run
+
+
+@pytest.fixture
+def growing(install, monkeypatch):
+    monkeypatch.setattr(plan, "_plans", {})
+    monkeypatch.setattr(plan, "_families", {})
+    backend = Growing()
+    install(backend)
+    with aa.use(backend="planner"):
+        yield backend
+
+
+ANY_LENGTH = {
+    "plain": lambda rng: {},
+    "causal": lambda rng: {"causal": True, "return_lse": True},
+    "window": lambda rng: {"window": (2, 0), "sinks": floats(rng, HEADS)},
+    "lengths": lambda rng: {"kv_lengths": rng.integers(0, 5, 3), "q_offset": np.arange(3), "window": (1, 0)},
+    "expression": lambda rng: {"mask": sliding_window(2) | prefix(1), "score_mod": alibi(floats(rng, HEADS))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["bhld", "blhd"])
+@pytest.mark.parametrize("kind", ANY_LENGTH)
+def test_another_number_of_keys_needs_no_description(growing, kind, layout):
+    rng = np.random.default_rng(30)
+    for n, k_len in enumerate((6, 7, 7, 9, 5), 1):
+        q, k, v = tensors(rng, q_len=2, k_len=k_len)
+        if layout == "blhd":
+            q, k, v = (np.ascontiguousarray(x.swapaxes(-3, -2)) for x in (q, k, v))
+        options = ANY_LENGTH[kind](rng) | {"layout": layout}
+        found = aa.attention(q, k, v, **options)
+        wanted = aa.attention(q, k, v, backend="reference", **options)
+        for x, y in zip(found, wanted, strict=True) if options.get("return_lse") else [(found, wanted)]:
+            np.testing.assert_array_equal(x, y)
+        assert (growing.prepared, growing.ran) == (1, n)
+    assert growing.sizes == [7, 9, 5]
+    # The first plan, the last of the others, and the one of `reference`, which prepares nothing.
+    assert len(plan._plans) == 2
+
+
+def test_one_head_of_two_axes_may_have_other_numbers_of_keys(growing):
+    rng = np.random.default_rng(31)
+    for k_len in (4, 5):
+        q, k, v = (floats(rng, length, DIM) for length in (2, k_len, k_len))
+        found = aa.attention(q, k, v, causal=True)
+        np.testing.assert_array_equal(found, aa.attention(q, k, v, causal=True, backend="reference"))
+    assert growing.sizes == [5]
+
+
+NOT_ANY_LENGTH = {
+    "bias": lambda rng, n: {"bias": floats(rng, 1, n)},
+    "mask": lambda rng, n: {"mask": rng.random((2, n)) < 0.7},
+    "list": lambda rng, n: {"kv_lengths": [1, 2, 3]},
+    "offset": lambda rng, n: {"q_offset": 3, "causal": True},
+    "drawn": lambda rng, n: {"mask": random_blocks(1, 2, 7)},
+    "wide": lambda rng, n: {"mask": aa.masks.from_function(lambda b, h, i, j: j * 2**40 >= i)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_ANY_LENGTH)
+def test_what_hangs_on_the_number_of_keys_is_described(growing, kind):
+    rng = np.random.default_rng(32)
+    for k_len in (6, 7):
+        q, k, v = tensors(rng, q_len=2, k_len=k_len)
+        options = NOT_ANY_LENGTH[kind](rng, k_len)
+        np.testing.assert_array_equal(
+            aa.attention(q, k, v, **options), aa.attention(q, k, v, backend="reference", **options)
+        )
+    assert growing.sizes == []
+
+
+def test_another_number_of_keys_is_checked(growing):
+    q, k, v = tensors(np.random.default_rng(33))
+    lengths = np.array([1, 2, 3])
+    aa.attention(q, k, v, kv_lengths=lengths)
+    lengths[0] = 6
+    aa.attention(q, k[..., :6, :], v[..., :6, :], kv_lengths=lengths)
+    with pytest.raises(ValueError, match="kv_lengths: wanted lengths between 0 and the 5 keys"):
+        aa.attention(q, k[..., :5, :], v[..., :5, :], kv_lengths=lengths)
+    with pytest.raises(ValueError, match="v: wanted length 5 like k"):
+        aa.attention(q, k[..., :5, :], v)
+    with pytest.raises(ValueError, match="k: wanted axes"):
+        aa.attention(q, k[0, 0, 0], v, layout="blhd")
+    assert growing.sizes == [6, 5]
+
+
+def test_a_backend_that_comes_first_is_asked_about_another_number_of_keys(install):
+    class Short(Planner):
+        name = "short"
+
+        def unsupported(self, call):
+            return () if call.k_len < 7 else ("takes 6 keys at most",)
+
+    install(Growing(), Short())
+    q, k, v = tensors(np.random.default_rng(34))
+    with aa.use(order=("short", "planner")), dispatch.recording() as records:
+        aa.attention(q, k, v)
+        aa.attention(q, k[..., :6, :], v[..., :6, :])
+    assert [r.backend for r in records] == ["planner", "short"]
 
 
 def test_lengths_of_a_decoding_step_set_its_offsets(planner):

@@ -8,6 +8,7 @@ takes any, takes milliseconds, and where lengths change in every call, that was 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,12 @@ class Band:
         # Where all rows of a block see the same keys, one row tells of it.
         self._same = rows == 1 or parts.q_len == 1 or not any(b.of_position + b.of_row for b in bounds)
         self._ends = first[None] if self._same else numpy.stack([first, last])
+
+    def resized(self, k_len: int) -> Band:
+        """The same bounds over another number of keys."""
+        other = copy(self)
+        other._k_len = k_len
+        return other
 
     def spans(self, array_of: Callable[[Any], NDArray], offsets: NDArray) -> Spans | None:
         """What blocks of queries visit; None where a number is too large to be computed with here.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from copy import copy
 from typing import Any
 
 import numpy
@@ -51,11 +52,15 @@ class Prepared:
         self.lse_dtype = numpy.dtype(call.accumulate) if call.return_lse else None
         out = empty_like(q.dtype, self.shape, self.swapped, call.library)
         tensors = {"Q": q, "K": k, "V": v, "OUT": out}
+        if call.k_scales is not None:
+            scales = (as_numpy(x, call.library)[..., None] for x in (call.k_scales, call.v_scales))
+            tensors |= dict(zip(("K_SCALES", "V_SCALES"), scales, strict=True))
         self.template = Template(call, shape_for(call.accumulate), tensors, lasting=lasting, keep_rows=True)
         self.scratch = self.template.word(a.SCRATCH_SIZE)
         self.rows = math.prod(self.shape[:-1])
         self.channels = call.head_dim + call.v_head_dim
-        self.kernel = kernel_address("decode" if self.template.narrow else "forward", call.dtype)
+        stored = None if call.k_scales is None else "int8"
+        self.kernel = kernel_address("decode" if self.template.narrow else "forward", call.dtype, stored)
         self.dtype_name = call.dtype
         self.accumulate = numpy.dtype(call.accumulate)
 
@@ -82,6 +87,16 @@ class Prepared:
             run(self.kernel, block, number)
         del held
         return from_numpy(out, q, library), None if lse is None else from_numpy(lse, q, library)
+
+    def resized(self, k: Array, v: Array) -> Prepared | None:
+        """What serves calls with other keys, as many as these, and row 0 where it stands by default."""
+        tensors = {"K": as_numpy(k, self.library), "V": as_numpy(v, self.library)}
+        template = self.template.resized(tensors)
+        if template is None:
+            return None
+        other = copy(self)
+        other.template = template
+        return other
 
     def _run_parts(self, block: NDArray, parts: int, number: int) -> None:
         """Compute the parts of rows whose keys are split, then merge them."""

@@ -7,6 +7,7 @@ A call gives its arrays, of which none is kept. What its mask opens may hang on 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
@@ -15,7 +16,7 @@ import numpy
 
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
-from anyattn.expr.bounds import index_ranges
+from anyattn.expr.bounds import Range, index_ranges
 from anyattn.expr.nodes import Aligned, Expr, Load, walk
 from anyattn.expr.program import Program, lower
 from anyattn.schedule.parts import parts_of
@@ -41,6 +42,8 @@ _NARROW_CHUNK = 64
 _MOST_WIDE = 1 << 22
 # Contents of more bytes are compared by their digest.
 _MOST_BYTES = 4096
+# Templates of up to so many keys are made of one another where all of them compute indices in 32 bits.
+_MOST_KEYS = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +65,7 @@ class Template:
     call : AttentionCall
     shape : Shape
     tensors : dict of str to NumPy array
-        Q, K and where there are V and OUT; their strides are those of all calls.
+        Q, K and where there are V, OUT and scales (..., Lk, 1); their strides are those of all calls.
     lasting : bool
         Whether other calls of the signature are served, in which row 0 may stand anywhere from -Lq to Lk.
 
@@ -91,6 +94,8 @@ class Template:
         # Numbers of arrays in `AttentionCall.others`.
         self._offset = numbers.get(id(call.offset))
         self._sinks = numbers.get(id(call.sinks))
+        scales = {a.K_SCALES: call.k_scales, a.V_SCALES: call.v_scales}
+        self._scales = {place: numbers[id(x)] for place, x in scales.items() if x is not None}
         self._lengths = numbers.get(id(call.kv_lengths))
         integers = _numbers_in(visible, "int") | _numbers_in(score, "int")
         deciding = _numbers_in(visible) | integers | {self._offset}
@@ -108,9 +113,13 @@ class Template:
         self._captures = None if program is None else self._capture(call, program)
         # Other integers than lengths are read for each case.
         fixed = program is not None and not integers - {self._lengths}
-        self._index = self._index_type(program, call.others) if program is not None and fixed else None
+        self._index = (
+            self._index_type(program, call.others, self._ranges) if program is not None and fixed else None
+        )
+        self._resizes = lasting and (program is None or (fixed and self._is_narrow(call, program)))
         self._kept: list[NDArray] = []
         self._block = numpy.zeros(a.BLOCK_WORDS, numpy.int64)
+        self._strides = {name: x.strides for name, x in tensors.items()}
         self._fill(call, shape, tensors, keep_rows and not self.narrow)
         self._case: Case | None = None
 
@@ -126,6 +135,25 @@ class Template:
             self._case = case = self._new_case(decided_by, others, threads)
         return case
 
+    def resized(self, tensors: dict[str, NDArray]) -> Template | None:
+        """The template of calls with another number of keys, K and V like these; None where it is not known.
+
+        Row 0 of calls without an offset of their own stands at Lk - Lq.
+        """
+        k_len = tensors["K"].shape[-2]
+        if not self._resizes or k_len > _MOST_KEYS or self.word(a.AT_WIDE_KEYS):
+            return None
+        other = copy(self)
+        other._parts = parts = replace(self._parts, k_len=k_len, offset=k_len - self._parts.q_len)
+        other._cut = self._cut.resized(k_len)
+        other._band = None if self._band is None else self._band.resized(k_len)
+        other._kept, other._block, other._case = list(self._kept), self._block.copy(), None
+        other._put(a.K_LEN, k_len)
+        for name, x in tensors.items():
+            if x.strides != self._strides[name]:
+                other._put_strides(getattr(a, f"{name}_BATCH"), x, parts.batch_shape)
+        return other
+
     def put_others(self, block: NDArray, others: Sequence[Array]) -> list[Any]:
         """Put the addresses of a call's own arrays into its block; gives what must outlive its use."""
         found = [as_numpy(x, self._library) for x in others]
@@ -134,6 +162,8 @@ class Template:
             sinks = numpy.ascontiguousarray(found[self._sinks])
             block[a.SINKS // 8] = address_of(sinks)
             held.append(sinks)
+        for place, number in self._scales.items():
+            block[place // 8] = address_of(found[number])
         if self._captures is not None:
             words, views = self._captures.words(found)
             block[a.CAPTURED // 8] = address_of(words)
@@ -152,19 +182,24 @@ class Template:
         put_work(block, work)
         block[a.OFFSETS // 8] = address_of(offsets)
         if self._program is not None:
-            index = self._index or self._index_type(self._program, others)
+            index = self._index or self._index_type(self._program, others, self._ranges)
             block[a.TILE_CODE // 8] = tile_address(self._program, self._accumulate, index)
         return Case(decided_by, threads, work, block, offsets)
 
-    def _index_type(self, program: Program, others: Sequence[Array]) -> str:
+    def _index_type(self, program: Program, others: Sequence[Array], ranges: dict[str, Range]) -> str:
         """The type of indices in a call; lengths are taken to be any that a call may have."""
 
         def read(x: Any) -> Any:
             if not isinstance(x, Given):
                 return x
-            return numpy.array([0, self._parts.k_len]) if x.number == self._lengths else others[x.number]
+            return numpy.array([0, ranges["j"][1] + 1]) if x.number == self._lengths else others[x.number]
 
-        return index_type(replace(program, tables=tuple(map(read, program.tables))), self._ranges)
+        return index_type(replace(program, tables=tuple(map(read, program.tables))), ranges)
+
+    def _is_narrow(self, call: AttentionCall, program: Program) -> bool:
+        """Whether all templates of a number of keys compute indices in 32 bits."""
+        ranges = self._ranges | {"j": (0, _MOST_KEYS - 1), "i": (-call.q_len, _MOST_KEYS + call.q_len)}
+        return self._index_type(program, call.others, ranges) == "int32"
 
     def _capture(self, call: AttentionCall, program: Program) -> Captures:
         return Captures(
@@ -178,14 +213,7 @@ class Template:
 
     def _fill(self, call: AttentionCall, shape: Shape, tensors: dict[str, NDArray], keep_rows: bool) -> None:
         """The words that are the same in all calls."""
-        block = self._block
-
-        def put(place: int, value: int | NDArray) -> None:
-            if isinstance(value, numpy.ndarray):
-                self._kept.append(value)
-                value = address_of(value)
-            block[place // 8] = value
-
+        put = self._put
         put(a.NUM_HEADS, call.num_heads)
         put(a.GROUP_SIZE, call.group_size)
         put(a.Q_LEN, call.q_len)
@@ -193,15 +221,33 @@ class Template:
         put(a.HEAD_DIM, call.head_dim)
         put(a.V_HEAD_DIM, call.v_head_dim)
         for name, x in tensors.items():
-            _put_strides(put, getattr(a, f"{name}_BATCH"), x, call.batch_shape)
+            self._put_strides(getattr(a, f"{name}_BATCH"), x, call.batch_shape)
         if call.sinks is not None and self._sinks is None:
             put(a.SINKS, numpy.ascontiguousarray(as_numpy(call.sinks, call.library)))
-        block[a.SCALE // 8] = numpy.float64(call.scale).view(numpy.int64)
+        put(a.SCALE, int(numpy.float64(call.scale).view(numpy.int64)))
         put(a.HAS_SCORE, call.score is not None)
         chunk = _NARROW_CHUNK if self.narrow else _CHUNK
         put(a.CHUNK, chunk)
         tile = 0 if self._program is None else tile_memory(self._program, call.accumulate, chunk)
         _lay_out(put, call, shape, chunk, tile, keep_rows and _converted(call, shape, tensors))
+
+    def _put(self, place: int, value: int | NDArray) -> None:
+        if isinstance(value, numpy.ndarray):
+            self._kept.append(value)
+            value = address_of(value)
+        self._block[place // 8] = value
+
+    def _put_strides(self, place: int, x: NDArray, batch_shape: tuple[int, ...]) -> None:
+        """Offsets of the batch entries and strides of an array (..., H, L, D)."""
+        offsets = numpy.zeros(batch_shape, numpy.int64)
+        lead = x.shape[:-3]
+        for axis, (size, stride) in enumerate(zip(lead, x.strides[: len(lead)], strict=True)):
+            if size > 1:
+                index = numpy.arange(size, dtype=numpy.int64) * stride
+                offsets += index.reshape(-1, *[1] * (len(lead) - axis - 1))
+        self._put(place, numpy.ascontiguousarray(offsets.reshape(-1)))
+        for n, stride in enumerate(x.strides[-3:]):
+            self._put(place + 8 + 8 * n, stride)
 
 
 def put_work(block: NDArray, work: Work) -> None:
@@ -229,22 +275,10 @@ def _contents(x: NDArray) -> bytes:
     return blake2b(numpy.ascontiguousarray(x).view(numpy.uint8).data).digest()
 
 
-def _put_strides(put: Any, place: int, x: NDArray, batch_shape: tuple[int, ...]) -> None:
-    """Offsets of the batch entries and strides of an array (..., H, L, D)."""
-    offsets = numpy.zeros(batch_shape, numpy.int64)
-    lead = x.shape[:-3]
-    for axis, (size, stride) in enumerate(zip(lead, x.strides[: len(lead)], strict=True)):
-        if size > 1:
-            index = numpy.arange(size, dtype=numpy.int64) * stride
-            offsets += index.reshape(-1, *[1] * (len(lead) - axis - 1))
-    put(place, numpy.ascontiguousarray(offsets.reshape(-1)))
-    for n, stride in enumerate(x.strides[-3:]):
-        put(place + 8 + 8 * n, stride)
-
-
 def _converted(call: AttentionCall, shape: Shape, tensors: dict[str, NDArray]) -> bool:
     """Whether several items convert the same keys and values, and a thread has room for all of a head."""
-    in_place = call.dtype == shape.element and all(tensors[x].strides[-1] == shape.itemsize for x in "KV")
+    stored = call.dtype if call.k_scales is None else "int8"
+    in_place = stored == shape.element and all(tensors[x].strides[-1] == shape.itemsize for x in "KV")
     nbytes = call.k_len * (call.head_dim + call.v_head_dim) * shape.itemsize
     return not in_place and call.group_size * call.q_len > shape.queries and nbytes <= _MOST_WIDE
 

@@ -84,6 +84,12 @@ class Cut:
     lines: int
     k_len: int
 
+    def resized(self, k_len: int) -> Cut:
+        """The same for another number of keys."""
+        items = self.items.copy()
+        items[:, 6] = k_len
+        return replace(self, items=items, k_len=k_len)
+
     def work(self, spans: Spans | None, threads: int) -> Work:
         """The work where a mask opens `spans` of keys (None: all), on some threads."""
         items = self.items
