@@ -8,7 +8,7 @@ import numpy as np
 from cuda_standin import Standin
 
 from anyattn.backend import Backend
-from anyattn_cupy import CupyBackend, launch
+from anyattn_cupy import CupyBackend, inspect_launch, launch
 
 __all__ = ["Interpreted"]
 
@@ -31,14 +31,17 @@ class Interpreted(CupyBackend):
         self.capability = capability
         self.options = options
 
-    def make(self, capability: int, **options: Any) -> Standin:
-        """A device for one call."""
-        return Standin(capability, **options)
-
     def unsupported(self, call: Any) -> tuple[str, ...]:
         return Backend.unsupported(self, call)
 
+    def notes(self, call: Any) -> tuple[str, ...]:
+        return launch.remarks(call, Standin(self.capability, **self.options))
+
     def run(self, call: Any) -> Any:
-        self.standin = self.make(self.capability, **self.options)
+        self.standin = Standin(self.capability, **self.options)
+        if call.operation == "weights":
+            return np.array(inspect_launch.weights(call, self.standin))
+        if call.operation == "stats":
+            return {name: np.array(x) for name, x in inspect_launch.stats(call, self.standin).items()}
         out, lse = launch.attend(call, self.standin)
         return np.array(out), None if lse is None else np.array(lse)

@@ -1,9 +1,10 @@
 """CUDA C++ kernels through CuPy.
 
 Dispatch imports this package to read the declaration below, so it imports neither CuPy nor NumPy: `launch`
-does, at the first call. From there `variants` chooses a kernel and its tiles, `schedules` brings the schedule
-to the device, `arguments` lays out what a kernel reads, and `source` joins the text that CuPy compiles from
-the files in `kernels`.
+and `inspect_launch` do, at the first call. From there `exchange` takes arrays of torch and JAX, `variants`
+chooses a kernel and its tiles, `schedules` brings the schedule to the device, `filling` fills in what a
+kernel reads, as `arguments` lays it out, and `source` joins the text that CuPy compiles from the files in
+`kernels`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class CupyBackend(Backend):
     """Declaration of the `cupy` backend."""
 
     name = "cupy"
-    arrays = ("cupy.ndarray",)
+    arrays = ("cupy.ndarray", "torch.Tensor", "jax.Array")
     dtypes = frozenset({"float16", "bfloat16", "float32", "float64"})
     devices = ("cuda",)
     capabilities = frozenset(
@@ -36,6 +37,8 @@ class CupyBackend(Backend):
             "q_offset",
             "grouped_heads",
             "return_lse",
+            "weights",
+            "stats",
             "strict_masking",
         }
     )
@@ -50,24 +53,45 @@ class CupyBackend(Backend):
         if missing is not None:
             return (missing,)
         reasons = super().unsupported(call)
-        if not reasons:
-            import cupy
-
-            from anyattn_cupy.launch import refusal
-
-            with call.q.device:
-                found = refusal(call, cupy)
-            reasons = () if found is None else (found,)
+        if call.library == "jax":
+            if call.traced:
+                reasons += ("runs nothing under jit: JAX tells nobody the stream of a compiled function",)
+            elif not reasons and max(len(x.sharding.device_set) for x in (call.q, call.k)) > 1:
+                reasons = ("takes arrays on one device",)
+        if call.library == "torch" and not reasons and any(x.is_neg() for x in _floats(call)):
+            reasons = ("reads memory as it is, not tensors that are negated lazily (Tensor.resolve_neg)",)
         return reasons
+
+    def notes(self, call: AttentionCall) -> tuple[str, ...]:
+        """How the kernel that serves a call differs from what one would expect."""
+        import cupy
+
+        from anyattn_cupy.exchange import current
+        from anyattn_cupy.launch import remarks
+
+        with current(call, cupy):
+            return remarks(call, cupy)
 
     def run(self, call: AttentionCall) -> Any:
         """Run a call on the device of its arrays, on the current stream."""
         import cupy
 
+        from anyattn_cupy.exchange import current, given_back
+        from anyattn_cupy.inspect_launch import stats, weights
         from anyattn_cupy.launch import attend
 
-        with call.q.device:
-            return attend(call, cupy)
+        with current(call, cupy):
+            if call.operation == "weights":
+                return given_back(weights(call, cupy), call)
+            if call.operation == "stats":
+                return {name: given_back(x, call) for name, x in stats(call, cupy).items()}
+            out, lse = attend(call, cupy)
+            return given_back(out, call), given_back(lse, call)
+
+
+def _floats(call: AttentionCall) -> list[Any]:
+    """The arrays of a call that may hold floats."""
+    return [x for x in (call.q, call.k, call.v, *call.others) if x is not None]
 
 
 backend = CupyBackend()

@@ -25,15 +25,19 @@ _POINTERS = {
     # Where keys are split into parts, their results (parts, B, Hq, Lq, Dv) and lse (parts, B, Hq, Lq), of the
     # accumulation type.
     "part_out": "void*", "part_lse": "void*",
+    # Of `inspect`: the rows that are asked for (R,); sums over rows (chunks, B, Hq, Lk), of rows (B, Hq, Lq),
+    # of the accumulation type. Its out are the weights (..., Hq, R, Lk).
+    "row_numbers": "const long long*", "key_mass": "void*", "entropy": "void*", "peak": "void*",
 }  # fmt: skip
 _WIDE = (
     "q_head", "q_row", "q_step", "k_head", "k_row", "k_step", "v_head", "v_row", "v_step",
     "out_head", "out_row", "offset",
 )  # fmt: skip
-# Rows of a head, or of a group of heads that are packed; `blocks` of rows that these are.
+# Rows of a head, or of a group of heads that are packed; `blocks` of rows that these are, which `chunks` take
+# in turn.
 _NARROW = (
     "q_len", "k_len", "head_dim", "v_head_dim", "batch_size", "num_heads", "group_size", "rows", "blocks",
-    "parts",
+    "parts", "chunks",
 )  # fmt: skip
 _PER_BATCH_AXIS = ("q_batch", "k_batch", "v_batch", "out_batch")
 

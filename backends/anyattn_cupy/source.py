@@ -15,12 +15,16 @@ __all__ = ["OPTIONS", "combine_source", "kernel_source"]
 # No --use_fast_math: the printed program needs NaN and subnormal numbers.
 OPTIONS = ("-std=c++17",)
 _SHARED_FILES = ("elements.cuh", "work.cuh", "logits.cuh")
-_OWN_FILES = {"forward_mma": ("tensor_cores.cuh",)}
+_OWN_FILES = {
+    "forward_fma": ("products.cuh",),
+    "forward_mma": ("tensor_cores.cuh",),
+    "inspect": ("products.cuh",),
+}
 
 
 def kernel_source(variant: Variant, program: Program, index: str) -> str:
     """CUDA C++ of a kernel for NVRTC, complete; integers of the program are of the type `index`."""
-    names = (*_SHARED_FILES, *_OWN_FILES.get(variant.kernel, ()), f"{variant.kernel}.cu")
+    names = (*_SHARED_FILES, *_OWN_FILES[variant.kernel], f"{variant.kernel}.cu")
     return _joined(variant, cuda_source(program, variant.accumulate, index=index), names)
 
 

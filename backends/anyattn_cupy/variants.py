@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["Device", "Variant", "choose", "parts_of"]
+__all__ = ["Device", "Variant", "choose", "choose_inspect", "chunks_of", "parts_of"]
 
 _SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -48,6 +48,9 @@ class Variant:
         Tiles of keys and values that shared memory holds.
     packed : bool
         Whether the rows of all heads of a group are put one after the other.
+    wide : bool
+        Whether arrays have more channels than `head_dim` or more columns than `v_head_dim`, which are then
+        how many a tile holds at a time.
     """
 
     kernel: str
@@ -60,6 +63,7 @@ class Variant:
     batch_axes: int = 1
     stages: int = 1
     packed: bool = False
+    wide: bool = False
 
     @property
     def accumulate(self) -> str:
@@ -85,6 +89,8 @@ class Variant:
         vector = 16 // size
         queries = self.rows * self.head_dim
         keys = self.keys * (self.head_dim + vector)
+        if self.kernel == "inspect":
+            return size * (queries + keys + self.warps * self.keys)
         weights = self.rows * (self.keys + 8)
         return size * (queries + keys + self.keys * self.v_head_dim + weights)
 
@@ -101,18 +107,42 @@ class Variant:
             "BATCH_AXES": self.batch_axes,
             "STAGES": self.stages,
             "PACKED": int(self.packed),
+            "WIDE": int(self.wide),
         }
 
 
 def choose(
     device: Device, dtype: str, head_dim: int, v_head_dim: int, vector_loads: bool, batch_axes: int = 1
-) -> Variant | None:
-    """The kernel for a call, or None where no tile fits into the shared memory of the device."""
-    if device.capability >= 80 and dtype in ("float16", "bfloat16"):
-        found = _mma(device, dtype, head_dim, v_head_dim, vector_loads, batch_axes)
+) -> Variant:
+    """The kernel for a call of "attention"."""
+    # A thread has no registers for more columns of the result.
+    if max(head_dim, v_head_dim) <= _MOST_CHANNELS:
+        if device.capability >= 80 and dtype in ("float16", "bfloat16"):
+            found = _mma(device, dtype, head_dim, v_head_dim, vector_loads, batch_axes)
+            if found is not None:
+                return found
+        padded = _rounded(head_dim, 8), _rounded(v_head_dim, _vectors_of_lanes(dtype))
+        found = _fma(device, Variant("forward_fma", dtype, *padded, 0, 0, vector_loads, batch_axes))
         if found is not None:
             return found
-    return _fma(device, dtype, head_dim, v_head_dim, vector_loads, batch_axes)
+    at_once = min(_rounded(v_head_dim, _vectors_of_lanes(dtype)), _WIDE_COLUMNS[dtype == "float64"])
+    wide = Variant("forward_fma", dtype, _WIDE_CHANNELS, at_once, 0, 0, vector_loads, batch_axes, wide=True)
+    return _surely(_fma(device, wide))
+
+
+def choose_inspect(
+    device: Device, dtype: str, head_dim: int, vector_loads: bool, batch_axes: int = 1
+) -> Variant:
+    """The kernel for a call of "weights" or "stats"."""
+    found = None
+    if head_dim <= _MOST_CHANNELS:
+        found = _fma(
+            device, Variant("inspect", dtype, _rounded(head_dim, 8), 0, 0, 0, vector_loads, batch_axes)
+        )
+    if found is None:
+        wide = Variant("inspect", dtype, _WIDE_CHANNELS, 0, 0, 0, vector_loads, batch_axes, wide=True)
+        found = _surely(_fma(device, wide))
+    return found
 
 
 # Tiles that a part has at least: beginning one and merging it costs about as much as two.
@@ -127,16 +157,21 @@ def parts_of(device: Device, items: int, tiles: int) -> int:
     return max(1, min(-(-2 * device.multiprocessors // items), tiles // _LEAST_TILES, _MOST_PARTS))
 
 
+def chunks_of(device: Device, heads: int, blocks: int) -> int:
+    """Into how many parts the blocks of rows of a head are dealt out, each with sums over rows of its own."""
+    return max(1, min(-(-2 * device.multiprocessors // max(heads, 1)), blocks, _MOST_PARTS))
+
+
+_MOST_CHANNELS = 256
+# Channels, and columns of the result (of float64), that a tile holds where there are more.
+_WIDE_CHANNELS = 64
+_WIDE_COLUMNS = (128, 64)
 _MMA_TILES = ((4, 64), (4, 32))
-# Beyond, a thread has no registers for its columns of the result.
-_MMA_MOST = 256
 
 
 def _mma(
     device: Device, dtype: str, head_dim: int, v_head_dim: int, vector_loads: bool, batch_axes: int
 ) -> Variant | None:
-    if max(head_dim, v_head_dim) > _MMA_MOST:
-        return None
     padded = _rounded(head_dim, 16), _rounded(v_head_dim, 16)
     tiles = [
         Variant("forward_mma", dtype, *padded, warps, keys, vector_loads, batch_axes, stages=2)
@@ -153,18 +188,26 @@ def _mma(
 _FMA_TILES = ((4, 32), (2, 32), (2, 16), (1, 16), (1, 8))
 
 
-def _fma(
-    device: Device, dtype: str, head_dim: int, v_head_dim: int, vector_loads: bool, batch_axes: int
-) -> Variant | None:
-    columns = 128 // _SIZE["float64" if dtype == "float64" else "float32"]
-    padded = _rounded(head_dim, 8), _rounded(v_head_dim, columns)
+def _fma(device: Device, kind: Variant) -> Variant | None:
+    """The fastest tile of a kind that fits into the shared memory of a device."""
     for warps, keys in _FMA_TILES:
-        found = Variant("forward_fma", dtype, *padded, warps, keys, vector_loads, batch_axes)
+        found = replace(kind, warps=warps, keys=keys)
         # Two blocks of a multiprocessor hide each other's barriers.
         room = device.shared_memory // 2 if (warps, keys) != _FMA_TILES[-1] else device.shared_memory
         if found.shared_memory <= room:
             return found
     return None
+
+
+def _surely(found: Variant | None) -> Variant:
+    if found is None:
+        raise RuntimeError("the device has less shared memory than any of compute capability 7.5")
+    return found
+
+
+def _vectors_of_lanes(dtype: str) -> int:
+    """Columns that the 8 lanes of a row have in vectors of 16 bytes."""
+    return 128 // _SIZE["float64" if dtype == "float64" else "float32"]
 
 
 def _rounded(n: int, multiple: int) -> int:

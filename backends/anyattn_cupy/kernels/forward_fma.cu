@@ -3,54 +3,14 @@
 //     out[r] = sum_j exp(s[r, j] - m[r]) v[j] / sum_j exp(s[r, j] - m[r]),   s = logit(scale q . k)
 //
 // with the maximum m and both sums kept while tiles of keys go by (online softmax; Milakov and Gimelshein 2018,
-// Dao et al. 2022). A warp has 16 rows to itself; its lanes are 4 groups of rows x 8 groups of keys, so that a
-// lane holds 4 rows x BLOCK_KEYS / 8 keys of the scores, and 4 rows x V_HEAD_DIM / 8 columns of the result.
+// Dao et al. 2022). Lanes have their rows as in products.cuh, and 4 rows x V_HEAD_DIM / 8 columns of the result.
 //
-// Given: WARPS, BLOCK_KEYS, HEAD_DIM (a multiple of 8) and V_HEAD_DIM (of 128 bytes), VECTOR_LOADS: whether rows
-// of q, k and v begin at multiples of 16 bytes and have whole vectors. Shared memory is dynamic.
+// Given: as for products.cuh; V_HEAD_DIM (of 128 bytes). If rows are WIDE, a block has V_HEAD_DIM columns of the
+// result, from V_HEAD_DIM * blockIdx.y on, and the scores are computed for each such block anew. Shared memory is dynamic.
 
-constexpr int THREADS = 32 * WARPS;
-constexpr int ROWS = 4;                   // of a lane: row_group + 4 r
-constexpr int KEYS = BLOCK_KEYS / 8;      // of a lane: key_group + 8 m
-constexpr int VECTOR = 16 / sizeof(Real);
 constexpr int COLUMNS = V_HEAD_DIM / (8 * VECTOR);
-// An odd number of vectors a row: eight rows lie in different banks.
-constexpr int KEY_PITCH = HEAD_DIM + VECTOR;
 // Four groups of rows, eight words apart.
 constexpr int WEIGHT_PITCH = BLOCK_KEYS + 8;
-
-struct alignas(16) Vector {
-    Real x[VECTOR];
-};
-
-struct alignas(VECTOR_LOADS ? VECTOR * sizeof(Element) : sizeof(Element)) Elements {
-    Element x[VECTOR];
-};
-
-// Rows of an array into shared memory, zeros where there are none: `place_of(r)` is where row r begins.
-template <int COUNT, int DIM, int PITCH, class PlaceOf>
-__device__ __forceinline__ void load_rows(
-    Real* to, const Element* from, long long step, int dim, const PlaceOf& place_of
-) {
-    for (int n = threadIdx.x; n < COUNT * (DIM / VECTOR); n += THREADS) {
-        const int r = n / (DIM / VECTOR), column = n % (DIM / VECTOR) * VECTOR;
-        const Place place = place_of(r);
-        Vector values = {};
-        if (place.there && column < dim) {
-            const Element* source = from + place.offset;
-            if (VECTOR_LOADS) {
-                const Elements elements = *(const Elements*)(source + column);
-#pragma unroll
-                for (int e = 0; e < VECTOR; ++e) values.x[e] = real_of(elements.x[e]);
-            } else {
-#pragma unroll
-                for (int e = 0; e < VECTOR; ++e)
-                    if (column + e < dim) values.x[e] = real_of(source[(column + e) * step]);
-            }
-        }
-        *(Vector*)(to + r * PITCH + column) = values;
-    }
-}
 
 // The weights of 16 rows times the values of a tile, added to `sum`. With STRICT, weights below 0 mark hidden
 // pairs, whose values may be anything.
@@ -90,11 +50,13 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
     const int warp = threadIdx.x / 32, row_group = threadIdx.x % 32 / 8, key_group = threadIdx.x % 8;
     const Item item = item_of(a, blockIdx.x);
     Real* weights = all_weights + warp * 16 * WEIGHT_PITCH;
-    const int first_row = item.first_row + 16 * warp;
+    const int first_row = item.first_row + 16 * warp, first_column = WIDE ? V_HEAD_DIM * blockIdx.y : 0;
 
-    load_rows<BLOCK_ROWS, HEAD_DIM, HEAD_DIM>(
-        queries, (const Element*)a.q, a.q_step, a.head_dim, [&](int r) { return query_place(a, item, r); }
-    );
+    const auto query_place_of = [&](int r) { return query_place(a, item, r); };
+    if (!WIDE)
+        load_rows<BLOCK_ROWS, HEAD_DIM, HEAD_DIM>(
+            queries, (const Element*)a.q, a.q_step, 0, a.head_dim, query_place_of
+        );
 
     Vector sum[ROWS][COLUMNS] = {};
     Real top[ROWS], total[ROWS];
@@ -103,34 +65,13 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
 
     for (Tile tile = first_tile(a, item); tile.valid(item); tile.advance(a, item)) {
         const int count = tile.count();
-        __syncthreads();
-        load_rows<BLOCK_KEYS, HEAD_DIM, KEY_PITCH>(
-            keys, (const Element*)a.k, a.k_step, a.head_dim,
-            [&](int r) { return tile.key_place(a, r, item.k, a.k_row); }
-        );
-        load_rows<BLOCK_KEYS, V_HEAD_DIM, V_HEAD_DIM>(
-            values, (const Element*)a.v, a.v_step, a.v_head_dim,
-            [&](int r) { return tile.key_place(a, r, item.v, a.v_row); }
-        );
-        __syncthreads();
-
         Real score[ROWS][KEYS] = {};
-#pragma unroll 2
-        for (int d = 0; d < HEAD_DIM; d += VECTOR) {
-            Vector query[ROWS], key[KEYS];
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r)
-                query[r] = *(const Vector*)(queries + (16 * warp + row_group + 4 * r) * HEAD_DIM + d);
-#pragma unroll
-            for (int m = 0; m < KEYS; ++m)
-                key[m] = *(const Vector*)(keys + (key_group + 8 * m) * KEY_PITCH + d);
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-                for (int m = 0; m < KEYS; ++m)
-#pragma unroll
-                    for (int e = 0; e < VECTOR; ++e) score[r][m] += query[r].x[e] * key[m].x[e];
-        }
+        multiply_tile(score, a, item, tile, queries, keys, query_place_of, [&] {
+            load_rows<BLOCK_KEYS, V_HEAD_DIM, V_HEAD_DIM>(
+                values, (const Element*)a.v, a.v_step, first_column, a.v_head_dim,
+                [&](int r) { return tile.key_place(a, r, item.v, a.v_row); }
+            );
+        });
 
         // Only where some pair is hidden may a value be there that must not be multiplied by 0.
         const bool masked = tile.kind & MASKED;
@@ -195,9 +136,9 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
         for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
             for (int e = 0; e < VECTOR; ++e) {
-                const int column = (8 * n + key_group) * VECTOR + e;
+                const int column = first_column + (8 * n + key_group) * VECTOR + e;
                 if (column < a.v_head_dim) store_out(a, item, row, column, sum[r][n].x[e] * factor);
             }
-        if (key_group == 0) store_lse(a, item, row, base + log(all));
+        if (key_group == 0 && first_column == 0) store_lse(a, item, row, base + log(all));
     }
 }

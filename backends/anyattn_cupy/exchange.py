@@ -1,0 +1,62 @@
+"""Arrays of torch and JAX as CuPy's and results back: by DLPack, without a copy, on the caller's stream.
+
+torch has a current stream, and CuPy computes on it. JAX has none that it tells: it makes CuPy's stream wait
+for arrays when it hands them over, and its own for results. It would also give the memory of an array that
+nobody names any more to others while a kernel still reads it, so arrays are held until that is done.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from anyattn.arrays import Array, library
+from anyattn.call import AttentionCall
+
+__all__ = ["as_cupy", "current", "given_back", "hold"]
+
+_OTHERS = ("torch", "jax")
+_held: deque[tuple[Any, list[Array]]] = deque()
+
+
+@contextmanager
+def current(call: AttentionCall, cupy: Any) -> Iterator[None]:
+    """CuPy on the device of a call, and on the stream that its library computes on now."""
+    number = call.q.__dlpack_device__()[1]
+    with cupy.cuda.Device(number):
+        if call.library != "torch":
+            yield
+            return
+        stream = sys.modules["torch"].cuda.current_stream(call.q.device).cuda_stream
+        with cupy.cuda.ExternalStream(stream, number):
+            yield
+
+
+def as_cupy(x: Array, cupy: Any) -> Array:
+    """An array that CuPy computes with: memory of torch and JAX as it is, numbers of the host as a copy."""
+    if library(x) not in _OTHERS:
+        return cupy.asarray(x)
+    return cupy.from_dlpack(x.detach() if library(x) == "torch" else x)
+
+
+def given_back(x: Array | None, call: AttentionCall) -> Array | None:
+    """A result in the library of a call."""
+    if x is None or call.library not in _OTHERS:
+        return x
+    if call.library == "torch":
+        return sys.modules["torch"].from_dlpack(x)
+    return sys.modules["jax"].dlpack.from_dlpack(x)
+
+
+def hold(call: AttentionCall, arrays: list[Array], cupy: Any) -> None:
+    """Keep arrays of JAX until what was launched has run; it is asked at later calls, and nothing waits."""
+    if call.library != "jax":
+        return
+    while _held and _held[0][0].done:
+        _held.popleft()
+    done = cupy.cuda.Event(disable_timing=True)
+    done.record()
+    _held.append((done, arrays))

@@ -1,0 +1,99 @@
+"""From the description of a call of `attention_weights` or `attention_stats` to a launch, as in `launch`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy
+
+from anyattn.arrays import Array
+from anyattn.call import AttentionCall
+from anyattn.expr.program import lower
+from anyattn_cupy.arguments import argument_dtype
+from anyattn_cupy.devices import current_device
+from anyattn_cupy.exchange import as_cupy, hold
+from anyattn_cupy.filling import (
+    batch_axes,
+    captured_of,
+    compiled,
+    fill_arrays,
+    fill_options,
+    fill_sizes,
+    index_type,
+    vector_loads,
+)
+from anyattn_cupy.schedules import device_schedule
+from anyattn_cupy.source import kernel_source
+from anyattn_cupy.variants import choose_inspect, chunks_of
+
+__all__ = ["stats", "weights"]
+
+
+def weights(call: AttentionCall, cupy: Any) -> Array:
+    """Softmax weights (..., Hq, R, Lk) of a call of "weights", in its dtype, as an array of CuPy."""
+    q, k = (as_cupy(x, cupy) for x in (call.q, call.k))
+    rows = None
+    if call.rows is not None:
+        rows = cupy.ascontiguousarray(as_cupy(call.rows, cupy).astype("int64"))
+    shape = (*call.batch_shape, call.num_heads, call.q_len if rows is None else rows.shape[0], call.k_len)
+    # Tiles that the schedule leaves out are not written.
+    out = (cupy.empty if call.visible is None else cupy.zeros)(shape, q.dtype)
+    if math.prod(shape):
+        _launch(call, {"q": q, "k": k, "out": out}, {}, rows, cupy)
+    return out
+
+
+def stats(call: AttentionCall, cupy: Any) -> dict[str, Array]:
+    """The statistics that a call of "stats" asks for, in the accumulation dtype, as arrays of CuPy."""
+    q, k = (as_cupy(x, cupy) for x in (call.q, call.k))
+    heads, chunks = (*call.batch_shape, call.num_heads), 1
+    found = {}
+    if "key_mass" in call.stats:
+        device = current_device(cupy)
+        rows = choose_inspect(device, call.dtype, call.head_dim, vector_loads=False).rows
+        chunks = chunks_of(device, math.prod(heads), -(-call.q_len // rows))
+        found["key_mass"] = cupy.zeros((chunks, *heads, call.k_len), call.accumulate)
+    for name, field in (("entropy", "entropy"), ("max", "peak")):
+        if name in call.stats:
+            found[field] = cupy.empty((*heads, call.q_len), call.accumulate)
+    if math.prod(heads) * call.q_len:
+        _launch(call, {"q": q, "k": k}, found, None, cupy)
+    if "key_mass" in found:
+        mass = found["key_mass"]
+        found["key_mass"] = mass[0] if chunks == 1 else mass.sum(axis=0)
+    return {name: found["peak" if name == "max" else name] for name in call.stats}
+
+
+def _launch(
+    call: AttentionCall, arrays: dict[str, Array], sums: dict[str, Array], rows: Array | None, cupy: Any
+) -> None:
+    """Launch `inspect` on q, k and, for weights, out; with memory for sums, by their names as arguments."""
+    sizes, strides = batch_axes(call.batch_shape, tuple(arrays.values()))
+    vectors = vector_loads(arrays["q"], arrays["k"])
+    variant = choose_inspect(current_device(cupy), call.dtype, call.head_dim, vectors, len(sizes))
+    # The schedule is one of all rows; chosen ones look at every key.
+    spans = None if rows is not None else device_schedule(call, variant.rows, variant.keys, cupy)
+    program = lower(call.visible, call.score)
+    index = index_type(program, call)
+    captured, kept = captured_of(call, program, variant, index, cupy)
+
+    block = numpy.zeros((), argument_dtype(len(sizes)))
+    fill_arrays(block, arrays, sizes, strides)
+    items = fill_sizes(block, call, variant, call.q_len if rows is None else rows.shape[0])
+    kept += fill_options(block, call, variant, spans, cupy)
+    for name, x in sums.items():
+        block[name] = x.data.ptr
+    block["row_numbers"] = 0 if rows is None else rows.data.ptr
+    blocks = chunks = int(block["blocks"])
+    if "key_mass" in sums:
+        # A chunk is of one head, and its blocks are added up in their order.
+        chunks, block["order"] = sums["key_mass"].shape[0], 0
+    block["chunks"] = chunks
+
+    inspect = compiled(
+        cupy, cupy.cuda.Device().id, "inspect", kernel_source(variant, program, index), variant.shared_memory
+    )
+    grid = (items // blocks * chunks,)
+    inspect(grid, (variant.threads,), (block, captured), shared_mem=variant.shared_memory)
+    hold(call, [*arrays.values(), *sums.values(), rows, *kept], cupy)
