@@ -30,7 +30,6 @@ class NumbaBackend(Backend):
     devices = ("cpu",)
     capabilities = frozenset(CAPABILITIES) - {
         "dropout",
-        "int8",
         "gradients",
         "traced",
         "deterministic_backward",

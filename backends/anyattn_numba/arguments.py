@@ -6,7 +6,7 @@ call of one signature stands in a template; a call copies it and puts in its add
 
 from __future__ import annotations
 
-BLOCK_WORDS = 68
+BLOCK_WORDS = 78
 (
     # What each call sets: the counter that hands out items, memory for the threads, and arrays. lse is
     # (B, Hq, Lq), contiguous, of the accumulation type; 0 where it is not wanted.
@@ -96,6 +96,17 @@ BLOCK_WORDS = 68
     PEAK,
     NUM_RUNS,
     RUNS,
+    # float32 factors (..., Hkv, Lk, 1) of int8 rows: an address, which each call sets, and strides.
+    K_SCALES,
+    K_SCALES_BATCH,
+    K_SCALES_HEAD,
+    K_SCALES_ROW,
+    K_SCALES_STEP,
+    V_SCALES,
+    V_SCALES_BATCH,
+    V_SCALES_HEAD,
+    V_SCALES_ROW,
+    V_SCALES_STEP,
 ) = range(0, 8 * BLOCK_WORDS, 8)
 
 # An item: some queries that share a key/value head. Lane n is number first + n of the head's group_size x

@@ -34,7 +34,7 @@ from anyattn_numba.microkernels import largest_kernel, score_kernel
 from anyattn_numba.rows import ITEMSIZE, reader
 from anyattn_numba.target import Shape
 
-__all__ = ["NONE", "WIDTH", "Steps", "next_item", "row_at", "steps", "walker"]
+__all__ = ["NONE", "WIDTH", "Steps", "next_item", "row_at", "scaler", "steps", "walker"]
 
 # A zero of the type of all other arguments: Numba compiles a function anew for a literal.
 NONE = numpy.int64(0)
@@ -75,6 +75,8 @@ class Steps:
     weigh_seen: Any
 
 
+# Behind the address of an array of factors: the offsets of its batch entries.
+BATCH = 8
 # Behind the offsets of the batch entries: strides of heads, rows and numbers.
 HEAD, ROW, STEP = 8, 16, 24
 
@@ -120,16 +122,32 @@ def forget(block: int, item: int, scratch: int) -> None:
         there[n] = 0
 
 
+@compiled
+def scale_at(block: int, item: int, scales: int, row: int) -> float:
+    """The factor of an int8 row of the item's key/value head; `scales` is K_SCALES or V_SCALES."""
+    at = row_at(block, item, scales, scales + BATCH, row)
+    found: float = carray(pointer(at), 1, types.float32)[0]
+    return found
+
+
+@compiled
+def no_scale(block: int, item: int, scales: int, row: int) -> float:
+    """The factor of any other row."""
+    return 1.0
+
+
 @lru_cache
-def steps(shape: Shape, dtype: str) -> Steps:
-    """The steps for arrays of a dtype."""
+def steps(shape: Shape, dtype: str, stored_dtype: str | None = None) -> Steps:
+    """The steps for queries of a dtype, and keys and values of that or of `stored_dtype` int8."""
+    stored_dtype = stored_dtype or dtype
     lanes, size, rows = shape.lanes, shape.itemsize, shape.rows
-    read = reader(dtype, shape.element)
+    read, read_stored = reader(dtype, shape.element), reader(stored_dtype, shape.element)
+    factor_of = scale_at if stored_dtype == "int8" else no_scale
     transpose = transpose_kernel(shape.element, lanes)
     score, score_one = score_kernel(shape, rows), score_kernel(shape, 1)
     largest_of = largest_kernel(shape)
-    in_place = dtype == shape.element
-    stored = ITEMSIZE[dtype]
+    in_place = stored_dtype == shape.element
+    stored = ITEMSIZE[stored_dtype]
     kind = getattr(types, shape.element)
 
     @compiled
@@ -208,6 +226,7 @@ def steps(shape: Shape, dtype: str) -> Steps:
         item: int,
         base: int,
         strides: int,
+        scales: int,
         length: int,
         room: int,
         wide: int,
@@ -225,12 +244,14 @@ def steps(shape: Shape, dtype: str) -> Steps:
                 there = carray(pointer(done + n), 1, types.uint8)
                 if there[0] == 0:
                     for j in range(n * a.WIDENED, min((n + 1) * a.WIDENED, read_word(block + a.K_LEN))):
-                        read(start + j * stride, step, length, 1.0, wide + j * length * size)
+                        factor = factor_of(block, item, scales, j)
+                        read_stored(start + j * stride, step, length, factor, wide + j * length * size)
                     there[0] = 1
             return wide + first * length * size, length * size
         for n in range(count):
             j = read_index(columns + 4 * n) if columns else first + n
-            read(start + j * stride, step, length, 1.0, room + n * length * size)
+            factor = factor_of(block, item, scales, j)
+            read_stored(start + j * stride, step, length, factor, room + n * length * size)
         return room, length * size
 
     @compiled
@@ -238,14 +259,18 @@ def steps(shape: Shape, dtype: str) -> Steps:
         length, room = read_word(block + a.HEAD_DIM), scratch + read_word(block + a.AT_KEYS)
         wide, done = scratch + read_word(block + a.AT_WIDE_KEYS), read_word(block + a.AT_WIDENED)
         done += scratch if done != 0 else 0
-        return rows_of(block, item, a.K, a.K_BATCH, length, room, wide, done, first, columns, count)
+        return rows_of(
+            block, item, a.K, a.K_BATCH, a.K_SCALES, length, room, wide, done, first, columns, count
+        )
 
     @compiled
     def load_values(block: int, item: int, scratch: int, first: int, columns: int, count: int) -> Any:
         length, room = read_word(block + a.V_HEAD_DIM), scratch + read_word(block + a.AT_VALUES)
         wide, done = scratch + read_word(block + a.AT_WIDE_VALUES), read_word(block + a.AT_WIDENED)
         done += scratch + flags_of(block) if done != 0 else 0
-        return rows_of(block, item, a.V, a.V_BATCH, length, room, wide, done, first, columns, count)
+        return rows_of(
+            block, item, a.V, a.V_BATCH, a.V_SCALES, length, room, wide, done, first, columns, count
+        )
 
     @compiled
     def describe_tile(
@@ -319,6 +344,31 @@ def steps(shape: Shape, dtype: str) -> Steps:
                 at[0] = total
 
     return Steps(begin, load_queries, load_keys, load_values, load_scores, describe_tile, weigh_seen)
+
+
+@lru_cache
+def scaler(shape: Shape, stored_dtype: str) -> Any:
+    """scale(block, item, scales, first, count, table): vectors, one for each key, times the keys' factors.
+
+    It does nothing where rows have no factors.
+    """
+    lanes, kind = shape.lanes, getattr(types, shape.element)
+
+    @compiled
+    def leave(block: int, item: int, scales: int, first: int, count: int, table: int) -> None:
+        pass
+
+    @compiled
+    def scale(block: int, item: int, scales: int, first: int, count: int, table: int) -> None:
+        at = row_at(block, item, scales, scales + BATCH, first)
+        stride = read_word(block + scales + BATCH + ROW)
+        rows = carray(pointer(table), (count, lanes), kind)
+        for n in range(count):
+            factor = kind(carray(pointer(at + n * stride), 1, types.float32)[0])
+            for lane in range(lanes):
+                rows[n, lane] *= factor
+
+    return scale if stored_dtype == "int8" else leave
 
 
 def walker(visit: Any) -> Any:

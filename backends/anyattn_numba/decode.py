@@ -1,7 +1,7 @@
 """Attention of items with few queries, on the products of `narrow`: what `forward` does, otherwise.
 
-Keys and values are read as they are stored, 16-bit numbers too, but for chunks that are masked or gathered,
-which are converted first: there values are looked at, and a hidden one that is not finite left out.
+Keys and values are read as they are stored, 16-bit and int8 numbers too, but for chunks that are masked or
+gathered, which are converted first: there values are looked at, and a hidden one that is not finite left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from numba import types
 
 from anyattn_numba import arguments as a
-from anyattn_numba.blocks import next_item, row_at, steps, walker
+from anyattn_numba.blocks import next_item, row_at, scaler, steps, walker
 from anyattn_numba.jit import carray, compiled, inlined
 from anyattn_numba.memory import pointer, read_word
 from anyattn_numba.microkernels import largest_kernel, soften_kernel
@@ -25,17 +25,22 @@ __all__ = ["decode_kernel"]
 
 
 @lru_cache
-def decode_kernel(shape: Shape, dtype: str) -> Any:
-    """The task that computes attention of few queries; one vector of lanes holds them."""
+def decode_kernel(shape: Shape, dtype: str, stored_dtype: str | None = None) -> Any:
+    """The task that computes attention of few queries; one vector of lanes holds them.
+
+    Keys and values are of the dtype of the queries, or of `stored_dtype` int8.
+    """
+    stored_dtype = stored_dtype or dtype
     lanes, size = shape.lanes, shape.itemsize
     kind = getattr(types, shape.element)
-    step = steps(shape, dtype)
+    step = steps(shape, dtype, stored_dtype)
     begin, load_keys, load_values = step.begin, step.load_keys, step.load_values
     describe_tile, weigh_seen = step.describe_tile, step.weigh_seen
     soften, largest_of = soften_kernel(shape), largest_kernel(shape)
     # float16 has no conversion that every target knows: it is read converted.
-    raw_dtype = shape.element if dtype == "float16" else dtype
-    in_place = raw_dtype == dtype
+    raw_dtype = shape.element if stored_dtype == "float16" else stored_dtype
+    in_place = raw_dtype == stored_dtype
+    scale = scaler(shape, stored_dtype)
     raw_size = ITEMSIZE[raw_dtype]
     together = lanes // QUERIES
     score, score_one = (
@@ -82,6 +87,8 @@ def decode_kernel(shape: Shape, dtype: str) -> Any:
                 else:
                     score_one(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
                 n += together if whole else 1
+        if raw:
+            scale(block, item, a.K_SCALES, first, count, scores)
         if masked != 0 or read_word(block + a.HAS_SCORE) != 0:
             describe_tile(
                 block, item, scratch, first, columns, count, a.SCORE_AND_HIDE if masked else a.SCORE
@@ -93,6 +100,8 @@ def decode_kernel(shape: Shape, dtype: str) -> Any:
             describe_tile(block, item, scratch, first, columns, count, a.SEEN)
             weigh_seen(block, scratch, values, value_stride, count, size, v_head_dim * size)
             return
+        if raw:
+            scale(block, item, a.V_SCALES, first, count, scores)
         sums, wide = scratch + read_word(block + a.AT_SUM), v_head_dim * size
         for q in range(0, queries, QUERIES):
             rows, out, decay = scores + q * size, sums + q * wide, factor + q * size

@@ -33,10 +33,13 @@ __all__ = ["forward_kernel"]
 
 
 @lru_cache
-def forward_kernel(shape: Shape, dtype: str) -> Any:
-    """The task (`anyattn_numba.threads.TASK`) that computes attention for arrays of a dtype."""
+def forward_kernel(shape: Shape, dtype: str, stored_dtype: str | None = None) -> Any:
+    """The task (`anyattn_numba.threads.TASK`) that computes attention for arrays of a dtype.
+
+    Keys and values are of the dtype of the queries, or of `stored_dtype` int8.
+    """
     lanes, size, rows = shape.lanes, shape.itemsize, shape.rows
-    step = steps(shape, dtype)
+    step = steps(shape, dtype, stored_dtype)
     begin, load_scores, load_values = step.begin, step.load_scores, step.load_values
     describe_tile, weigh_seen = step.describe_tile, step.weigh_seen
     soften = soften_kernel(shape)

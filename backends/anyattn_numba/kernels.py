@@ -47,12 +47,17 @@ def shape_for(accumulate: str) -> Shape:
 
 
 @lru_cache
-def kernel_address(kernel: str, dtype: str) -> int:
-    """The address of a task: one of `KERNELS`, or "linear"."""
+def kernel_address(kernel: str, dtype: str, stored_dtype: str | None = None) -> int:
+    """The address of a task: one of `KERNELS`, or "linear".
+
+    "forward" and "decode" have a variant for keys and values of `stored_dtype` "int8".
+    """
     accumulate = "float64" if dtype == "float64" else "float32"
-    dispatcher = _factory(kernel)(shape_for(accumulate), dtype)
+    of_rows = () if stored_dtype is None else (stored_dtype,)
+    dispatcher = _factory(kernel)(shape_for(accumulate), dtype, *of_rows)
     with _lock:
-        attach(dispatcher, _key(kernel, "", dtype, accumulate, _OWN_CODE), user_store())
+        name = "_".join((kernel, *of_rows))
+        attach(dispatcher, _key(name, "", dtype, accumulate, _OWN_CODE), user_store())
         return threads.address(dispatcher)
 
 
@@ -117,7 +122,8 @@ def call_key(call: AttentionCall) -> KernelKey:
     """The key of all code that a call of this kind runs: kernels, which serve all sizes, and its own."""
     program = lower(call.visible, call.score)
     code = code_digest(_OWN_CODE + call_source(call))
-    return _key(call.operation, program.text, call.dtype, call.accumulate, code)
+    name = f"{call.operation}_int8" if "int8" in call.features else call.operation
+    return _key(name, program.text, call.dtype, call.accumulate, code)
 
 
 def _key(kernel: str, structure: str, dtype: str, accumulate: str, code: str) -> KernelKey:

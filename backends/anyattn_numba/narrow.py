@@ -4,7 +4,8 @@ With a lane for each query most lanes would be empty, so here lanes run along th
 or value is loaded once and meets `QUERIES` queries. Meaning and scratch memory are those of `microkernels`,
 but for Q, which is (queries, head_dim), and O, which is (queries, v_head_dim).
 
-16-bit keys and values are widened in registers. While scores are computed, the values of the same keys and
+16-bit and int8 keys and values are widened in registers; int8 ones wait for their scales, which change scores
+and weights, not rows. While scores are computed, the values of the same keys and
 the keys of the next chunk are fetched: the processor's own prefetching ends with each row.
 """
 
@@ -20,6 +21,7 @@ from numba import types
 
 from anyattn_numba.jit import cgutils, intrinsic
 from anyattn_numba.microkernels import outlined
+from anyattn_numba.rows import ITEMSIZE
 from anyattn_numba.target import Shape
 from anyattn_numba.vectors import INT32, INT64, Vectors, fetch, offset
 
@@ -45,6 +47,11 @@ def _load(builder: Any, lanes: Vectors, dtype: str, address: Any) -> Any:
     """A vector of stored numbers in the accumulation type."""
     if dtype == lanes.element:
         return lanes.load(builder, address)
+    if dtype == "int8":
+        kind = ir.VectorType(ir.IntType(8), lanes.lanes)
+        stored = builder.load(builder.inttoptr(address, kind.as_pointer()))
+        stored.align = 1
+        return builder.sitofp(builder.sext(stored, lanes.integer), lanes.type)
     kind = ir.VectorType(ir.IntType(16), lanes.lanes)
     stored = builder.load(builder.inttoptr(address, kind.as_pointer()))
     stored.align = 2
@@ -76,7 +83,7 @@ def narrow_score_kernel(shape: Shape, dtype: str, keys: int) -> Any:
     What is at `next_key` and `value` is fetched.
     """
     lanes = Vectors(shape.element, shape.lanes)
-    stored = lanes.itemsize if dtype == lanes.element else 2
+    stored = ITEMSIZE[dtype]
 
     def code(builder: Any, arguments: list[Any]) -> None:
         key, key_stride, query, query_stride, head_dim, out, next_key, value, value_stride = arguments
@@ -156,7 +163,7 @@ def narrow_weigh_kernel(shape: Shape, dtype: str) -> Any:
     queries come first.
     """
     lanes = Vectors(shape.element, shape.lanes)
-    stored = lanes.itemsize if dtype == lanes.element else 2
+    stored = ITEMSIZE[dtype]
 
     def some(builder: Any, vectors: int, arguments: list[Any]) -> None:
         value, value_stride, weights, keys, factor, out, out_stride = arguments

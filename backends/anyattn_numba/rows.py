@@ -19,12 +19,13 @@ __all__ = ["ITEMSIZE", "all_finite", "reader", "writer"]
 
 _STORED = {
     "bool": types.uint8,
+    "int8": types.int8,
     "float16": types.uint16,
     "bfloat16": types.uint16,
     "float32": types.float32,
     "float64": types.float64,
 }
-ITEMSIZE = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ITEMSIZE = {"bool": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @compiled
@@ -82,6 +83,7 @@ def _same(value: Any) -> Any:
 
 _FROM = {
     "bool": numpy.float32,
+    "int8": numpy.float32,
     "float16": _from_half,
     "bfloat16": _from_bfloat,
     "float32": _same,

@@ -22,9 +22,16 @@ class TorchBackend(Backend):
     arrays = ("torch.Tensor",)
     devices = ("*",)
     # Weights and statistics of torch tensors are those of `reference`, which computes them with torch.
-    capabilities = frozenset(CAPABILITIES) - LINEAR - {"dropout", "int8", "weights", "stats"}
+    capabilities = frozenset(CAPABILITIES) - LINEAR - {"dropout", "weights", "stats"}
     requires = ("torch",)
     extra = "torch"
+
+    def unsupported(self, call: AttentionCall) -> tuple[str, ...]:
+        """Why this backend does not take the call."""
+        reasons = super().unsupported(call)
+        if not reasons and "int8" in call.features and call.features & {"gradients", "traced"}:
+            reasons = ("reads int8 keys and values of plain tensors alone, without gradients or tracing",)
+        return reasons
 
     def notes(self, call: AttentionCall) -> tuple[str, ...]:
         """The route of the call, what it keeps in memory, and why other routes do not take it."""

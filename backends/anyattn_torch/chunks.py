@@ -209,19 +209,27 @@ class Rows:
 
 
 class Keys:
-    """Keys or values, of a part (entries or 1, key/value heads, Lk, n), in the dtype of the tiles."""
+    """Keys or values, of a part (entries or 1, key/value heads, Lk, n), in the dtype of the tiles.
 
-    def __init__(self, chunk: Chunk, x: Tensor):
+    Of int8, with `scales` (entries or 1, key/value heads, Lk), only blocks are ever in that dtype.
+    """
+
+    def __init__(self, chunk: Chunk, x: Tensor, scales: Tensor | None = None):
         self.chunk = chunk
-        x = x.to(chunk.work.dtype)
+        x = x.to(chunk.work.dtype) if scales is None else x
         self.shared = x.shape[0] != chunk.entries
         self.x = x if self.shared else x.reshape(chunk.items, *x.shape[2:])
+        self.scales = None
+        if scales is not None:
+            self.scales = scales[..., None] if self.shared else scales.reshape(chunk.items, -1, 1)
 
     def block(self, start: int, end: int) -> Tensor:
         """(items, keys, n)."""
+        x = self.x[..., start:end, :]
+        if self.scales is not None:
+            x = x.to(self.chunk.work.dtype) * self.scales[..., start:end, :]
         if not self.shared:
-            return self.x[:, start:end]
-        x = self.x[:, :, start:end]
+            return x
         return x.expand(self.chunk.entries, *x.shape[1:]).reshape(self.chunk.items, *x.shape[2:])
 
 

@@ -126,6 +126,8 @@ def _left_out(name: str, call: AttentionCall) -> str | None:
     """Why a route is not taken although it means the same."""
     import torch
 
+    if call.k_scales is not None:
+        return "takes no int8 keys"
     if settings.current().strict and call.visible is not None:
         return "lets a NaN at a hidden key through, and use(strict=True) asks for strict masking"
     if call.device_kind != "cpu" and torch.are_deterministic_algorithms_enabled():

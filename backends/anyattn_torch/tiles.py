@@ -26,6 +26,9 @@ __all__ = ["attend", "forward"]
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of a call, differentiable by `anyattn_torch.tensors.differentiable(call)`."""
+    if call.k_scales is not None:
+        out, lse = forward(call)
+        return out, lse if call.return_lse else None
     template, tensors = take_apart(call)
     out, lse = _Attend.apply(template, *tensors)
     return out, lse if call.return_lse else None
@@ -37,7 +40,8 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
         work = Work(call)
         out, lse = _results(call)
         joined = work.join(out, 3), work.join(lse, 2)
-        careful = call.visible is not None and not (work.readable and all_finite(call.v))
+        deciding = call.v if call.v_scales is None else call.v_scales
+        careful = call.visible is not None and not (work.readable and all_finite(deciding))
         for chunk in work.chunks():
             _forward(chunk, careful, *joined)
         return out, lse
@@ -59,8 +63,7 @@ def _forward(chunk: Chunk, careful: bool, out: Tensor, lse: Tensor) -> None:
     work, call = chunk.work, chunk.work.call
     scores = Scores(chunk)
     q = Rows(chunk, chunk.part(work.join(call.q, 3), heads=True), call.scale)
-    k = Keys(chunk, chunk.part(work.join(call.k, 3), heads=False))
-    v = Keys(chunk, chunk.part(work.join(call.v, 3), heads=False))
+    k, v = _keys(chunk, call.k, call.k_scales), _keys(chunk, call.v, call.v_scales)
     sink = None if call.sinks is None else chunk.part(work.join(call.sinks, 1), heads=True)[..., None, None]
     out, lse = chunk.part(out, heads=True), chunk.part(lse, heads=True)
 
@@ -83,6 +86,12 @@ def _forward(chunk: Chunk, careful: bool, out: Tensor, lse: Tensor) -> None:
         acc = acc.view(chunk.shape(rows, call.v_head_dim))
         out[:, :, visit.first : visit.last] = (acc / total).masked_fill_(total == 0, 0.0)
         lse[:, :, visit.first : visit.last] = (base + total.log())[..., 0]
+
+
+def _keys(chunk: Chunk, x: Tensor, scales: Tensor | None) -> Keys:
+    work = chunk.work
+    factors = None if scales is None else chunk.part(work.join(scales[..., None], 3), heads=False)[..., 0]
+    return Keys(chunk, chunk.part(work.join(x, 3), heads=False), factors)
 
 
 State = tuple["Tensor", "Tensor", "Tensor"]
