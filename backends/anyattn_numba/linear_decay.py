@@ -39,13 +39,7 @@ def fade_kernel(shape: Shape) -> Any:
 
     def code(builder: Any, vectors: int, arguments: list[Any]) -> None:
         query, stride, factors, key, head_dim, lane, out = arguments
-        # Numbers of lanes are floats here: both types of vectors have comparisons for those.
-        last = lanes.splat(builder, builder.sitofp(lane, lanes.scalar))
-        numbers = [
-            ir.Constant(lanes.type, [float(v * shape.lanes + n) for n in range(shape.lanes)])
-            for v in range(vectors)
-        ]
-        later = [builder.fcmp_ordered(">", number, last) for number in numbers]
+        later = _lanes(builder, lanes, vectors, ">", lane)
         sums = [cgutils.alloca_once(builder, lanes.type) for _ in range(vectors)]
         for total in sums:
             builder.store(lanes.constant(0.0), total)
@@ -83,6 +77,16 @@ def fade_kernel(shape: Shape) -> Any:
     return fade
 
 
+def _lanes(builder: Any, lanes: Vectors, vectors: int, comparison: str, lane: Any) -> list[Any]:
+    """Which lanes of so many vectors compare to a lane; numbers of lanes are floats, as what is chosen."""
+    one = lanes.splat(builder, builder.sitofp(lane, lanes.scalar))
+    numbers = (
+        ir.Constant(lanes.type, [float(v * lanes.lanes + n) for n in range(lanes.lanes)])
+        for v in range(vectors)
+    )
+    return [builder.fcmp_ordered(comparison, number, one) for number in numbers]
+
+
 def _kept(builder: Any, lanes: Vectors, value: Any) -> Any:
     """`value`, 0 where it is nearly subnormal."""
     kind = ir.FunctionType(lanes.type, [lanes.type])
@@ -92,39 +96,59 @@ def _kept(builder: Any, lanes: Vectors, value: Any) -> Any:
 
 
 @lru_cache
-def fade_head_kernel(element: str) -> Any:
-    """fade_head(weights, query, factors, room, head_dim, count, width), one decay for all channels.
+def fade_head_kernel(shape: Shape) -> Any:
+    """fade_head(vectors, weights, factors, keys, query, head_dim), one decay for all channels.
 
-    `weights` (count, width) of keys for queries become faded, 0 for keys that come later; `query` (head_dim,
-    width) fades to before the chunk. `room` holds `width` numbers.
+    `weights` (keys, lanes) become faded, 0 for keys that come after the lane's query, and `query`
+    (head_dim, lanes) fades to before the chunk. `factors` are those of the keys.
     """
-    kind, least = getattr(types, element), _LEAST[element]
+    lanes = Vectors(shape.element, shape.lanes)
 
-    @compiled
+    def code(builder: Any, vectors: int, arguments: list[Any]) -> None:
+        weights, factors, keys, query, head_dim = arguments
+        width, last = vectors * lanes.nbytes, builder.sub(keys, ir.Constant(INT64, 1))
+        none, one = lanes.constant(0.0), lanes.constant(1.0)
+        left = [cgutils.alloca_once(builder, lanes.type) for _ in range(vectors)]
+        for fade in left:
+            builder.store(none, fade)
+        # The factor of the key that was taken before; of the last, nothing is left to be multiplied.
+        factor = cgutils.alloca_once(builder, lanes.type)
+        builder.store(one, factor)
+        with cgutils.for_range(builder, keys, intp=INT64) as loop:
+            key = builder.sub(last, loop.index)
+            later, own = (_lanes(builder, lanes, vectors, sign, key) for sign in (">", "=="))
+            row = builder.add(weights, builder.mul(key, ir.Constant(INT64, width)))
+            for v, fade in enumerate(left):
+                at = offset(builder, row, v * lanes.nbytes)
+                faded = _kept(builder, lanes, builder.fmul(builder.load(fade), builder.load(factor)))
+                faded = builder.select(later[v], faded, builder.select(own[v], one, none))
+                builder.store(faded, fade)
+                weight = builder.fmul(lanes.load(builder, at), faded)
+                seen = builder.or_(later[v], own[v])
+                lanes.store(builder, builder.select(seen, weight, none), at)
+            step = builder.mul(key, ir.Constant(INT64, lanes.itemsize))
+            builder.store(lanes.broadcast(builder, builder.add(factors, step)), factor)
+        for fade in left:
+            builder.store(_kept(builder, lanes, builder.fmul(builder.load(fade), builder.load(factor))), fade)
+        with cgutils.for_range(builder, head_dim, intp=INT64) as loop:
+            row = builder.add(query, builder.mul(loop.index, ir.Constant(INT64, width)))
+            for v, fade in enumerate(left):
+                at = offset(builder, row, v * lanes.nbytes)
+                lanes.store(builder, builder.fmul(lanes.load(builder, at), builder.load(fade)), at)
+
+    call = by_vectors("fade_head", shape, 5, code)
+
+    @intrinsic
     def fade_head(
-        weights: int, query: int, factors: int, room: int, head_dim: int, count: int, width: int
-    ) -> None:
-        left, factor = carray(pointer(room), width, kind), carray(pointer(factors), count, kind)
-        tiny, none, one = kind(least), kind(0), kind(1)
-        for lane in range(width):
-            left[lane] = 0
-        rows = carray(pointer(weights), (count, width), kind)
-        for back in range(count):
-            j = count - 1 - back
-            now = factor[j + 1] if back else one
-            for lane in range(width):
-                faded = left[lane] * now
-                faded = none if faded < tiny else faded
-                faded = faded if lane > j else (one if lane == j else none)
-                left[lane] = faded
-                rows[j, lane] = rows[j, lane] * faded if lane >= j else none
-        queries = carray(pointer(query), (head_dim, width), kind)
-        for lane in range(width):
-            faded = left[lane] * factor[0]
-            left[lane] = none if faded < tiny else faded
-        for d in range(head_dim):
-            for lane in range(width):
-                queries[d, lane] *= left[lane]
+        typing_context: Any,
+        vectors: Any,
+        weights: Any,
+        factors: Any,
+        keys: Any,
+        query: Any,
+        head_dim: Any,
+    ) -> Any:
+        return types.void(*[types.int64] * 6), call
 
     return fade_head
 

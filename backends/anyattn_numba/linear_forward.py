@@ -105,7 +105,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
     weigh, weigh_one = weigh_kernel(shape, rows), weigh_kernel(shape, 1)
     transpose = transpose_kernel(shape.element, lanes)
     finite = all_finite(shape.element)
-    fade, fade_head = fade_kernel(shape), fade_head_kernel(shape.element)
+    fade, fade_head = fade_kernel(shape), fade_head_kernel(shape)
     fade_keys = fade_keys_kernel(shape.element)
     exp = exp_float32 if shape.element == "float32" else exp_float64
 
@@ -162,10 +162,14 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
     def load_factors(block: int, strand: int, scratch: int, first: int, count: int) -> None:
         """What each token of a chunk keeps."""
         channels, factors = read_word(block + CHANNELS), scratch + read_word(block + AT_FACTORS)
-        for n in range(count):
-            at = read_word(strand + STRAND_DECAY) + (first + n) * read_word(block + DECAY_ROW)
-            here = factors + n * channels * size
-            read_wide(at, read_word(block + DECAY_STEP), channels, 1.0, here)
+        row = read_word(block + DECAY_ROW)
+        at = read_word(strand + STRAND_DECAY) + first * row
+        if channels == 1:
+            read_wide(at, row, count, 1.0, factors)
+        else:
+            for n in range(count):
+                here = factors + n * channels * size
+                read_wide(at + n * row, read_word(block + DECAY_STEP), channels, 1.0, here)
         kept = carray(pointer(factors), count * channels, kind)
         for n in range(count * channels):
             kept[n] = exp(kept[n])
@@ -249,7 +253,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                     score_one(vectors, here, dim * size, query, dim, to, largest, here, dim * size)
                     n += 1
         if channels == 1:
-            fade_head(scores, query, factors, largest, dim, count, width)
+            fade_head(vectors, scores, factors, count, query, dim)
         else:
             weights = carray(pointer(scores), (count, width), kind)
             for j in range(count):
