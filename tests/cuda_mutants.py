@@ -1,15 +1,76 @@
 """Defects planted in the kernels and their launch: where, what, and what is to notice.
 
 A mutant is a replacement of text that occurs once in the source that is compiled. `case` names the call of
-`test_cuda_mutants.CALLS` that is run on it, `caught` a part of what must then be said: by a check of the
-interpreter, or "wrong" of a result.
+`CALLS` that is run on it, `caught` a part of what the interpreter must then say, or "wrong" of a result.
+`ON_THE_HOST` names what must also be noticed by the program that g++ makes of the kernel, and how.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["MUTANTS", "Mutant"]
+import numpy as np
+
+import anyattn as aa
+from anyattn import masks
+
+__all__ = ["CALLS", "HOST_ALONE", "MUTANTS", "ON_THE_HOST", "Mutant", "different", "references"]
+
+# Of the result; the logarithm of the sum is float32 always.
+TOLERANCE = {"float16": 2e-3, "float32": 3e-6}
+
+
+def tensors(dtype, batch=1, q_len=70, k_len=150, heads=(2, 1)):
+    """Lengths that divide nothing, and query heads that share those of the keys."""
+    rng = np.random.default_rng(2)
+    shapes = ((batch, heads[0], q_len, 24), (batch, heads[1], k_len, 24), (batch, heads[1], k_len, 40))
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def with_nan(dtype):
+    q, k, v = tensors(dtype)
+    k[..., 100, 3] = v[..., 100, 3] = v[..., 149, 0] = np.nan
+    return q, k, v
+
+
+# Arrays and options.
+CALLS = {
+    "float16": lambda: (tensors("f2"), {}),
+    "float16 causal": lambda: (tensors("f2"), {"causal": True}),
+    "float16 bias": lambda: (
+        tensors("f2"),
+        {"bias": np.linspace(-1, 1, 70 * 150, dtype="f4").reshape(70, 150)},
+    ),
+    "float16 nan": lambda: (with_nan("f2"), {"causal": True}),
+    "float16 batch": lambda: (tensors("f2", 2), {}),
+    "float16 gathered": lambda: (tensors("f2"), {"mask": masks.fixed(40, 2) & masks.sliding_window(50)}),
+    "float16 packed": lambda: (tensors("f2", 1, 3, 70, (6, 2)), {"causal": True}),
+    "float16 parts": lambda: (tensors("f2", 2, 2, 600), {"sinks": [3.0, 4.0]}),
+    "float32": lambda: (tensors("f4"), {}),
+    "float32 causal": lambda: (tensors("f4"), {"causal": True}),
+    "float32 sinks": lambda: (tensors("f4"), {"sinks": [0.5, -1.0]}),
+    "float32 empty rows": lambda: (tensors("f4"), {"causal": True, "q_offset": -30}),
+}
+
+
+def references() -> dict[str, Any]:
+    """Results of the reference in float64, by call."""
+    found = {}
+    for name, make in CALLS.items():
+        arrays, options = make()
+        wide = (x.astype("f8") for x in arrays)
+        found[name] = aa.attention(*wide, **options, return_lse=True, backend="reference")
+    return found
+
+
+def different(found: Any, wanted: Any, dtype: Any) -> bool:
+    """Whether a result and its lse are not those of the reference."""
+    limits = TOLERANCE[str(dtype)], TOLERANCE["float32"]
+    return any(
+        not np.allclose(x, y, rtol=limit, atol=limit, equal_nan=True)
+        for x, y, limit in zip(found, wanted, limits, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -140,4 +201,35 @@ MUTANTS = (
     Mutant("parts weigh the same", "float16 parts", "sum += exp(lse[part * rows] - base) * out",
          "sum += out", "wrong"),
     Mutant("lse of parts is that of the last", "float16 parts", "= base + log(all);", "= base;", "wrong"),
+)  # fmt: skip
+
+# Names of mutants above: the sanitizer that the program has, and a part of what is said.
+ON_THE_HOST = {
+    "no wait for copies": ("address", "wrong"),
+    "barrier in a branch": ("address", "waits for threads that never come"),
+    "a shuffle in a branch": ("address", "lanes of the warp are elsewhere"),
+    "query fragments of another warp": ("address", "wrong"),
+    "key fragments swapped": ("address", "wrong"),
+    "values not transposed": ("address", "wrong"),
+    "rows are not clamped for the mask": ("address", "AddressSanitizer: "),
+    "one row past the last is stored": ("address", "AddressSanitizer: "),
+    "key heads are query heads": ("address", "AddressSanitizer: "),
+    "no barrier after the wait": ("thread", "data race"),
+    "weights of the strict path go over another warp's": ("thread", "data race"),
+    "blocks overlap": ("thread", "data race"),
+    "parts lie on each other": ("thread", "data race"),
+    "no barrier after loading": ("thread", "data race"),
+    "no barrier of the warp": ("thread", "data race"),
+}
+
+# Planted for the sanitizers alone: mostly what C++ leaves undefined.
+HOST_ALONE = (
+    _fma("rows of keys at odd words", "KEY_PITCH = HEAD_DIM + VECTOR", "KEY_PITCH = HEAD_DIM + 1",
+         "misaligned address"),
+    _fma("a score beyond those of a lane", "score[r][m] = hidden[m]", "score[r][m + 1] = hidden[m]",
+         "out of bounds"),
+    _fma("values begin too far on", "keys + BLOCK_KEYS * KEY_PITCH;",
+         "keys + BLOCK_KEYS * KEY_PITCH + 4096;", "heap-buffer-overflow"),
+    _mma("a shift by more bits than there are", "1u << (2 * n + e) % 32", "1u << (2 * n + e + 32)",
+         "shift exponent"),
 )  # fmt: skip

@@ -31,14 +31,18 @@ class Interpreted(CupyBackend):
         self.capability = capability
         self.options = options
 
+    def make(self, capability: int, **options: Any) -> Standin:
+        """A device for one call."""
+        return Standin(capability, **options)
+
     def unsupported(self, call: Any) -> tuple[str, ...]:
         return Backend.unsupported(self, call)
 
     def notes(self, call: Any) -> tuple[str, ...]:
-        return launch.remarks(call, Standin(self.capability, **self.options))
+        return launch.remarks(call, self.make(self.capability, **self.options))
 
     def run(self, call: Any) -> Any:
-        self.standin = Standin(self.capability, **self.options)
+        self.standin = self.make(self.capability, **self.options)
         if call.operation == "weights":
             return np.array(inspect_launch.weights(call, self.standin))
         if call.operation == "stats":

@@ -16,7 +16,7 @@ import numpy as np
 from cuda_compile import compiled
 from ptx import Arena, Kernel, Machine
 
-__all__ = ["Launch", "Standin", "ndarray"]
+__all__ = ["Launch", "Standin", "argument_bytes", "ndarray"]
 
 # Bytes of shared memory that a block can ask for.
 SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -157,14 +157,14 @@ class _Function:
             raise RuntimeError(
                 f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of shared memory, {allowed} of {limits}"
             )
-        raw = [_bytes(x) for x in args]
+        raw = [argument_bytes(x) for x in args]
         arena, count = self.standin.arena, self.standin.count
         machine = Machine(self.kernel, grid, block, raw, shared_mem, arena, count).run()
         made = Launch(source=self.source, grid=grid, block=block, shared_memory=shared_mem, machine=machine)
         self.standin.launches.append(made)
 
 
-def _bytes(x: Any) -> bytes:
+def argument_bytes(x: Any) -> bytes:
     """An argument as CuPy passes it: Python's numbers in 64 bits, NumPy's arrays by value."""
     if isinstance(x, ndarray):
         return np.uint64(x.data.ptr).tobytes()
