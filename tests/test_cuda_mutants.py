@@ -10,6 +10,9 @@ from ptx import PtxError
 
 import anyattn as aa
 
+# Files that have the main loops.
+LOOPS = ("forward_fma", "products", "tensor_cores")
+
 
 @pytest.fixture(scope="module")
 def wanted():
@@ -28,7 +31,7 @@ def complaint(change, name, wanted, install):
     if different(found, wanted[name], arrays[0].dtype):
         return "wrong result"
     for (where, space, how), traffic in device.standin.launches[0].machine.traffic.items():
-        if space != "shared" or not any(file in where for file in ("forward_fma", "products", "tensor_cores")):
+        if space != "shared" or not any(file in where for file in LOOPS):
             continue
         # Rows that are no power of two long do not come in without any conflict.
         if traffic.taken > traffic.least * (1 if how == "load" else 2):
