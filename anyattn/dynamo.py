@@ -18,11 +18,22 @@ from anyattn import arrays, masks, scores
 from anyattn.attention import attention, attention_stats, attention_weights
 from anyattn.errors import TraceError
 from anyattn.expr import functions
+from anyattn.kv_cache import KVCache
 from anyattn.masks import Mask
 from anyattn.rope import rope
 from anyattn.scores import Score
 
-__all__ = ["MaskRecipe", "ScoreRecipe", "SymbolRecipe", "install"]
+__all__ = [
+    "MaskRecipe",
+    "ScoreRecipe",
+    "SymbolRecipe",
+    "install",
+    "leave_out",
+    "linear",
+    "load",
+    "packed",
+    "read_instead",
+]
 
 
 class MaskRecipe:
@@ -220,9 +231,46 @@ def _attention(q: Any, k: Any, v: Any = None, **options: Any) -> Any:
     from anyattn_torch.graph import attention_in_graph
 
     if not hasattr(k, "shape"):
-        raise TypeError("k: a cache keeps its lengths on the host; give its arrays, kv_lengths and q_offset")
+        k, v, options = _of_cache(q, k, v, options)
     tensors = [x for x in (q, k, v) if x is not None]
     return attention_in_graph(tensors, _options(options, tensors))
+
+
+def _of_cache(q: Any, cache: Any, v: Any, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Keys, values and options that say what a cache says, whose lengths the graph is given as they are."""
+    import torch
+
+    if v is not None:
+        raise TypeError("v: wanted None where k is a cache, which holds the values")
+    if type(cache) is not KVCache or cache.window is not None or cache.k.dtype != q.dtype:
+        raise TypeError(
+            "k: a compiled function attends to a KVCache without a window in the dtype of q, or to arrays; "
+            "call attention with any other cache outside of it"
+        )
+    for name in ("kv_lengths", "q_offset"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: wanted None with a cache, which knows it")
+    k, v = cache.k, cache.v
+    blhd = options.get("layout") == "blhd"
+    lengths = torch.as_tensor(cache.lengths).to(k.device)
+    found = {"kv_lengths": lengths, "q_offset": lengths - q.shape[-3 if blhd else -2]}
+    if blhd:
+        k, v = k.transpose(-2, -3), v.transpose(-2, -3)
+    return k, v, {**options, **found}
+
+
+def packed(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any) -> Any:
+    """`varlen_attention` in a compiled function."""
+    starts = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    return _attention(q, k, v, **starts, **options)
+
+
+def linear(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    """`linear_attention` in a compiled function."""
+    from anyattn_torch.graph import call_in_graph
+
+    tensors = [q, k, v]
+    return call_in_graph("linear_attention", 3, tensors, _options(options, tensors))
 
 
 def _weights(q: Any, k: Any, **options: Any) -> Any:
@@ -327,6 +375,20 @@ def _namespace(x: Any) -> Any:
     return torch
 
 
+def read_instead(function: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+    """Let Dynamo read `replacement` where a compiled function calls `function`."""
+    function._torchdynamo_inline = replacement  # type: ignore[attr-defined]
+
+
+def leave_out(function: Callable[..., Any], reason: str) -> None:
+    """Break the graph where a compiled function calls `function`, or say why with ``fullgraph=True``."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+
+
+_HOST = "a cache counts its tokens on the host; add them outside of the compiled function"
+
+
 def install() -> None:
     """Give the front door, the entries and the functions of traced functions what Dynamo is to read."""
     inline: dict[Callable[..., Any], Callable[..., Any]] = {attention: _attention, rope: _rope}
@@ -349,4 +411,6 @@ def install() -> None:
     inline |= {arrays.dtype_name: _dtype_name, arrays._library_of_type: arrays._find_library}
     inline |= {arrays.device: _device, arrays.namespace: _namespace}
     for function, replacement in inline.items():
-        function._torchdynamo_inline = replacement  # type: ignore[attr-defined]
+        read_instead(function, replacement)
+    for method in (KVCache.__init__, KVCache.append, KVCache.extend, KVCache.crop, KVCache.reorder):
+        leave_out(method, _HOST)

@@ -14,6 +14,7 @@ from typing import Any
 from anyattn import arrays, masks, scores
 from anyattn.arrays import Array
 from anyattn.attention import attention
+from anyattn.dynamo import leave_out, packed, read_instead
 from anyattn.expr.nodes import ROW, Expr, J, load
 from anyattn.expr.relocate import Relocation
 from anyattn.expr.tables import table_of
@@ -297,3 +298,9 @@ def _relocation(queries: _Sequences, keys: _Sequences) -> tuple[Expr, Relocation
     }
     together = b == load(table_of(keys.number, "sequence of each key"), (J,))
     return together, Relocation(inside, queries.count)
+
+
+# Before `torch.compile` reads a function that calls them.
+read_instead(varlen_attention, packed)
+leave_out(pack, "lengths are sizes of the result; pack outside of the compiled function")
+leave_out(unpack, "lengths are sizes of the result; unpack outside of the compiled function")

@@ -30,6 +30,9 @@ SCORE = scores.alibi(SLOPES)
 DISTANCES.requires_grad_()
 KEYS = scores.relative_keys(Q, DISTANCES)
 
+CACHE = aa.KVCache(*draw(2, 2, 4, 9, 8))
+RING = aa.KVCache(CACHE.k, CACHE.v, window=5)
+
 
 def attend(q, k, v, **options):
     return aa.attention(q, k, v, **options)
@@ -91,6 +94,16 @@ CALLS = {
     ),
     "layout": lambda q, k, v, s: attend(
         *(x.transpose(1, 2) for x in (q, k, v)), layout="blhd", softcap=9.0, return_lse=True
+    ),
+    "packed sequences": lambda q, k, v, s: aa.varlen_attention(
+        *(x[0].transpose(0, 1) for x in (q, k, v)),
+        [0, 4, 9],
+        torch.tensor([0, 5, 11]),
+        window=(2, 0),
+        mask=lambda b, h, i, j: ~((j == 1) & (b == 1)),
+        score_mod=scores.alibi(s),
+        sinks=s,
+        return_lse=True,
     ),
     "two axes": lambda q, k, v, s: attend(
         q[0, 0], k[0, 0], v[0, 0], window=(3, 3), sinks=s[:1], return_lse=True
@@ -170,6 +183,7 @@ def test_inductor_takes_it():
 RELATIVES = {
     "weights": lambda q: aa.attention_weights(q, q, mask=masks.prefix(3), rows=[1, 2]),
     "statistics": lambda q: aa.attention_stats(q, q, causal=True, stats=("entropy", "max"))["max"],
+    "linear attention": lambda q: aa.linear_attention(q, q, q, rule="gated", decay=-q[..., 0].abs()),
     "rope": lambda q: aa.rope(q, 3, scaling={"rope_type": "linear", "factor": 2.0}),
     "merge": lambda q: aa.merge([q, q], [q[..., 0], q[..., 1]])[0],
 }
@@ -257,9 +271,45 @@ def test_a_module_is_exported():
     torch.testing.assert_close(exported.module()(Q, K, V), Layer()(Q, K, V))
 
 
-def test_a_cache_is_refused_with_what_to_give_instead():
-    cache = aa.KVCache(*torch.zeros(2, 1, 2, 8, 4))
-    compiled = torch.compile(lambda q: aa.attention(q, cache), fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match="k: a cache keeps its lengths on the host") as caught:
-        compiled(torch.zeros(1, 2, 1, 4))
-    assert "Unsupported" in type(caught.value).__name__
+class TestCaches:
+    """A cache that was filled outside is read as it is; it is not filled inside."""
+
+    @pytest.mark.parametrize("layout", ["bhld", "blhd"])
+    def test_is_read_as_it_is(self, layout):
+        cache = aa.KVCache(*draw(2, 2, 2, 5, 8), capacity=16)
+
+        def function(q):
+            q = q if layout == "bhld" else q.transpose(1, 2)
+            return aa.attention(q, cache, causal=True, layout=layout)
+
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch._dynamo.utils.counters.clear()
+        q = draw(2, 4, 3, 8).requires_grad_()
+        for lengths in ([1, 2], [2, 0], [2, 2]):
+            cache.append(*draw(2, 2, 2, 2, 8), lengths=lengths)
+            found, wanted = compiled(q), function(q)
+            torch.testing.assert_close(found, wanted)
+            torch.testing.assert_close(*(torch.autograd.grad(x.sin().sum(), q)[0] for x in (found, wanted)))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [
+            (
+                lambda q: aa.attention(q, aa.KVCache(q, q)),
+                "a cache counts its tokens on the host; add them outside of the compiled function",
+            ),
+            (
+                lambda q: aa.attention(q, RING),
+                "a compiled function attends to a KVCache without a window in the dtype of q",
+            ),
+            (lambda q: aa.attention(q, CACHE, kv_lengths=3), "kv_lengths: wanted None with a cache"),
+            (lambda q: aa.attention(q, CACHE, q), "v: wanted None where k is a cache"),
+            (lambda q: aa.pack(q, [3, 3]), "lengths are sizes of the result; pack outside"),
+        ],
+        ids=["made inside", "ring", "lengths", "values", "pack"],
+    )
+    def test_what_is_refused_says_what_to_do(self, function, message):
+        with pytest.raises(Exception, match=message) as caught:
+            torch.compile(function, fullgraph=True, backend="eager")(Q)
+        assert "Unsupported" in type(caught.value).__name__

@@ -7,6 +7,7 @@ from typing import Any
 
 from anyattn import dispatch
 from anyattn.arrays import Array
+from anyattn.dynamo import linear, read_instead
 from anyattn.linear.describe import FeatureMap, LinearOptions, describe
 
 __all__ = ["linear_attention"]
@@ -119,3 +120,7 @@ def linear_attention(
         return out
     last = call.restore_state(last)
     return (out, (last, call.restore_state(normalizer, axes=1))) if normalize else (out, last)
+
+
+# Before `torch.compile` reads a function that calls it.
+read_instead(linear_attention, linear)

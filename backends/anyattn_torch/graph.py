@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 import anyattn
-from anyattn import arrays, attention, settings
+from anyattn import arrays, attention, settings, varlen_attention
 from anyattn.arrays import FLOAT_DTYPES
 from anyattn.call import AttentionCall, canonical
 from anyattn.describe import Options, describe
+from anyattn.varlen import packed_options
 from anyattn_torch import recipes, routes
 from anyattn_torch.backward import gradients
 from anyattn_torch.tensors import differentiable
@@ -28,14 +29,14 @@ __all__ = ["attention_in_graph", "call_in_graph"]
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def attention_in_graph(tensors: list[Tensor], recipe: tuple[Any, ...]) -> Any:
-    """`attention` of the first three of `tensors` with the options of a recipe over all of them."""
+    """`attention` or `varlen_attention` of the first three tensors, with options of a recipe over all."""
     text = recipes.as_text(recipe)
     options = recipes.read(text)
     forced = settings.forced_backend(options.get("backend"))
     # Inside a graph that is only recorded, not compiled, tensors have values.
     direct = not any(arrays.is_tracer(x) for x in tensors) or (forced and forced[0] != "torch")
     if direct or recipes.makes_arrays(recipe) or _is_for_sdpa(tensors, text):
-        return attention(*tensors[:3], **recipes.options_of(text, tensors))
+        return _call(tensors, recipes.options_of(text, tensors))
     _check(tensors)
     out, lse = _attend(tensors, text)
     return (out, lse) if options.get("return_lse") else out
@@ -49,10 +50,16 @@ def call_in_graph(function: str, given: int, tensors: list[Tensor], recipe: tupl
     return tuple(found.values()) if isinstance(found, dict) else found
 
 
+def _call(tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
+    """What the same call gives outside of a graph."""
+    function = varlen_attention if "cu_seqlens_q" in options else attention
+    return function(*tensors[:3], **options)
+
+
 def _is_for_sdpa(tensors: Sequence[Tensor], text: str) -> bool:
     """Whether SDPA takes a call; where an option says that it does not, sizes may stay open."""
     options = recipes.read(text)
-    foreign = ("window", "score_mod", "softcap", "sinks", "kv_lengths", "return_lse")
+    foreign = ("window", "score_mod", "softcap", "sinks", "kv_lengths", "return_lse", "cu_seqlens_q")
     mask = options.get("mask")
     if any(options.get(name) for name in foreign) or not (mask is None or mask[0] == "tensor"):
         return False
@@ -77,7 +84,7 @@ def _attend(tensors: list[Tensor], recipe: str) -> tuple[Tensor, Tensor]:
     # A route that compiles has no place in a graph that is compiled.
     with torch.no_grad(), routes.only("tiles"):
         options = recipes.options_of(recipe, tensors)
-        out, lse = attention(*tensors[:3], **{**options, "return_lse": True})
+        out, lse = _call(tensors, {**options, "return_lse": True})
         return out.contiguous(), lse.contiguous()
 
 
@@ -90,7 +97,7 @@ def _(tensors: list[Tensor], recipe: str) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape[0], v.shape[1]), q.new_empty(q.shape[0], dtype=accumulate)
     batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
     out = q.new_empty(*batch, *q.shape[-3:-1], v.shape[-1])
-    swapped = options.get("layout") == "blhd"
+    swapped = options.get("layout") == "blhd" or "cu_seqlens_q" in options
     rows = (q.shape[-2], q.shape[-3]) if swapped else (q.shape[-3], q.shape[-2])
     return out, q.new_empty(*batch, *rows, dtype=accumulate)
 
@@ -108,6 +115,8 @@ def _attend_backward(
     options = recipes.options_of(recipe, tensors)
     options.pop("backend", None)
     q, k, v = tensors[:3]
+    if "cu_seqlens_q" in options:
+        options = _unpacked(tensors, options)
     call = describe("attention", q, k, v, Options(**{**options, "return_lse": True}))
     inputs = differentiable(call)
     places = _places(call, inputs, tensors, recipe)
@@ -143,6 +152,28 @@ def _(
     needed: list[bool],
 ) -> list[Tensor]:
     return [x.new_empty(x.shape) for x, yes in zip(tensors, needed, strict=True) if yes]
+
+
+def _unpacked(tensors: Sequence[Tensor], options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `attention` in the place of those of `varlen_attention`, which were checked before."""
+    shared = {name: value for name, value in options.items() if name in _OF_ALL}
+    q, k, v = tensors[:3]
+    own = packed_options(
+        q,
+        k,
+        v,
+        options["cu_seqlens_q"],
+        options["cu_seqlens_k"],
+        causal=options.get("causal", False),
+        window=options.get("window"),
+        mask=options.get("mask"),
+        score_mod=options.get("score_mod"),
+    )
+    return shared | own
+
+
+# What packed sequences do not change.
+_OF_ALL = ("softcap", "sinks", "scale", "dropout", "dropout_seed")
 
 
 def _places(

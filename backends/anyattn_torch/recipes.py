@@ -120,7 +120,7 @@ def makes_arrays(recipe: Any) -> bool:
 
 
 def options_of(text: str, tensors: Tensors) -> dict[str, Any]:
-    """The keyword arguments of `attention` that a recipe stands for."""
+    """The keyword arguments of `attention` or `varlen_attention` that a recipe stands for."""
     return {name: _made(recipe, tensors) for name, recipe in read(text).items()}
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from anyattn.arrays import Array
-from anyattn.attention import attention
 from anyattn.compat.flash_attn.arguments import NAMES, alibi, check_deterministic, window_bounds
 from anyattn.compat.renaming import renaming
 from anyattn.numbers import boolean
-from anyattn.varlen import packed_options
+from anyattn.varlen import packed_options, varlen_attention
 
 __all__ = ["flash_attn_varlen_func"]
 
@@ -62,25 +61,22 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise NotImplementedError("block_table: keys in pages are taken by flash_attn_with_kvcache alone")
     sequences = int(cu_seqlens_q.shape[0]) - 1
-    options = packed_options(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlens=(max_seqlen_q, max_seqlen_k),
-        causal=boolean(causal, "causal"),
-        window=window_bounds(window_size),
-        mask=None,
-        score_mod=None if alibi_slopes is None else alibi(alibi_slopes, q, sequences, q.shape[-2]),
-    )
-    options |= {
+    score = None if alibi_slopes is None else alibi(alibi_slopes, q, sequences, q.shape[-2])
+    own: dict[str, Any] = {
+        "causal": boolean(causal, "causal"),
+        "window": window_bounds(window_size),
+        "score_mod": score,
+    }
+    options: dict[str, Any] = {
         "softcap": softcap or None,
         "scale": softmax_scale,
         "dropout": dropout_p,
         "return_lse": boolean(return_attn_probs, "return_attn_probs"),
     }
     if boolean(deterministic, "deterministic"):
-        check_deterministic(q, k, v, options)
-    result = attention(q, k, v, **options)
+        check_deterministic(
+            q, k, v, options | packed_options(q, k, v, cu_seqlens_q, cu_seqlens_k, mask=None, **own)
+        )
+    longest: dict[str, Any] = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    result = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **longest, **own, **options)
     return (*result, None) if return_attn_probs else result
