@@ -25,6 +25,7 @@ SLOPES = np.array([0.5, 0.25])
 PAIR = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 LISTS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 ZERO = np.array(2)
+SET = {2, 5}
 NAMED = types.SimpleNamespace(slopes=SLOPES)
 
 
@@ -298,6 +299,15 @@ class TestRefusals:
             (lambda s, b, h, i, j: s * (i in (1, 2)), "write (i == 1) | (i == 2)"),
             (lambda s, b, h, i, j: s * (i not in [1, 2]), "write ~((i == 1) | (i == 2))"),
             (lambda s, b, h, i, j: s * (i in SLOPES), "flags[i]"),
+            (lambda s, b, h, i, j: s * (i in {1, 2}), "write (i == 1) | (i == 2)"),
+            (lambda s, b, h, i, j: s * (j not in SET), "flags[j]"),
+            (lambda s, b, h, i, j: s * (ZERO in SET), "unhashable type"),
+            (lambda s, b, h, i, j: s * {0: 1}.get(i, 2), "{0: 1}.get cannot be traced"),
+            (lambda s, b, h, i, j: s * {0: 1}[i], "{0: 1} cannot be read at [i]"),
+            (lambda s, b, h, i, j: s * len({i, j}), "compare it with each entry and join"),
+            (lambda s, b, h, i, j: s + (j if i else 0), "write aa.where(i, j, 0)"),
+            (lambda s, b, h, i, j: s + max([i, j]), "write aa.maximum(i, j)"),
+            (lambda s, b, h, i, j: s + min((i, j, 3)), "write aa.minimum(aa.minimum(i, j), 3)"),
             (lambda s, b, h, i, j: s + math.exp(i), "write aa.exp(i)"),
             (lambda s, b, h, i, j: s + math.floor(i / 2), "write aa.floor(i / 2)"),
             (lambda s, b, h, i, j: s + math.fabs(i - j), "write abs(i - j)"),
@@ -340,6 +350,7 @@ class TestRefusals:
             (lambda s, b, h, i, j: s + PAIR[..., j], "write PAIR[n, j] with an index n"),
             (lambda s, b, h, i, j: s + PAIR[:, j], "PAIR[:, j] is a part of an array"),
             (lambda s, b, h, i, j: s + PAIR[None, h, j], "write PAIR[h, j]"),
+            (lambda s, b, h, i, j: s + SLOPES[i:j], "write SLOPES[n] with an index n"),
             (lambda s, b, h, i, j: s + (i >> 1), "write i // 2"),
             (lambda s, b, h, i, j: s + (i - j << 3), "write (i - j) * 8"),
             (lambda s, b, h, i, j: s + (i >> h), "write i // 2 ** h"),
@@ -400,6 +411,12 @@ class TestRefusals:
             i >>= 2
             return s + i
 
+        def matches(s, b, h, i, j):
+            match i:
+                case 0:
+                    return s
+            return -s
+
         held = types.SimpleNamespace(slopes=SLOPES)
         for function, offset, hint in (
             (writes, 1, "SLOPES is written to"),
@@ -413,6 +430,7 @@ class TestRefusals:
             (branches, 1, "write (s > 0) & (i > j)"),
             (makes, 2, "out is written to"),
             (shifts, 1, "write i = i // 4"),
+            (matches, 2, "write aa.where(i == value, x, y) for each case"),
         ):
             with pytest.raises(TraceError) as error:
                 trace_score(function)
@@ -445,6 +463,11 @@ class TestRefusals:
                 trace_score(function)
             assert hint in str(error.value).rpartition("\n")[2]
             assert f"test_expressions.py:{function.__code__.co_firstlineno}: " in str(error.value)
+
+    def test_what_a_function_is_written_in_is_none_of_its_code(self):
+        for score in [lambda s, b, h, i, j: s + len({i, j})]:
+            with pytest.raises(TraceError, match="compare it with each entry"):
+                trace_score(score)
 
     def test_without_source(self):
         """As typed into `python -c`: no line to show, all hints."""

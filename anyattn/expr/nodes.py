@@ -48,7 +48,6 @@ class Expr:
     kind: str
     # NumPy then leaves `array + expr` and `scalar + expr` to the operators below.
     __array_ufunc__ = None
-    __hash__ = object.__hash__
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -97,6 +96,13 @@ class Expr:
             "aa.where(condition, x, y) instead of `if`, `&` `|` `~` instead of `and` `or` `not`, "
             "aa.minimum and aa.maximum instead of `min` and `max`, "
             "and (a <= b) & (b < c) instead of a chained comparison"
+        )
+
+    # A set or a dict would find nothing, as `==` with an entry is not known yet, and say so as False.
+    def __hash__(self) -> NoReturn:
+        raise NoValueError(
+            "a traced value is not a number yet, so a set or a dict cannot look it up: read a captured "
+            "array by it, or compare it with each entry and join the conditions with |"
         )
 
     def _no_number(self, *args: Any) -> NoReturn:

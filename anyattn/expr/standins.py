@@ -66,7 +66,7 @@ class CapturedArray:
 
     def __getitem__(self, key: Any) -> Any:
         keys = key if isinstance(key, tuple) else (key,)
-        if not self._indices and not any(isinstance(k, (Expr, CapturedArray)) for k in keys):
+        if not self._indices and not any(map(_is_traced, keys)):
             return self._part(self._whole()[key], f"{self._label}[{_shown(keys)}]")
         table = self._use.table(self._label)
         indices = list(self._indices)
@@ -129,6 +129,9 @@ class CapturedArray:
 
     def __bool__(self) -> bool:
         return bool(self._whole())
+
+    def __hash__(self) -> int:
+        return hash(self._whole())
 
     def __iter__(self) -> Iterator[Any]:
         parts = list(self._whole())
@@ -203,6 +206,11 @@ class CapturedArray:
             f"{read}: beside index expressions {int(key)} does not count from the end: "
             f"an index out of range reads the nearest edge; write {self._name()}[{written}]"
         )
+
+
+def _is_traced(key: Any) -> bool:
+    parts = (key.start, key.stop, key.step) if isinstance(key, slice) else (key,)
+    return any(isinstance(part, (Expr, CapturedArray)) for part in parts)
 
 
 def _shown(keys: tuple[Any, ...]) -> str:

@@ -134,11 +134,14 @@ class _Indexed(ast.NodeTransformer):
 
 
 def _around(place: Place) -> list[ast.AST]:
-    """The constructs that a place lies in, the outer ones first."""
+    """The constructs of a function that a place lies in, the outer ones first."""
     tree = tree_of(place.file)
     # `walk` goes by depth: what contains comes before what is contained.
     found = [] if tree is None else [node for node in ast.walk(tree) if hasattr(node, "lineno")]
-    return [node for node in found if place.within(node)]
+    around = [node for node in found if place.within(node)]
+    # What a function is written in, a list or a loop over functions, is none of its code.
+    functions = [n for n, node in enumerate(around) if isinstance(node, (ast.FunctionDef, ast.Lambda))]
+    return around[functions[-1] :] if functions else around
 
 
 def tree_of(file: str) -> ast.Module | None:
@@ -160,7 +163,8 @@ def _joined(parts: list[ast.expr], sign: str) -> str:
 
 
 def _if_expression(node: ast.IfExp, place: Place) -> str | None:
-    if not place.within(node.test):
+    # A test that is one name has the place of all of it.
+    if not (place.within(node.test) or place.is_all_of(node)):
         return None
     parts = ", ".join(map(_write, (node.test, node.body, node.orelse)))
     return f"`if` decides once for all indices; write aa.where({parts})"
@@ -174,6 +178,14 @@ def _statement(node: ast.If | ast.While | ast.Assert, place: Place) -> str | Non
     if isinstance(node, ast.If):
         return f"`if` decides once for all indices; write aa.where({_write(node.test)}, x, y)"
     return f"`{word}` needs one truth value, and {_write(node.test)} has one at each index"
+
+
+def _match(node: ast.Match, place: Place) -> str | None:
+    cases = [part for case in node.cases for part in (case.pattern, case.guard) if part is not None]
+    if not any(place.within(part) for part in cases):
+        return None
+    subject = _write(node.subject)
+    return f"`match` decides once for all indices; write aa.where({subject} == value, x, y) for each case"
 
 
 def _logic(node: ast.BoolOp, place: Place) -> str:
@@ -243,9 +255,12 @@ def _call(node: ast.Call, place: Place) -> str | None:
     arguments = ", ".join(map(_write, node.args))
     if name.startswith(("aa.", "anyattn.")):
         return None
-    if own in ("min", "max", "minimum", "maximum", "fmin", "fmax") and len(node.args) > 1:
-        written = _write(node.args[0])
-        for other in node.args[1:]:
+    numbers = node.args
+    if name in ("min", "max") and len(numbers) == 1 and isinstance(numbers[0], (ast.List, ast.Tuple)):
+        numbers = numbers[0].elts
+    if own in ("min", "max", "minimum", "maximum", "fmin", "fmax") and len(numbers) > 1:
+        written = _write(numbers[0])
+        for other in numbers[1:]:
             written = f"{_SAME[own]}({written}, {_write(other)})"
         return f"{name} cannot be traced; write {written}"
     if own in _SAME:
@@ -332,6 +347,7 @@ _RULES: dict[type[ast.AST], Callable[..., str | None]] = {
     ast.If: _statement,
     ast.While: _statement,
     ast.Assert: _statement,
+    ast.Match: _match,
     ast.BoolOp: _logic,
     ast.BinOp: _shift,
     ast.AugAssign: _shift_in_place,
