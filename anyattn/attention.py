@@ -40,14 +40,14 @@ def attention(
     kv_lengths: Integers | None = None,
     q_offset: Integers | None = None,
     dropout: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: int | Array | None = None,
     layout: str = "bhld",
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
     """Scaled dot-product attention of arrays of any library.
 
-    scale * (q . k) -> softcap -> score_mod -> + bias -> masks -> softmax (with sinks) -> . v
+    scale * (q . k) -> softcap -> score_mod -> + bias -> masks -> softmax (with sinks) -> dropout -> . v
     (Vaswani et al., "Attention Is All You Need", 2017). Everything combines with everything; masks AND
     together.
 
@@ -86,9 +86,13 @@ def attention(
         where Lq > 1 (0 for right-padded sequences, kv_lengths - Lq for a cache); where Lq = 1 it is
         kv_lengths - 1.
     dropout : float, default 0.0
-        Not built yet: a nonzero value is refused.
-    dropout_seed : int, optional
-        Seed of the dropout.
+        Probability p in [0, 1) with which a weight is 0 after the softmax; the others are divided by 1 - p.
+        lse does not change. The same seed drops the same weights on every backend: Philox4x32-10 (Salmon et
+        al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with the counter (b, h, row, j), the key
+        `dropout_seed`, and the upper 24 bits of the first word below p * 2**24 rounded up. Where p > 0 a seed
+        must be given; draw another one for each layer and step.
+    dropout_seed : int or integer array without axes, optional
+        64 bits, negative numbers in two's complement. Another seed compiles nothing.
     layout : "bhld" or "blhd", default "bhld"
         "blhd" takes and returns (..., L, H, D). mask, bias and lse keep (..., Hq, Lq, Lk) order.
     return_lse : bool, default False

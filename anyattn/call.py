@@ -40,6 +40,9 @@ class AttentionCall:
         What becomes of scale * (q . k): softcap, score_mod and bias in this order; None leaves it alone.
     visible : Expr or None
         Which keys a row sees: causal, window, mask and kv_lengths together; None sees all.
+    keep : Expr or None
+        What softmax weights are multiplied by before they meet the values, 0 or 1 / (1 - p) of dropout; None
+        is 1. It is no part of lse, and moves no gradient.
     k_scales, v_scales : float32 arrays (..., Hkv, Lk), or None
         What int8 rows of `k` and `v` are times to be keys and values, with the batch axes of these; None
         where k and v are what they are.
@@ -53,6 +56,8 @@ class AttentionCall:
     causal, window, mask, softcap, score_mod, bias
         The arguments that `score` and `visible` were made of, for backends that call a library's own
         attention.
+    dropout_seed : int32 array (2,) or None
+        The words of the seed that `keep` reads.
     rows : integer array (R,) or None
         For weights: the rows asked for.
     stats : tuple of str
@@ -78,6 +83,7 @@ class AttentionCall:
     scale: float
     score: Expr | None
     visible: Expr | None
+    keep: Expr | None
     k_scales: Array | None
     v_scales: Array | None
     sinks: Array | None
@@ -91,6 +97,7 @@ class AttentionCall:
     softcap: float | None
     score_mod: Any
     bias: Array | None
+    dropout_seed: Array | None
     return_lse: bool
     rows: Array | None
     stats: tuple[str, ...]
@@ -140,13 +147,13 @@ class AttentionCall:
         """The arrays besides q, k and v that are other ones in the next call of the same signature.
 
         They are lengths, offsets, sinks and scales as above, then the arrays of mask, score_mod and bias that
-        the caller gave, as they stand in `visible` and `score`.
+        the caller gave, as they stand in `visible` and `score`, then the seed of dropout.
         """
         own = (self.kv_lengths, self.offset, self.sinks, self.k_scales, self.v_scales)
         found = [x for x in own if arrays.is_array(x)]
         for part in (self.mask, self.score_mod):
             found += [] if part is None else [a.value for a in structure(part.expr).arrays if is_given(a)]
-        return (*found, self.bias) if self.bias is not None else tuple(found)
+        return (*found, *(x for x in (self.bias, self.dropout_seed) if x is not None))
 
     def restore(self, out: Array) -> Array:
         """A result (..., Hq, Lq, Dv) in the layout and with the axes that the caller uses."""

@@ -14,9 +14,10 @@ from typing import Any
 from anyattn import arrays, masks, scores
 from anyattn.arrays import FLOAT_DTYPES, Array
 from anyattn.call import AttentionCall, canonical
+from anyattn.dropout import dropout_of
 from anyattn.expr.bind import Geometry, batch_indices, bind, captured_arrays, check_same_place
 from anyattn.expr.nodes import SCORE, Aligned, Expr, J, Table, depends_on, load
-from anyattn.numbers import integer, integers, real
+from anyattn.numbers import integers, real
 
 __all__ = [
     "ARGUMENTS",
@@ -135,10 +136,13 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
     geometry = replace(place, offset_host=offset_host)
     visible = None if visible is None else bind(visible, geometry, "q_offset" if mask is None else "mask")
     score = None if score is None else bind(score, geometry, "score_mod")
+    keep, seed = dropout_of(options.dropout, options.dropout_seed, geometry)
     sinks = _sinks(options.sinks, geometry)
     rows = _rows(options.rows, geometry)
 
-    read = [*views.values(), *captured_arrays(visible), *captured_arrays(score)]
+    read = [*views.values()]
+    for root in (visible, score, keep):
+        read += captured_arrays(root)
     read += [x for x in (sinks, lengths, rows, offset) if arrays.is_array(x)]
     used = {
         "causal": bool(options.causal),
@@ -150,6 +154,7 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
         "sinks": sinks is not None,
         "kv_lengths": lengths is not None,
         "q_offset": positional and not (isinstance(offset, int) and offset == place.k_len - place.q_len),
+        "dropout": keep is not None,
         "grouped_heads": qc.shape[-3] != kc.shape[-3],
         "return_lse": options.return_lse,
         "int8": scaled,
@@ -176,6 +181,7 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
         scale=scale,
         score=score,
         visible=visible,
+        keep=keep,
         k_scales=k_scales,
         v_scales=v_scales,
         sinks=sinks,
@@ -189,6 +195,7 @@ def describe(operation: str, q: Array, k: Array, v: Array | None, options: Optio
         softcap=softcap,
         score_mod=score_mod,
         bias=bias,
+        dropout_seed=seed,
         return_lse=bool(options.return_lse),
         rows=rows,
         stats=_stats(options.stats) if operation == "stats" else (),
@@ -268,15 +275,6 @@ def _check_flags(options: Options) -> None:
     for name in ("causal", "return_lse"):
         if not isinstance(getattr(options, name), bool):
             raise TypeError(f"{name}: wanted True or False, got {getattr(options, name)!r}")
-    dropout = real(options.dropout, "dropout")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: wanted a probability in [0, 1), got {dropout}")
-    if dropout > 0:
-        raise NotImplementedError(
-            f"dropout: {dropout} was asked for; no backend has dropout yet, only 0.0 is taken"
-        )
-    if options.dropout_seed is not None:
-        integer(options.dropout_seed, "dropout_seed")
 
 
 def _visible(

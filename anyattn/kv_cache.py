@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from anyattn import arrays, masks, scores
 from anyattn.arrays import Array
 from anyattn.describe import ARGUMENTS
+from anyattn.dropout import Dropout
 from anyattn.expr.functions import where
 from anyattn.expr.nodes import B, Expr, J, load
 from anyattn.expr.relocate import Relocation
@@ -130,6 +131,8 @@ def _relocated(found: Lookup, options: dict[str, Any]) -> dict[str, Any]:
     if options["score_mod"] is not None:
         score = scores.as_score(options["score_mod"])
         changed["score_mod"] = Score(at_place(score.expr, "score_mod"), repr(score))
+    if options["dropout"] != 0:
+        changed["dropout"] = Dropout(options["dropout"], at_place)
     return changed
 
 

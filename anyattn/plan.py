@@ -25,6 +25,7 @@ from anyattn import arrays, dispatch, registry, settings
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
 from anyattn.describe import ARGUMENTS
+from anyattn.dropout import key_words
 from anyattn.expr.bounds import check_integers
 from anyattn.expr.nodes import Aligned, walk
 from anyattn.expr.structure import is_given, is_read, structure
@@ -103,6 +104,9 @@ def _find_readers(types: tuple[type, ...]) -> tuple[tuple[int, _Reader], ...] | 
     """Readers by the places of those options that are no plain values; None if one cannot be read."""
     found: list[tuple[int, _Reader]] = []
     for n, (name, cls) in enumerate(zip(ARGUMENTS, types, strict=True)):
+        if name == "dropout_seed" and cls is int:
+            found.append((n, _read_seed))
+            continue
         if cls in _PLAIN or (name == "dropout" and cls is float):
             continue
         if cls is float or (cls.__module__ == "numpy" and cls.__name__ == "float64"):
@@ -133,6 +137,12 @@ def _read_numbers(value: Sequence[Any], given: list[Array]) -> Hashable:
 def _read_array(value: Any, given: list[Array]) -> Hashable:
     given.append(value)
     return arrays.signature(value)
+
+
+def _read_seed(value: int, given: list[Array]) -> Hashable:
+    """A seed, which each call may have another of: no part of the signature."""
+    given.append(value)
+    return -(1 << 63) <= value < 1 << 64 or None
 
 
 def _read_integers(value: Any, given: list[Array]) -> Hashable:
@@ -167,6 +177,7 @@ _ARRAY_READERS: dict[str, _Reader] = {
     "mask": _read_expression,
     "bias": _read_array,
     "score_mod": _read_expression,
+    "dropout_seed": _read_array,
     "sinks": _read_array,
     "k_scales": _read_array,
     "v_scales": _read_array,
@@ -326,6 +337,8 @@ def _feeds(known: Signature, call: AttentionCall) -> tuple[_Feed, ...] | None:
         feeds.append(_sinks(call.xp, call.sinks.dtype) if by_array else _always(call.sinks))
     for name in ("k_scales", "v_scales", "mask", "score_mod", "bias"):
         feeds += [_nth(name, n) for n in range(len(known.given.get(name, ())))]
+    if call.dropout_seed is not None:
+        feeds.append(_seed(call.xp, call.device))
     return tuple(feeds)
 
 
@@ -339,6 +352,10 @@ def _nth(name: str, n: int) -> _Feed:
 
 def _sinks(xp: Any, dtype: Any) -> _Feed:
     return lambda given, before, k_len: arrays.cast(xp, given["sinks"][0], dtype)
+
+
+def _seed(xp: Any, device: Any) -> _Feed:
+    return lambda given, before, k_len: key_words(given["dropout_seed"][0], xp, device)
 
 
 def _lengths(call: AttentionCall) -> _Feed:

@@ -14,6 +14,7 @@ from typing import Any
 from anyattn import arrays, masks, scores
 from anyattn.arrays import Array
 from anyattn.attention import attention
+from anyattn.dropout import Dropout
 from anyattn.dynamo import leave_out, packed, read_instead
 from anyattn.expr.nodes import ROW, Expr, J, load
 from anyattn.expr.relocate import Relocation
@@ -44,7 +45,7 @@ def varlen_attention(
     sinks: Sequence[float] | Array | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: int | Array | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -95,6 +96,7 @@ def varlen_attention(
         window=window,
         mask=mask,
         score_mod=score_mod,
+        dropout=dropout,
     )
     return attention(
         q,
@@ -104,7 +106,6 @@ def varlen_attention(
         softcap=softcap,
         sinks=sinks,
         scale=scale,
-        dropout=dropout,
         dropout_seed=dropout_seed,
         return_lse=return_lse,
         backend=backend,
@@ -123,8 +124,9 @@ def packed_options(
     window: Any,
     mask: Any,
     score_mod: Any,
+    dropout: Any = 0.0,
 ) -> dict[str, Any]:
-    """The mask, score_mod and layout with which `attention` is that of packed sequences."""
+    """The mask, score_mod, dropout and layout with which `attention` is that of packed sequences."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.check_plain(x, name)
         if x.ndim != 3:
@@ -146,6 +148,7 @@ def packed_options(
     return {
         "mask": Mask(visible, shown),
         "score_mod": None if score is None else Score(within(score.expr, "score_mod"), repr(score)),
+        "dropout": dropout if dropout == 0 else Dropout(dropout, within),
         "layout": "blhd",
     }
 

@@ -98,7 +98,7 @@ ERRORS = {
     "axes": ({"k": K[0]}, ValueError, "k: wanted axes"),
     "batch": ({"v": V[:1]}, ValueError, "v: wanted a batch of 2"),
     "heads": ({"k": K[:, :, :2], "v": V[:, :, :2]}, ValueError, None),
-    "dropout": ({"dropout_p": 0.1}, NotImplementedError, "dropout_p: 0.1 was asked"),
+    "dropout": ({"dropout_p": 1.0}, ValueError, "dropout_p: wanted a probability"),
     "scale": ({"softmax_scale": "1"}, TypeError, "softmax_scale: wanted"),
     "causal": ({"causal": 1}, TypeError, "causal: wanted True or False"),
     "window": ({"window_size": 4}, TypeError, "window_size: wanted a pair"),

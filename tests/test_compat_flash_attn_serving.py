@@ -54,8 +54,8 @@ def test_packed_errors_name_the_argument():
         flash_attn_varlen_func(q, q, q, cu, cu, 3, 6)
     with pytest.raises(NotImplementedError, match="block_table: "):
         flash_attn_varlen_func(q, q, q, cu, cu, 6, 6, block_table=TABLE)
-    with pytest.raises(NotImplementedError, match="dropout_p: "):
-        flash_attn_varlen_func(q, q, q, cu, cu, 6, 6, 0.5)
+    with pytest.raises(ValueError, match="dropout_p: wanted a probability"):
+        flash_attn_varlen_func(q, q, q, cu, cu, 6, 6, 1.5)
 
 
 class Caches:

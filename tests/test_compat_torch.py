@@ -189,7 +189,14 @@ def test_what_torch_refuses_is_refused_by_name(name):
         scaled_dot_product_attention(*inputs, **options)
 
 
-def test_dropout_is_refused_by_name():
+def test_dropout_is_repeated_by_the_seed_of_torch():
     inputs = tensors(Q, K, V)
-    with pytest.raises(NotImplementedError, match=r"^dropout_p: 0\.5 was asked for"):
-        scaled_dot_product_attention(*inputs, dropout_p=0.5)
+    torch.manual_seed(4)
+    found = [scaled_dot_product_attention(*inputs, dropout_p=0.5) for _ in range(2)]
+    torch.manual_seed(4)
+    again = scaled_dot_product_attention(*inputs, dropout_p=0.5)
+    seed = torch.randint(0, 2**63 - 1, (), generator=torch.Generator().manual_seed(4))
+    wanted = aa.attention(*inputs, q_offset=0, dropout=0.5, dropout_seed=seed)
+    assert torch.equal(found[0], again)
+    assert torch.equal(found[0], wanted)
+    assert not torch.equal(*found)

@@ -192,7 +192,7 @@ def test_masks_of_the_user():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"dropout": 0.1}, NotImplementedError, "dropout: the model trains with attention dropout 0.1"),
+        ({"dropout": 1.0}, ValueError, "dropout: wanted a probability"),
         ({"cache": object()}, NotImplementedError, "cache: continuous batching"),
         ({"indices": object()}, NotImplementedError, "indices: keys chosen by an indexer"),
         ({"block_indices": object()}, NotImplementedError, "block_indices: "),

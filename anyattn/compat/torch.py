@@ -6,6 +6,7 @@ from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.attention import attention
 from anyattn.compat.renaming import renaming
+from anyattn.compat.seeds import drawn_seed
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -44,7 +45,8 @@ def scaled_dot_product_attention(
     attn_mask : array, broadcastable to (..., Hq, L, S), optional
         Boolean, True where a key takes part, or of float32 or the dtype of `query`, added to the scores.
     dropout_p : float, default 0.0
-        Not built yet: a nonzero value is refused.
+        Probability with which a weight is dropped, in training or not, as in torch; below 1. The seed comes
+        from torch's generator (`torch.manual_seed` repeats it), or from NumPy's or CuPy's for their arrays.
     is_causal : bool, default False
         Row r sees the keys 0, ..., r: the *upper left* corner of the scores, where `anyattn.attention`
         aligns the lower right one. Not together with `attn_mask`.
@@ -61,8 +63,6 @@ def scaled_dot_product_attention(
     ------
     TypeError, ValueError
         Where torch raises `RuntimeError` or `IndexError` for arguments that do not fit.
-    NotImplementedError
-        For dropout.
 
     Notes
     -----
@@ -102,6 +102,7 @@ def scaled_dot_product_attention(
         scale=scale,
         q_offset=0,
         dropout=dropout_p,
+        dropout_seed=drawn_seed(dropout_p, query, "dropout_p"),
     )
 
 

@@ -27,7 +27,7 @@ class ReferenceBackend(Backend):
     name = "reference"
     arrays = ("*",)
     devices = ("*",)
-    capabilities = frozenset(CAPABILITIES) - {"dropout", "deterministic_backward"}
+    capabilities = frozenset(CAPABILITIES) - {"deterministic_backward"}
 
     def notes(self, call: AttentionCall | LinearCall) -> tuple[str, ...]:
         if call.operation == "linear":

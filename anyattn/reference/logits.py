@@ -69,8 +69,10 @@ class Logits:
         return xp.broadcast_to(score, self.shape(size)), visible
 
     def weigh(self, p: Array, visible: Array | None, start: Array | int, size: int) -> Array:
-        """P . V of a block, (..., Hq, R, Dv)."""
+        """P . V of a block, (..., Hq, R, Dv), of weights that dropout has not been at yet."""
         xp = self.xp
+        if self.call.keep is not None:
+            p = p * evaluate(self.call.keep, self._tile(start, size))
         v = self._rows_of(self.call.v, self.call.v_scales, start, size)
         if visible is None or self._is_finite(v):
             return self._product(self._pack(p), v)

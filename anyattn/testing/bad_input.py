@@ -298,8 +298,20 @@ def _names() -> tuple[BadCall, ...]:
             layout="lbhd",
         ),
         call(
-            "dropout", "refused by name until it is built", "NotImplementedError", ("dropout", "0.1"),
-            dropout=0.1,
+            "dropout without a seed", "no hidden state decides what is dropped", "ValueError",
+            ("dropout_seed", "0.1", "None"), dropout=0.1,
+        ),
+        call(
+            "dropout of everything", "1 / (1 - p) has no value", "ValueError", ("dropout", "1.0", "[0, 1)"),
+            dropout=1.0, dropout_seed=3,
+        ),
+        call(
+            "a seed of 65 bits", "the key has 64", "ValueError",
+            ("dropout_seed", "18446744073709551616", "64"), dropout=0.1, dropout_seed=2**64,
+        ),
+        call(
+            "a seed for each entry", "one seed a call", "TypeError", ("dropout_seed", "axes"), dropout=0.1,
+            dropout_seed=Given("seed", (1, 2)),
         ),
     )  # fmt: skip
 

@@ -21,9 +21,10 @@ contract's formula, with
 and from them
 
     weights  p·(ε + u_in)
-    out      Σ p·|v|·(ε + (2·Lk + 16)·u + u_p) + u_in·|out|, where u_p = u_in for 16-bit dtypes, because
+    out      Σ p·kept·|v|·(ε + (2·Lk + 16)·u + u_p) + u_in·|out|, where u_p = u_in for 16-bit dtypes, because
     kernels may
-             round the weights to the inputs' type before P·V (contract, section 1), and 0 otherwise
+             round the weights to the inputs' type before P·V (contract, section 1), and 0 otherwise; kept is
+             what dropout multiplies a weight by: 0, or 1 / (1 − its probability), else 1
     lse      Σ p·E + u·[6·max |s| + 2·Lk + 32] + 2·u·|lse|
     key_mass Σ_rows p·ε + (Lq + 32)·u·key_mass
     entropy  Σ p·ε·(1 + |ln p|) + bound of lse + (2·Lk + 32)·u·Σ p·(|s| + |lse| + |ln p|), which allows lse −
@@ -117,6 +118,11 @@ class Bounds:
     def _counted(self) -> Array:
         return np.where(self.p > 0, self.p, 0.0)
 
+    @property
+    def _left(self) -> Array:
+        """What dropout leaves of the weights."""
+        return self._counted * self.dense.kept
+
     def weights(self) -> Array:
         """Bound of p, (B, Hq, Lq, Lk)."""
         return self._counted * (self.relative + self.units.u_in) + self.units.floor + self.units.floor_in
@@ -124,8 +130,8 @@ class Bounds:
     def output(self) -> Array:
         """Bound of out, (B, Hq, Lq, Dv)."""
         units, dense = self.units, self.dense
-        each = self._counted * (self.relative + (2 * self._keys + 16) * units.u + units.u_p)
-        each = each + np.where(dense.seen, units.floor + units.floor_p, 0.0)
+        each = self._left * (self.relative + (2 * self._keys + 16) * units.u + units.u_p)
+        each = each + np.where(dense.seen, (units.floor + units.floor_p) * np.maximum(dense.kept, 1), 0.0)
         size = np.where(np.isfinite(dense.v), np.abs(dense.v), 0.0)
         out = np.where(np.isfinite(self.out), np.abs(self.out), 0.0)
         return each @ size + units.u_in * out + units.floor_in
@@ -143,7 +149,7 @@ class Bounds:
         """
         size = np.where(np.isfinite(self.dense.v), np.abs(self.dense.v), 0.0)
         lse = 2 * self.logsumexp() + 16 * parts * self.units.u
-        extra = (2 * lse + self.units.u_in + 16 * parts * self.units.u)[..., None] * (self._counted @ size)
+        extra = (2 * lse + self.units.u_in + 16 * parts * self.units.u)[..., None] * (self._left @ size)
         return self.output() + extra + parts * self.units.floor_in, lse
 
     def key_mass(self) -> Array:
@@ -195,7 +201,8 @@ def gradient_bounds(
     features = dense.v.shape[-1]
 
     with np.errstate(all="ignore"):
-        dp = np.where(flowing, np.einsum("bhrd,bhjd->bhrj", np.abs(dout), np.abs(dense.v)), 0.0)
+        reach = dense.kept * np.einsum("bhrd,bhjd->bhrj", np.abs(dout), np.abs(dense.v))
+        dp = np.where(flowing, reach, 0.0)
         along = (p * dp).sum(axis=3)[..., None] + np.abs(dlse)[..., None]
         size = p * (dp + along)
         error = size * (
@@ -211,7 +218,7 @@ def gradient_bounds(
         dq = (error_product + (keys + 8) * units.u * size_product) @ key
         summed = rows * group + math.prod(dense.batch_shape) + 8
         dk = np.swapaxes(error_product + summed * units.u * size_product, 2, 3) @ query
-        each = p * (relative + summed * units.u + units.u_p)
+        each = p * dense.kept * (relative + summed * units.u + units.u_p)
         dv = np.swapaxes(each, 2, 3) @ np.abs(dout)
 
     def to_argument(x: Array, name: str) -> Array:

@@ -197,7 +197,8 @@ class Case:
         grouped = {"grouped_heads"} if len(self.q) > 2 and self.q[-3] != self.k[-3] else set()
         if self.operation == "linear":
             return frozenset(_linear_needs(self.options) | grouped) | self.also
-        named = {name for name in ("causal", "return_lse") if self.options.get(name, False)} | {
+        flags = ("causal", "return_lse", "dropout")
+        named = {name for name in flags if self.options.get(name, False)} | {
             name
             for name in ("window", "mask", "bias", "score_mod", "softcap", "sinks", "kv_lengths", "q_offset")
             if self.options.get(name) is not None

@@ -20,6 +20,7 @@ EVERYTHING = frozenset(
     [
         "bias",
         "causal",
+        "dropout",
         "grouped_heads",
         "kv_lengths",
         "mask",
@@ -102,6 +103,9 @@ def calls(
         options["kv_lengths"] = None
     if operation == "attention" and "return_lse" in able:
         options["return_lse"] = draw(st.booleans())
+    if operation == "attention" and "dropout" in able and draw(st.integers(0, 3)) == 0:
+        options["dropout"] = draw(st.sampled_from([0.1, 0.5]))
+        options["dropout_seed"] = draw(st.integers(-(2**63), 2**64 - 1))
     if operation == "stats":
         options["stats"] = ("key_mass", "entropy", "max")
     if operation == "weights" and q_len:

@@ -12,10 +12,6 @@ from anyattn.testing.plugin import Run
 from anyattn.testing.running import check_gradients, check_refused, check_same_bits, check_values
 from anyattn.testing.strategies import calls
 
-NOT_BUILT = {
-    "dropout": "attention refuses dropout until it is built, and a test of bad input holds it to that"
-}
-"""Capabilities that no case can exercise yet, and why."""
 BY_LIBRARY = {"traced"}
 """Capabilities that hang on the library of a run, not on its case."""
 
@@ -78,7 +74,7 @@ def test_every_capability_has_a_case() -> None:
     from anyattn.backend import CAPABILITIES
 
     exercised = frozenset().union(*(case.needs for case in (*all_cases(), *gradient_cases())))
-    missing = set(CAPABILITIES) - exercised - set(NOT_BUILT) - BY_LIBRARY
+    missing = set(CAPABILITIES) - exercised - BY_LIBRARY
     assert not missing, f"no case needs {sorted(missing)}"
     unknown = exercised - set(CAPABILITIES)
     assert not unknown, f"cases need capabilities that do not exist: {sorted(unknown)}"

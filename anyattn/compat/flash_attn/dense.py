@@ -9,6 +9,7 @@ from anyattn.arrays import Array
 from anyattn.attention import attention
 from anyattn.compat.flash_attn.arguments import NAMES, alibi, check_deterministic, window_bounds
 from anyattn.compat.renaming import renaming
+from anyattn.compat.seeds import drawn_seed
 from anyattn.numbers import boolean
 
 __all__ = ["flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func"]
@@ -39,7 +40,9 @@ def flash_attn_func(
     v : array, shape (batch, Lk, Hkv, Dv)
         Dv may differ from D.
     dropout_p : float, default 0.0
-        Not built yet: a nonzero value is refused.
+        Probability with which a weight is dropped, below 1. The seed comes from torch's generator
+        (`torch.manual_seed` repeats it), or from NumPy's or CuPy's for their arrays; the weights that
+        FlashAttention drops for a state of the generator are others.
     softmax_scale : float, optional
         Default 1 / sqrt(D).
     causal : bool, default False
@@ -70,8 +73,6 @@ def flash_attn_func(
     ------
     TypeError, ValueError
         For arguments that do not fit.
-    NotImplementedError
-        For dropout.
     anyattn.errors.UnsupportedCallError
         For `deterministic` as above.
 
@@ -94,6 +95,7 @@ def flash_attn_func(
         "softcap": softcap or None,
         "scale": softmax_scale,
         "dropout": dropout_p,
+        "dropout_seed": drawn_seed(dropout_p, q, "dropout_p"),
         "layout": "blhd",
         "return_lse": boolean(return_attn_probs, "return_attn_probs"),
     }

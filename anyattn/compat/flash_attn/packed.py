@@ -7,6 +7,7 @@ from typing import Any
 from anyattn.arrays import Array
 from anyattn.compat.flash_attn.arguments import NAMES, alibi, check_deterministic, window_bounds
 from anyattn.compat.renaming import renaming
+from anyattn.compat.seeds import drawn_seed
 from anyattn.numbers import boolean
 from anyattn.varlen import packed_options, varlen_attention
 
@@ -66,11 +67,12 @@ def flash_attn_varlen_func(
         "causal": boolean(causal, "causal"),
         "window": window_bounds(window_size),
         "score_mod": score,
+        "dropout": dropout_p,
     }
     options: dict[str, Any] = {
         "softcap": softcap or None,
         "scale": softmax_scale,
-        "dropout": dropout_p,
+        "dropout_seed": drawn_seed(dropout_p, q, "dropout_p"),
         "return_lse": boolean(return_attn_probs, "return_attn_probs"),
     }
     if boolean(deterministic, "deterministic"):

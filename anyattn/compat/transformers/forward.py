@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import anyattn
+from anyattn.compat.seeds import drawn_seed
 from anyattn.compat.transformers.seen import SeenKeys
 
 __all__ = ["attention_forward"]
@@ -51,7 +52,8 @@ def attention_forward(
     attention_mask : tensor, optional
         What `seen_keys` gave, or the user's own: booleans, True = seen, or floats that are added.
     dropout : float
-        Not built yet: anything but 0 is refused.
+        Probability with which a weight is dropped, which models give in training; the seed comes from torch's
+        generator, so that `torch.manual_seed` repeats it.
     scaling : float, optional
         Default 1 / sqrt(D).
     softcap, s_aux : float; tensor, shape (Hq,); optional
@@ -59,7 +61,7 @@ def attention_forward(
     position_bias : tensor, broadcastable to (B, Hq, Lq, Lk), optional
         Added to the scores.
     output_attentions : bool
-        Also compute the weights, (B, Hq, Lq, Lk).
+        Also compute the weights, (B, Hq, Lq, Lk), those before dropout.
 
     Returns
     -------
@@ -69,7 +71,7 @@ def attention_forward(
     Raises
     ------
     NotImplementedError
-        For dropout, and for what only some models pass and no option says; the message names it.
+        For what only some models pass and no option says; the message names it.
     ValueError
         Where there is no mask, a causal layer and as many keys as could mean two things.
     """
@@ -78,11 +80,6 @@ def attention_forward(
             raise NotImplementedError(
                 f"{name}: {what} is not what attn_implementation='anyattn' computes yet"
             )
-    if dropout:
-        raise NotImplementedError(
-            f"dropout: the model trains with attention dropout {dropout}, which is not built yet; wanted 0 "
-            f"in its config (attention_dropout, attn_pdrop, attention_probs_dropout_prob or dropout_rate)"
-        )
     query, key, value = _autocast(query, key, value)
     options = _seen(module, query, key, attention_mask, is_causal)
     if position_bias is not None:
@@ -90,7 +87,13 @@ def attention_forward(
     options |= {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     # Rows and heads in the order of the result save its copy.
     out = anyattn.attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), layout="blhd", **options
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        layout="blhd",
+        dropout=dropout,
+        dropout_seed=drawn_seed(dropout, query, "dropout"),
+        **options,
     )
     return out, anyattn.attention_weights(query, key, **options) if output_attentions else None
 

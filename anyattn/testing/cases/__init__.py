@@ -10,6 +10,7 @@ from anyattn.testing.cases import (
     around,
     cached,
     derivatives,
+    dropout,
     each_option,
     functions,
     hidden,
@@ -30,7 +31,7 @@ def all_cases() -> tuple[Case, ...]:
     """Every case whose results are compared with the oracle."""
     families = (
         each_option, shapes, hidden, softmax, positions, vocabulary, functions, memory, around, merging,
-        pairwise, linear, cached,
+        pairwise, linear, cached, dropout,
     )  # fmt: skip
     return _distinct(case for family in families for case in family.cases())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from anyattn.testing.case import Case, Drawn, Entry, Function, Given, Plant, Same, call
 from anyattn.testing.cases import makers
@@ -31,6 +32,7 @@ def cases() -> Iterator[Case]:
     yield from _special()
     yield from _summed()
     yield from _captured()
+    yield from _dropped()
 
 
 def _special() -> Iterator[Case]:
@@ -152,3 +154,24 @@ def _captured() -> Iterator[Case]:
             dim=4, score_mod=score_mod, softcap=2.0 if name == "quadratic" else None, also=GRADIENTS,
             return_lse=True,
         )  # fmt: skip
+
+
+def _dropped() -> Iterator[Case]:
+    why = "what is dropped takes no part, the rest as much more"
+    options: dict[str, Any] = {"dropout": 0.3, "dropout_seed": 5, "return_lse": True, "also": GRADIENTS}
+    yield call("gradient: dropout", FAMILY, why, batch=(2,), heads=4, kv_heads=2, dim=4, **options)
+    for dtype in ("float16", "float64"):
+        yield call(
+            f"gradient: dropout and everything, {dtype}", FAMILY, why, batch=(2,), heads=4, kv_heads=2,
+            dtype=dtype, causal=True, softcap=2.0, bias=Drawn("bias", (1, 4, 5, 9)),
+            sinks=Drawn("sinks", (4,)), score_mod=Entry("scores", "alibi", (4,)), layout="blhd", **options,
+        )  # fmt: skip
+    yield call(
+        "gradient: dropout, blocks and rows that see nothing", FAMILY, why, heads=1, q_len=6, k_len=300,
+        dim=3, causal=True, q_offset=-2, **options,
+    )  # fmt: skip
+    yield call(
+        "gradient: dropout, nan is hidden", FAMILY, why, mask=Drawn("mask", (5, 9), "bool", "half true"),
+        plants=(Plant("k", (0, 3, 0), NAN), Plant("v", (0, 3, 0), INF)),
+        kv_lengths=3, q_offset=0, **(options | {"also": STRICT}),
+    )  # fmt: skip

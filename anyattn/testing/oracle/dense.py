@@ -8,6 +8,7 @@ behave as IEEE says.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from anyattn.testing.oracle.masks import Pattern
 from anyattn.testing.oracle.masks import from_function as mask_from_function
 from anyattn.testing.oracle.pairs import Pairs
+from anyattn.testing.oracle.philox import philox4x32
 from anyattn.testing.oracle.scores import Score
 from anyattn.testing.oracle.scores import from_function as score_from_function
 
@@ -45,6 +47,8 @@ class Dense:
     """The scores that softmax sees."""
     seen: Array
     """Boolean (B, Hq, Lq, Lk)."""
+    kept: Array
+    """What dropout multiplies weights by before they meet the values, (B, Hq, Lq, Lk)."""
     sinks: Array | None
     """(Hq,) or None."""
     scale: float
@@ -71,6 +75,8 @@ class Dense:
         scale: float | None = None,
         kv_lengths: Any = None,
         q_offset: Any = None,
+        dropout: float = 0.0,
+        dropout_seed: Any = None,
         layout: str = "bhld",
     ) -> Dense:
         """Write out the scores and the visibility of one call; arguments as in `anyattn.attention`."""
@@ -125,7 +131,7 @@ class Dense:
             seen = seen & (pairs.j < lengths.reshape(-1, 1, 1, 1))
 
         return cls(
-            q, k, v, pairs, product, capped, modified, final, seen,
+            q, k, v, pairs, product, capped, modified, final, seen, _kept(pairs, dropout, dropout_seed),
             None if sinks is None else np.asarray(sinks, np.float64).reshape(heads), scale, modify, softcap,
             batch_shape, has_heads, layout,
         )  # fmt: skip
@@ -145,14 +151,15 @@ class Dense:
         return weights, lse
 
     def output(self, weights: Array) -> Array:
-        """Σ of weight times value over the seen keys, (B, Hq, Lq, Dv)."""
+        """Σ of what dropout leaves of a weight times value over the seen keys, (B, Hq, Lq, Dv)."""
         out = np.zeros((*self.pairs.shape[:3], self.v.shape[-1]))
         for at in self.rows():
             seen = self.seen[at]
             if np.all(self.final[at][seen] == -np.inf):
                 continue
             with np.errstate(all="ignore"):
-                out[at] = (weights[at][seen][:, None] * self.v[at[:2]][seen]).sum(axis=0)
+                left = weights[at][seen] * self.kept[at][seen]
+                out[at] = (left[:, None] * self.v[at[:2]][seen]).sum(axis=0)
         return out
 
     def as_result(self, x: Array, *, rows_and_features: bool = False) -> Array:
@@ -238,6 +245,18 @@ def _offset(
     if lengths is not None and q_len == 1:
         return lengths - 1
     return _one_per_batch(k_len - q_len, batch_shape)
+
+
+def _kept(pairs: Pairs, probability: float, seed: Any) -> Array:
+    """0 or 1 / (1 - p) for each pair: the first word of Philox, of which 24 bits count, decides."""
+    if probability == 0:
+        return np.ones(pairs.shape)
+    number = operator.index(seed)
+    key = (number & 0xFFFFFFFF, number >> 32 & 0xFFFFFFFF)
+    b, h, row, j = (x.astype(np.uint64) for x in (pairs.b, pairs.h, pairs.row, pairs.j))
+    word = philox4x32((b, h, row, j), key)[0]
+    stays = pairs.fill(word >> 8) >= math.ceil(probability * 2**24)
+    return np.where(stays, 1 / (1 - probability), 0.0)
 
 
 def _as_score(score_mod: Score | Callable[..., Any]) -> Score:

@@ -1,9 +1,9 @@
 """Derivatives of the output and of lse, dense and in float64.
 
-With p = exp(s - lse), out = Σ p·v and cotangents dout, dlse:
-dv = Σ p·dout, ds = p·(dout·v − dout·out + dlse), and the sink's share exp(sink − lse) gets the same with v =
-0. A hidden pair, and one whose score is −inf, has p = 0 and passes nothing on, whatever is in k, v or bias
-there.
+With p = exp(s - lse), out = Σ p·kept·v (kept is 1 without dropout) and cotangents dout, dlse:
+dv = Σ p·kept·dout, ds = p·(kept·(dout·v) − dout·out + dlse), and the sink's share exp(sink − lse) gets the
+same with v = 0. A hidden pair, and one whose score is −inf, has p = 0 and passes nothing on, whatever is in
+k, v or bias there.
 
 How a score modification passes ds on is found by a complex step, f'(x) = Im f(x + i·ε)/ε, which has no
 cancellation and so is exact to rounding: Squire and Trapp, "Using Complex Variables to Estimate Derivatives"
@@ -60,7 +60,7 @@ def gradients(
     dlse = np.zeros(lse.shape) if dlse is None else np.asarray(dlse, np.float64).reshape(lse.shape)
 
     with np.errstate(all="ignore"):
-        dp = np.einsum("bhrd,bhjd->bhrj", dout, dense.v)
+        dp = dense.kept * np.einsum("bhrd,bhjd->bhrj", dout, dense.v)
         along = (dout * out).sum(axis=-1)
         flowing = p > 0
         dfinal = np.where(flowing, p * (dp - along[..., None] + dlse[..., None]), 0.0)
@@ -68,7 +68,8 @@ def gradients(
         pull = np.where(flowing[..., None], dproduct[..., None] * dense.scale, 0.0)
         dq = np.where(pull == 0, 0.0, pull * dense.k[:, :, None]).sum(axis=3)
         dk = np.where(pull == 0, 0.0, pull * dense.q[:, :, :, None]).sum(axis=2)
-        dv = np.where(flowing[..., None], p[..., None] * dout[:, :, :, None], 0.0).sum(axis=2)
+        left = p * dense.kept
+        dv = np.where(flowing[..., None], left[..., None] * dout[:, :, :, None], 0.0).sum(axis=2)
 
     result = {
         "q": argument_gradient(dq, dense, np.shape(q)),

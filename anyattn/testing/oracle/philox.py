@@ -1,9 +1,14 @@
-"""Philox4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), on integers."""
+"""Philox4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
+
+Words are Python integers, or uint64 arrays of them.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 _WORD = 0xFFFFFFFF
-Words = tuple[int, int, int, int]
+Words = tuple[Any, Any, Any, Any]
 
 
 def philox4x32(counter: Words, key: tuple[int, int], rounds: int = 10) -> Words:
