@@ -215,6 +215,12 @@ class TestTorch:
         with pytest.raises(TypeError, match=r"q: Tensor is not taken, its layout is torch\.sparse_coo"):
             aa.attention(tensors[0].to_sparse(), *tensors[1:])
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+    def test_nested_tensors_are_refused(self, torch):
+        nested = torch.nested.nested_tensor([torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)])
+        with pytest.raises(TypeError, match=r"q: Tensor is not taken, it is nested"):
+            aa.attention(nested, nested, nested)
+
     def test_tensors_are_no_numbers(self, torch):
         tensors = [torch.from_numpy(x) for x in (Q, K, V)]
         with pytest.raises(TypeError, match="softcap: wanted a real number, got Tensor"):

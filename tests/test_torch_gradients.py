@@ -5,6 +5,8 @@ Tiles are made tiny, so that small calls have several chunks, blocks of rows and
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 import anyattn as aa
@@ -284,26 +286,45 @@ def test_vmap(mapped):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # functorch's own
-def test_forward_mode_is_refused():
-    run, inputs = function_of("plain")
-    with pytest.raises(NotImplementedError, match="forward-mode derivatives of attention are not built"):
-        torch.func.jvp(lambda q: run(q, *inputs[1:])[0], (inputs[0].detach(),), (inputs[0].detach(),))
+class TestForwardMode:
+    """Tangents go through the operations of reference, also those of what a call would give to SDPA."""
 
+    @pytest.mark.parametrize("name", ["plain", "causal", "slopes"])
+    def test_has_the_values_of_finite_differences(self, name):
+        from torch.autograd import forward_ad
 
-def test_forward_mode_is_refused_or_right_and_never_lost():
-    from torch.autograd import forward_ad
+        q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64)
 
-    q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64) for _ in range(3))
-    slopes = torch.rand(2, dtype=torch.float64)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(q, torch.ones_like(q))
-        with pytest.raises(Exception, match="forward"):
-            aa.attention(dual, k, v, causal=True, softcap=2.0)
-        tangent = forward_ad.unpack_dual(aa.attention(dual, k, v, causal=True, backend="reference")).tangent
-        steep = forward_ad.make_dual(slopes, torch.ones_like(slopes))
-        with pytest.raises(Exception, match="forward"):
-            aa.attention(q, k, v, score_mod=aa.scores.alibi(steep))
-    step = 1e-6
-    ahead, behind = (aa.attention(q + s * step, k, v, causal=True, backend="reference") for s in (1, -1))
-    torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
-    assert aa.attention(q, k, v, causal=True).shape == q.shape
+        def attend(x):
+            if name == "slopes":
+                return aa.attention(q, k, v, score_mod=aa.scores.alibi(x), softcap=2.0)
+            return aa.attention(x, k, v, causal=name == "causal")
+
+        x = torch.rand(2, dtype=torch.float64) if name == "slopes" else q
+        towards = torch.randn_like(x)
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(attend(forward_ad.make_dual(x, towards))).tangent
+        step = 1e-6
+        ahead, behind = (attend(x + s * step * towards) for s in (1, -1))
+        torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(torch.func.jvp(attend, (x,), (towards,))[1], found)
+
+    def test_over_reverse_mode_is_the_hessian(self):
+        k, v = torch.randn(2, 1, 5, 3, dtype=torch.float64)
+        q = torch.randn(1, 2, 3, dtype=torch.float64)
+
+        def function(backend, x):
+            return aa.attention(x, k, v, window=(1, 0), backend=backend).sin().sum()
+
+        found = torch.func.hessian(partial(function, None))(q)
+        wanted = torch.autograd.functional.hessian(partial(function, "reference"), q)
+        torch.testing.assert_close(found, wanted)
+
+    def test_explain_says_so(self):
+        from torch.autograd import forward_ad
+
+        q = torch.randn(1, 2, 5, 4)
+        with forward_ad.dual_level():
+            found = str(aa.explain(forward_ad.make_dual(q, q), q, q))
+        assert "note: forward mode goes through the operations of reference" in found
+        assert "not on SDPA: it has no forward mode" in found

@@ -22,7 +22,7 @@ import torch
 
 from anyattn import arrays
 from anyattn.call import AttentionCall
-from anyattn.reference.forward import forward as reference
+from anyattn.reference.forward import forward
 from anyattn_torch.captured import Captured
 from anyattn_torch.chunks import Chunk, Keys, KeySum, Rows, Work
 from anyattn_torch.scores import Scores, all_finite, cleaned, hide
@@ -31,7 +31,7 @@ from anyattn_torch.tensors import Template, differentiable, fold, put_together
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["differentiably", "gradients"]
+__all__ = ["differentiably", "gradients", "reference"]
 
 
 def gradients(
@@ -205,7 +205,7 @@ class _Backward(torch.autograd.Function):  # type: ignore[misc]
 
         def first_order(*moving: Tensor) -> tuple[Tensor, ...]:
             def attend(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-                return _reference(put_together(ctx.template, (*inputs, *fixed)))
+                return reference(put_together(ctx.template, (*inputs, *fixed)))
 
             found = torch.func.vjp(attend, *moving[2:])[1](moving[:2])
             return tuple(x for x, yes in zip(found, ctx.needed, strict=True) if yes)
@@ -232,9 +232,9 @@ class _Backward(torch.autograd.Function):  # type: ignore[misc]
         return tuple(x.reshape(size, *own) for x, own in zip(found, shapes, strict=True)), (0,) * len(found)
 
 
-def _reference(call: AttentionCall) -> tuple[Tensor, Tensor]:
+def reference(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """The call as torch differentiates it, to any order."""
     with arrays.exactly(call.q):
-        out, lse = reference(replace(call, return_lse=True))
+        out, lse = forward(replace(call, return_lse=True))
     assert lse is not None
     return out, lse

@@ -16,6 +16,7 @@ from typing import Any
 from anyattn import settings
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
+from anyattn_torch.tensors import has_tangents
 
 __all__ = ["ROUTES", "Route", "choose", "forward", "notes", "only", "run"]
 
@@ -70,7 +71,9 @@ def notes(call: AttentionCall) -> tuple[str, ...]:
     """The route of a call, what it keeps in memory, and why the others do not take it."""
     route = choose(call)
     found = [f"runs on {_NAMES[route.name]}"]
-    if route.name == "tiles" and "gradients" in call.features:
+    if route.name == "tiles" and "gradients" in call.features and has_tangents(call):
+        found.append("forward mode goes through the operations of reference, tile by tile")
+    elif route.name == "tiles" and "gradients" in call.features:
         from anyattn_torch import joined
 
         reason = _not_on_numba(call) or joined.refusal(call)
@@ -138,6 +141,8 @@ def _left_out(name: str, call: AttentionCall) -> str | None:
             return reason
     if _transformed(call):
         return "has no rule for functorch's transforms of every order"
+    if "gradients" in call.features and has_tangents(call):
+        return "has no forward mode"
     return None
 
 

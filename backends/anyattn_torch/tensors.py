@@ -19,7 +19,15 @@ from anyattn.expr.nodes import Aligned, B, Const, Expr, Load, Table, load, rewri
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Template", "differentiable", "fold", "put_together", "score_arrays", "take_apart"]
+__all__ = [
+    "Template",
+    "differentiable",
+    "fold",
+    "has_tangents",
+    "put_together",
+    "score_arrays",
+    "take_apart",
+]
 
 Captured = Table | Aligned
 
@@ -49,6 +57,17 @@ def differentiable(call: AttentionCall) -> tuple[Tensor, ...]:
     """The tensors of a call that have gradients: q, k, v, sinks if any, then `score_arrays`."""
     sinks = () if call.sinks is None else (call.sinks,)
     return (call.q, call.k, call.v, *sinks, *(part.value for part in score_arrays(call)))
+
+
+def has_tangents(call: AttentionCall) -> bool:
+    """Whether derivatives may be taken through a call by forward mode (`torch.func.jvp`, dual tensors)."""
+    from torch._C import _functorch
+    from torch.autograd import forward_ad
+
+    around = _functorch.get_interpreter_stack() or ()
+    if any(level.key() == _functorch.TransformType.Jvp for level in around):
+        return True
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in differentiable(call))
 
 
 def take_apart(call: AttentionCall) -> tuple[Template, tuple[Tensor, ...]]:

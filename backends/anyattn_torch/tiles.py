@@ -16,7 +16,7 @@ from anyattn.call import AttentionCall
 from anyattn_torch import backward, routes
 from anyattn_torch.chunks import Chunk, Keys, Rows, Work
 from anyattn_torch.scores import Hidden, Scores, all_finite, cleaned, hide
-from anyattn_torch.tensors import Template, fold, put_together, take_apart
+from anyattn_torch.tensors import Template, fold, has_tangents, put_together, take_apart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,10 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of a call, differentiable by `anyattn_torch.tensors.differentiable(call)`."""
     if call.k_scales is not None:
         out, lse = forward(call)
+        return out, lse if call.return_lse else None
+    if has_tangents(call):
+        # torch asks for no rule of ours where it sees each operation.
+        out, lse = backward.reference(call)
         return out, lse if call.return_lse else None
     template, tensors = take_apart(call)
     out, lse = _Attend.apply(template, *tensors)
@@ -172,9 +176,3 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
     def vmap(info: Any, in_dims: tuple[Any, ...], template: Template, *tensors: Tensor) -> Any:
         folded, own = fold(template, tensors, in_dims[1:], info.batch_size, every=False)
         return _Attend.apply(folded, *own), (0, 0)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            "forward-mode derivatives of attention are not built: use reverse mode (torch.func.grad, jacrev)"
-        )
