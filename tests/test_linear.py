@@ -5,6 +5,7 @@ What each call means is held to the recurrence of the float64 oracle by the kit'
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import math
@@ -230,20 +231,106 @@ class TestTorch:
 
     @pytest.mark.parametrize("rule", RULES)
     def test_derivatives(self, torch, rule, monkeypatch):
-        monkeypatch.setattr(linear, "CHUNK", 4)
-        q, k, v, options = given(rule, length=6, dim=2, v_dim=2, heads=2, kv_heads=1)
+        call, inputs = self.differentiable(torch, rule, monkeypatch)
+        assert torch.autograd.gradcheck(call, inputs)
+
+    @pytest.mark.parametrize("rule", ["gated", "gated_delta"])
+    def test_derivatives_of_second_order(self, torch, rule, monkeypatch):
+        call, inputs = self.differentiable(torch, rule, monkeypatch)
+        assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+    def differentiable(self, torch, rule, monkeypatch):
+        """A call of packed sequences, one of them empty, in chunks of 4, and its tensors."""
+        for module in (linear, importlib.import_module("anyattn_torch.linear")):
+            monkeypatch.setattr(module, "CHUNK", 4)
+        q, k, v, options = given(rule, length=7, dim=2, v_dim=2, heads=2, kv_heads=1)
         names = [name for name in options if name != "rule"]
         inputs = [torch.tensor(x, requires_grad=True) for x in (q, k, v, *(options[n] for n in names))]
-        inputs.append(torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True))
+        normalize = rule in ("linear", "gated")
+        place = {"dtype": torch.float64, "requires_grad": True}
+        inputs += [torch.rand(3, 1, 2, **place)] * normalize + [torch.randn(3, 1, 2, 2, **place)]
 
         def call(q, k, v, *rest):
             *others, state = rest
+            state = (state, others.pop()) if normalize else state
             more = dict(zip(names, others, strict=True))
-            return aa.linear_attention(
-                q, k, v, rule=rule, state=state, feature_map="elu+1", return_state=True, **more
-            )
+            out, state = aa.linear_attention(
+                q, k, v, rule=rule, state=state, feature_map="elu+1", return_state=True, normalize=normalize,
+                cu_seqlens=[0, 6, 6, 7], backend="torch", **more,
+            )  # fmt: skip
+            return (out, *state) if normalize else (out, state)
 
-        assert torch.autograd.gradcheck(call, inputs)
+        return call, inputs
+
+    def test_the_backward_keeps_no_chunk(self, torch):
+        """Beside the arguments, what autograd saves does not hang on how they are cut."""
+        q, k, v, options = given("gated_delta", length=300, dtype="f4")
+        tensors = [torch.tensor(x, requires_grad=True) for x in (q, k, v, options["decay"], options["beta"])]
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            out = aa.linear_attention(*tensors[:3], rule="gated_delta", decay=tensors[3], beta=tensors[4])
+        assert sum(x.numel() for x in saved) <= sum(x.numel() for x in tensors)
+        found = torch.autograd.grad(out.square().sum(), tensors)
+        again = aa.linear_attention(
+            *tensors[:3], rule="gated_delta", decay=tensors[3], beta=tensors[4], backend="reference"
+        )
+        wanted = torch.autograd.grad(again.square().sum(), tensors)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+    def test_shared_keys_get_one_gradient_and_others_none(self, torch):
+        """Batch axes that broadcast, bfloat16, and an argument without a gradient."""
+        q, k, v, options = given("gated", length=70)
+        q = torch.tensor(np.stack([q, -q, 2 * q])).bfloat16().requires_grad_()
+        k = torch.tensor(k).bfloat16().requires_grad_()
+        v, decay = torch.tensor(v).bfloat16(), torch.tensor(options["decay"]).float().requires_grad_()
+        found, wanted = (
+            torch.autograd.grad(
+                aa.linear_attention(q, k, v, rule="gated", decay=decay, backend=backend).float().sum(),
+                (q, k, decay),
+            )
+            for backend in ("torch", "reference")
+        )
+        for got, right in zip(found, wanted, strict=True):
+            assert (got.shape, got.dtype) == (right.shape, right.dtype)
+            torch.testing.assert_close(got, right, rtol=2e-2, atol=2e-2)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+    def test_compiled_code_has_its_gradients(self, torch):
+        def loss(q, k, v, decay):
+            return aa.linear_attention(q, k, v, rule="gated", decay=decay).square().sum()
+
+        q, k, v, options = given("gated", length=70, dtype="f4")
+        tensors = [torch.tensor(x, requires_grad=True) for x in (q, k, v, options["decay"])]
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        found, wanted = (torch.autograd.grad(f(*tensors), tensors) for f in (compiled, loss))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+    def test_transforms_see_it_as_one_piece(self, torch):
+        q, k, v, _ = given("linear", length=9)
+        tensors = [torch.tensor(x) for x in (q, k, v)]
+        tangents = tuple(torch.ones_like(x) for x in tensors)
+        call = torch.func.jvp(aa.linear_attention, tuple(tensors), tangents)
+        step = [x + 1e-6 * y for x, y in zip(tensors, tangents, strict=True)]
+        wanted = (aa.linear_attention(*step) - aa.linear_attention(*tensors)) / 1e-6
+        torch.testing.assert_close(call[1], wanted, rtol=1e-4, atol=1e-4)
+        stacked = [torch.stack([x, 2 * x]) for x in tensors]
+        mapped = torch.func.vmap(torch.func.grad(lambda *x: aa.linear_attention(*x).sum()))(*stacked)
+        alone = torch.func.grad(lambda *x: aa.linear_attention(*x).sum())(*(x[1] for x in stacked))
+        torch.testing.assert_close(mapped[1], alone)
+
+    def test_explain_says_how_it_runs(self, torch):
+        q = torch.randn(2, 9, 4, requires_grad=True)
+        shown = repr(aa.explain(q, q, q, rule="linear"))
+        assert re.search(r"^torch +runs$", shown, re.MULTILINE)
+        assert "note: gradients keep no chunk: each is computed again" in shown
+        if aa.backends()["numba"].available:
+            assert "note: Numba computes the forward" in shown
+            plain = q.detach()
+            shown = repr(aa.explain(plain, plain, plain, rule="linear"))
+            assert re.search(r"^numba +runs$", shown, re.MULTILINE)
+        shown = repr(aa.explain(q, q, q, rule="linear", causal=False))
+        assert "note: runs as one piece: it has no chunks without order" in shown
 
     def test_normalised_rows_of_nothing_have_no_gradient(self, torch):
         q, k, v = (torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))

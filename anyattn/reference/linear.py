@@ -20,7 +20,7 @@ from anyattn.linear.recurrence import recurrence
 from anyattn.reference.chunk import advance
 from anyattn.reference.loop import over_keys
 
-__all__ = ["CHUNK", "linear"]
+__all__ = ["CHUNK", "initial", "linear", "tokens"]
 
 # Tokens a chunk. Work is L (2 F Dv + CHUNK (F + Dv)): beyond the feature sizes in use, longer ones cost more.
 CHUNK = 64
@@ -35,7 +35,7 @@ Result = tuple[Array, Array, Array | None]
 def linear(call: LinearCall) -> Result:
     """(out, state, normalizer) of a call: out in its dtype, the others in the accumulation dtype."""
     if call.cu_seqlens is None:
-        out, state = _sequence(call, _start(call), 0, call.k_len)
+        out, state = tokens(call, initial(call), 0, call.k_len)
     elif call.cu_seqlens_host is not None:
         out, state = _packed(call)
     else:
@@ -44,7 +44,7 @@ def linear(call: LinearCall) -> Result:
     return (out, state[..., :-1], state[..., -1]) if call.normalize else (out, state, None)
 
 
-def _start(call: LinearCall) -> Array:
+def initial(call: LinearCall) -> Array:
     """The state before the first token, (..., N, Hkv, F, Dv) with packed sequences; z is its last column."""
     xp = call.xp
     sequences = () if call.cu_seqlens is None else (call.num_sequences,)
@@ -61,9 +61,9 @@ def _start(call: LinearCall) -> Array:
 
 def _packed(call: LinearCall) -> tuple[Array, Array]:
     """Each sequence by itself."""
-    xp, start = call.xp, _start(call)
+    xp, start = call.xp, initial(call)
     bounds = call.cu_seqlens_host.tolist()  # type: ignore[union-attr]
-    found = [_sequence(call, start[n, ...], first, end) for n, (first, end) in enumerate(pairwise(bounds))]
+    found = [tokens(call, start[n, ...], first, end) for n, (first, end) in enumerate(pairwise(bounds))]
     out = xp.concat([out for out, _ in found], axis=-2)
     return out, xp.stack([state for _, state in found], axis=0)
 
@@ -92,11 +92,11 @@ def _packed_unread(call: LinearCall) -> tuple[Array, Array]:
         cu_seqlens=None,
         batch_shape=(count,),
     )
-    out, state = _sequence(one, _start(call), 0, call.k_len)
+    out, state = tokens(one, initial(call), 0, call.k_len)
     return xp.sum(xp.where(rows, out, xp.zeros_like(out)), axis=0), state
 
 
-def _sequence(call: LinearCall, state: Array, first: int, end: int) -> tuple[Array, Array]:
+def tokens(call: LinearCall, state: Array, first: int, end: int) -> tuple[Array, Array]:
     """Rows (..., Hq, L, Dv) of the tokens [first, end) and the state after them."""
     if not call.causal:
         return _both_ways(call, state, first, end)

@@ -2,14 +2,14 @@
 
 Dispatch imports this package to read the declaration below, so it imports nothing heavy. From there `routes`
 says which way a call goes and why: `sdpa`, `flex`, or `tiles` of its own, whose forward may be `joined` to
-Numba's. What `torch.compile` gets is in `graph` and `recipes`.
+Numba's; `linear` is linear attention. What `torch.compile` gets is in `graph` and `recipes`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from anyattn.backend import CAPABILITIES, LINEAR, Backend
+from anyattn.backend import CAPABILITIES, Backend
 from anyattn.call import AttentionCall
 
 __all__ = ["backend"]
@@ -22,7 +22,7 @@ class TorchBackend(Backend):
     arrays = ("torch.Tensor",)
     devices = ("*",)
     # Weights and statistics of torch tensors are those of `reference`, which computes them with torch.
-    capabilities = frozenset(CAPABILITIES) - LINEAR - {"dropout", "weights", "stats"}
+    capabilities = frozenset(CAPABILITIES) - {"dropout", "weights", "stats"}
     requires = ("torch",)
     extra = "torch"
 
@@ -35,12 +35,20 @@ class TorchBackend(Backend):
 
     def notes(self, call: AttentionCall) -> tuple[str, ...]:
         """The route of the call, what it keeps in memory, and why other routes do not take it."""
+        if call.operation == "linear":
+            from anyattn_torch import linear
+
+            return linear.notes(call)  # type: ignore[arg-type]
         from anyattn_torch import routes
 
         return routes.notes(call)
 
     def run(self, call: AttentionCall) -> Any:
         """Run a call."""
+        if call.operation == "linear":
+            from anyattn_torch import linear
+
+            return linear.attend(call)  # type: ignore[arg-type]
         from anyattn_torch import routes
 
         return routes.run(call)
