@@ -42,6 +42,8 @@ NONE = numpy.int64(0)
 WIDTH = 0
 # The batch entry and the head of the rows that a thread keeps converted.
 KEPT_BATCH, KEPT_HEAD = 8, 16
+# Where the first key stands that is visited after those of a visit, or one of these.
+NEXT_KEY = 32
 
 
 @dataclass(frozen=True)
@@ -380,11 +382,12 @@ def walker(visit: Any) -> Any:
 
     @inlined
     def visit_all(
-        block: int, item: int, scratch: int, first: int, end: int, columns: int, masked: int
+        block: int, item: int, scratch: int, first: int, end: int, columns: int, masked: int, after: int
     ) -> None:
         chunk = read_word(block + a.CHUNK)
         for start in range(first, end, chunk):
             count = min(chunk, end - start)
+            write_word(scratch + NEXT_KEY, start + chunk if start + chunk < end else after)
             visit(block, item, scratch, start, columns + 4 * start if columns else NONE, count, masked)
 
     @inlined
@@ -409,6 +412,7 @@ def walker(visit: Any) -> Any:
                 else:
                     # The first item of a row that is split gathers its columns.
                     high = low
-            visit_all(block, item, scratch, low, high, at, masked)
+            after = read_word(ends + 16 * n + 16) if n + 1 < last else low
+            visit_all(block, item, scratch, low, high, at, masked, after)
 
     return walk

@@ -12,7 +12,7 @@ from typing import Any
 from numba import types
 
 from anyattn_numba import arguments as a
-from anyattn_numba.blocks import next_item, row_at, scaler, steps, walker
+from anyattn_numba.blocks import NEXT_KEY, next_item, row_at, scaler, steps, walker
 from anyattn_numba.jit import carray, compiled, inlined
 from anyattn_numba.memory import pointer, read_word
 from anyattn_numba.microkernels import largest_kernel, soften_kernel
@@ -62,7 +62,7 @@ def decode_kernel(shape: Shape, dtype: str, stored_dtype: str | None = None) -> 
         if raw:
             keys, stride = row_at(block, item, a.K, a.K_BATCH, first), read_word(block + a.K_ROW)
             values, value_stride = row_at(block, item, a.V, a.V_BATCH, first), read_word(block + a.V_ROW)
-            coming = keys + read_word(block + a.CHUNK) * stride
+            coming = row_at(block, item, a.K, a.K_BATCH, read_word(scratch + NEXT_KEY))
         else:
             keys, stride = load_keys(block, item, scratch, first, columns, count)
             values, value_stride = load_values(block, item, scratch, first, columns, count)
