@@ -15,7 +15,16 @@ import numpy as np
 import anyattn as aa
 from anyattn import masks
 
-__all__ = ["CALLS", "HOST_ALONE", "MUTANTS", "ON_THE_HOST", "Mutant", "different", "references"]
+__all__ = [
+    "CALLS",
+    "HOST_ALONE",
+    "MUTANTS",
+    "ON_THE_HOST",
+    "Mutant",
+    "device_for",
+    "different",
+    "references",
+]
 
 # Of the result; the logarithm of the sum is float32 always.
 TOLERANCE = {"float16": 2e-3, "float32": 3e-6}
@@ -34,6 +43,12 @@ def with_nan(dtype):
     return q, k, v
 
 
+def more_channels():
+    """More than a tile holds; scores of usual size."""
+    q, k, v = (np.tile(x[..., :20, :], 12)[..., :260] for x in tensors("f4"))
+    return q / 8, k, v
+
+
 # Arrays and options.
 CALLS = {
     "float16": lambda: (tensors("f2"), {}),
@@ -47,11 +62,18 @@ CALLS = {
     "float16 gathered": lambda: (tensors("f2"), {"mask": masks.fixed(40, 2) & masks.sliding_window(50)}),
     "float16 packed": lambda: (tensors("f2", 1, 3, 70, (6, 2)), {"causal": True}),
     "float16 parts": lambda: (tensors("f2", 2, 2, 600), {"sinks": [3.0, 4.0]}),
+    "float16 on 7.5": lambda: (tensors("f2"), {"causal": True}),
     "float32": lambda: (tensors("f4"), {}),
     "float32 causal": lambda: (tensors("f4"), {"causal": True}),
     "float32 sinks": lambda: (tensors("f4"), {"sinks": [0.5, -1.0]}),
+    "float32 wide": lambda: (more_channels(), {"causal": True}),
     "float32 empty rows": lambda: (tensors("f4"), {"causal": True, "q_offset": -30}),
 }
+
+
+def device_for(name: str) -> dict[str, int]:
+    """The device that a call is for."""
+    return {"capability": 75 if "7.5" in name else 80, "multiprocessors": 8 if "parts" in name else 1}
 
 
 def references() -> dict[str, Any]:
@@ -199,6 +221,20 @@ MUTANTS = (
     _fma("a row that sees nothing divides by 0", "all == 0 ? Real(0) : scaled / all", "scaled / all", "wrong",
          "float32 empty rows"),
     _fma("position is the row", "row + item.position;", "row;", "wrong", "float32 causal"),
+    _mma("halves of a key's channels swapped", '"r"(a[1]), "r"(b0));', '"r"(a[1]), "r"(b1));',
+         "wrong", "float16 on 7.5"),
+    _mma("one half of the channels twice", '"r"(a[2]), "r"(a[3]), "r"(b1));',
+         '"r"(a[0]), "r"(a[1]), "r"(b1));', "wrong", "float16 on 7.5"),
+    _mma("copies without zeros", "there ? *(const uint4*)from : make_uint4(0, 0, 0, 0)",
+         "*(const uint4*)from", "wrong", "float16 on 7.5"),
+    _fma("the first channels alone", "first < (WIDE ? a.head_dim : 1)", "first < 1",
+         "wrong", "float32 wide"),
+    _fma("queries of the first channels", "a.q_step, first, a.head_dim, query",
+         "a.q_step, 0, a.head_dim, query", "wrong", "float32 wide"),
+    _fma("columns of all ranges at the first", "const int column = first_column + (8",
+         "const int column = (8", "races", "float32 wide"),
+    _fma("every range has an lse", "if (key_group == 0 && first_column == 0) store_lse",
+         "if (key_group == 0) store_lse", "races", "float32 wide"),
     Mutant("parts weigh the same", "float16 parts", "sum += exp(lse[part * rows] - base) * out",
          "sum += out", "wrong"),
     Mutant("lse of parts is that of the last", "float16 parts", "= base + log(all);", "= base;", "wrong"),

@@ -55,7 +55,10 @@ def _view(arena: Arena, address: int, shape: tuple[int, ...], dtype: Any) -> nda
 
 
 class Launch(SimpleNamespace):
-    """A launch that was made: `source`, `grid`, `block`, `shared_memory`, and the `machine` after it ran."""
+    """A launch: `source`, `grid`, `block`, `shared_memory`, `where`, and the `machine` after it ran.
+
+    `where` is the number of the device and the stream that were current.
+    """
 
 
 class Standin:
@@ -88,15 +91,32 @@ class Standin:
         self.count = count
         self.launches: list[Launch] = []
         self.change = change
-        self.cuda = SimpleNamespace(Device=self._device)
+        self.where = [(0, 0)]
+        self.events: list[SimpleNamespace] = []
+        self.cuda = SimpleNamespace(Device=self._device, ExternalStream=self._stream, Event=self._event)
         self.RawModule = functools.partial(_Module, self)
 
-    def _device(self, number: int = 0) -> Any:
+    def _device(self, number: int | None = None) -> Any:
         attributes = {
             "MaxSharedMemoryPerBlockOptin": SHARED_MEMORY[self.capability],
             "MultiProcessorCount": self.multiprocessors,
         }
-        return SimpleNamespace(id=number, compute_capability=str(self.capability), attributes=attributes)
+        found = _Current(self, self.where[-1][0] if number is None else number, 0)
+        found.compute_capability, found.attributes = str(self.capability), attributes
+        return found
+
+    def _stream(self, pointer: int, device: int) -> Any:
+        return _Current(self, device, pointer)
+
+    def _event(self, disable_timing: bool) -> Any:
+        """An event that is never done by itself."""
+        self.events.append(SimpleNamespace(done=False, record=lambda: None, timed=not disable_timing))
+        return self.events[-1]
+
+    def from_dlpack(self, x: Any) -> ndarray:
+        """What an array of another library hands over, ordered before the current stream."""
+        # The protocol calls the default stream 1.
+        return x.__dlpack__(stream=self.where[-1][1] or 1)
 
     def asarray(self, x: Any) -> ndarray:
         return x if isinstance(x, ndarray) else placed(self.arena, x)
@@ -120,6 +140,19 @@ class Standin:
     def reshape(self, x: ndarray, shape: tuple[int, ...]) -> ndarray:
         found = np.reshape(x, shape)
         return found if np.shares_memory(found, x) else placed(self.arena, found)
+
+
+class _Current(SimpleNamespace):
+    """A device, or a stream of one, in whose context launches are made there."""
+
+    def __init__(self, standin: Standin, number: int, stream: int):
+        super().__init__(standin=standin, id=number, stream=stream)
+
+    def __enter__(self) -> None:
+        self.standin.where.append((self.id, self.stream))
+
+    def __exit__(self, *_: Any) -> None:
+        self.standin.where.pop()
 
 
 class _Module:
@@ -160,7 +193,14 @@ class _Function:
         raw = [argument_bytes(x) for x in args]
         arena, count = self.standin.arena, self.standin.count
         machine = Machine(self.kernel, grid, block, raw, shared_mem, arena, count).run()
-        made = Launch(source=self.source, grid=grid, block=block, shared_memory=shared_mem, machine=machine)
+        made = Launch(
+            source=self.source,
+            grid=grid,
+            block=block,
+            shared_memory=shared_mem,
+            machine=machine,
+            where=self.standin.where[-1],
+        )
         self.standin.launches.append(made)
 
 

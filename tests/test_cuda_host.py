@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cuda_host import Hosted, HostError, host_source, need_sanitizers
-from cuda_mutants import CALLS, HOST_ALONE, MUTANTS, ON_THE_HOST, different, references
+from cuda_mutants import CALLS, HOST_ALONE, MUTANTS, ON_THE_HOST, device_for, different, references
 
 import anyattn as aa
 from anyattn.testing.case import Drawn, Entry, call
@@ -26,7 +26,7 @@ def wanted():
 
 def complaint(change, name, sanitizer, wanted, install):
     """What is wrong with a call on changed kernels, in words; empty where nothing is."""
-    install(Hosted(sanitizer, change=change, multiprocessors=8 if "parts" in name else 1))
+    install(Hosted(sanitizer, change=change, **device_for(name)))
     arrays, options = CALLS[name]()
     try:
         found = aa.attention(*arrays, **options, return_lse=True, backend="interpreted")

@@ -125,11 +125,35 @@ def test_every_case_that_is_named_exists():
     assert set(KIT) <= {c.name for c in all_cases()}
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bits_without_tensor_cores(dtype, install):
-    install(Interpreted(capability=75))
-    check_values(long(f"{dtype}, old", dtype, 24, causal=True), LIBRARIES["numpy"], "interpreted")
-    check_values(long(f"{dtype}, old, odd", dtype, 9, causal=True), LIBRARIES["numpy"], "interpreted")
+@pytest.mark.parametrize(("dtype", "kernel"), [("float16", "forward_mma.cu"), ("bfloat16", "forward_fma.cu")])
+def test_compute_capability_7_5(dtype, kernel, install):
+    """float16 by products of half the depth and copies that are there at once; bfloat16 by multiply-adds."""
+    device = Interpreted(capability=75)
+    install(device)
+    for name, dim in (("causal", 24), ("causal, odd", 9)):
+        case = long(f"{dtype}, {name}", dtype, dim, causal=True, plants=plant(100))
+        check_values(case, LIBRARIES["numpy"], "interpreted")
+        assert kernel in device.standin.launches[0].source
+    kind = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
+    q, k, v = (np.zeros((2, 4, 8), kind) for _ in range(3))
+    notes = aa.explain(q, k, v, backend="interpreted").notes
+    assert any("bfloat16" in note for note in notes) == (dtype == "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "v_dim"), [("float32", 300, 20), ("float16", 20, 260), ("bfloat16", 259, 257)]
+)
+def test_more_channels_than_a_tile_holds(dtype, dim, v_dim, interpreted):
+    case = long(
+        f"{dtype}, D = {dim}", dtype, dim, v_dim=v_dim, q_len=20, k_len=70, causal=True, plants=plant(60)
+    )
+    check_values(case, LIBRARIES["numpy"], "interpreted")
+    [launch] = interpreted.standin.launches
+    assert launch.grid[1] == -(-v_dim // 128)
+    q, k, v = (np.zeros((2, 4, n), "f2") for n in (dim, dim, v_dim))
+    [note] = aa.explain(q, k, v, backend="interpreted").notes
+    assert f"D = {dim} channels" in note
+    assert f"Dv = {v_dim} columns" in note
 
 
 def arrays(standin, dtype, q_len, k_len, dim):
@@ -198,7 +222,9 @@ def test_a_launch_keeps_to_the_limits_of_the_device():
             for capability, room in ((75, 65536), (80, 166912), (86, 101376)):
                 found = choose(Device(capability, room), dtype, dim, dim, True)
                 assert found.shared_memory <= room
-                assert (found.kernel == "forward_mma") == (dtype == "float16" and capability >= 80)
+                assert (found.kernel == "forward_mma") == (dtype == "float16")
+    for dtype, capability in (("float16", 70), ("bfloat16", 75)):
+        assert choose(Device(capability, 65536), dtype, 64, 64, True).kernel == "forward_fma"
     assert choose(Device(75, 65536), "float64", 256, 256, True).wide
     assert not choose(Device(80, 166912), "float64", 256, 256, True).wide
     for dtype in ("float16", "float32", "float64"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cuda_compile import need_nvrtc
-from cuda_mutants import CALLS, MUTANTS, different, references
+from cuda_mutants import CALLS, MUTANTS, device_for, different, references
 from cuda_runs import Interpreted
 from ptx import PtxError
 
@@ -21,7 +21,7 @@ def wanted():
 
 def complaint(change, name, wanted, install):
     """What is wrong with a call on changed kernels, in words; empty where nothing is."""
-    device = Interpreted(change=change, count=True, multiprocessors=8 if "parts" in name else 1)
+    device = Interpreted(change=change, count=True, **device_for(name))
     install(device)
     arrays, options = CALLS[name]()
     try:

@@ -56,8 +56,9 @@ class CupyBackend(Backend):
         if call.library == "jax":
             if call.traced:
                 reasons += ("runs nothing under jit: JAX tells nobody the stream of a compiled function",)
-            elif not reasons and max(len(x.sharding.device_set) for x in (call.q, call.k)) > 1:
-                reasons = ("takes arrays on one device",)
+            elif not reasons:
+                spread = max(len(x.sharding.device_set) for x in (call.q, call.k, call.v) if x is not None)
+                reasons = (f"takes arrays on one device, not spread over {spread}",) if spread > 1 else ()
         if call.library == "torch" and not reasons and any(x.is_neg() for x in _floats(call)):
             reasons = ("reads memory as it is, not tensors that are negated lazily (Tensor.resolve_neg)",)
         return reasons

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 __all__ = ["Device", "Variant", "choose", "choose_inspect", "chunks_of", "parts_of"]
@@ -117,7 +118,7 @@ def choose(
     """The kernel for a call of "attention"."""
     # A thread has no registers for more columns of the result.
     if max(head_dim, v_head_dim) <= _MOST_CHANNELS:
-        if device.capability >= 80 and dtype in ("float16", "bfloat16"):
+        if device.capability >= _TENSOR_CORES.get(dtype, math.inf):
             found = _mma(device, dtype, head_dim, v_head_dim, vector_loads, batch_axes)
             if found is not None:
                 return found
@@ -166,16 +167,19 @@ _MOST_CHANNELS = 256
 # Channels, and columns of the result (of float64), that a tile holds where there are more.
 _WIDE_CHANNELS = 64
 _WIDE_COLUMNS = (128, 64)
-_MMA_TILES = ((4, 64), (4, 32))
+# The least compute capability whose tensor cores the kernel uses.
+_TENSOR_CORES = {"float16": 75, "bfloat16": 80}
+_MMA_TILES = ((4, 64), (4, 32), (4, 16))
 
 
 def _mma(
     device: Device, dtype: str, head_dim: int, v_head_dim: int, vector_loads: bool, batch_axes: int
 ) -> Variant | None:
     padded = _rounded(head_dim, 16), _rounded(v_head_dim, 16)
+    # The smallest is for devices of 64 KiB.
     tiles = [
         Variant("forward_mma", dtype, *padded, warps, keys, vector_loads, batch_axes, stages=2)
-        for warps, keys in _MMA_TILES
+        for warps, keys in (_MMA_TILES if device.capability < 80 else _MMA_TILES[:-1])
     ]
     for room in (device.shared_memory // 2, device.shared_memory):
         for one in tiles:

@@ -1,10 +1,10 @@
-// Attention on tensor cores, for float16 and bfloat16 from compute capability 8.0 on.
+// Attention on tensor cores, for float16 from compute capability 7.5 on and bfloat16 from 8.0 on.
 //
 // As in forward_fma.cu, rows keep a maximum and sums while tiles of keys go by. A warp has 16 rows to itself; in
 // its scores and its result a lane holds two neighbouring columns of rows g and g + 8 in every block of 8 columns
 // (g = lane / 4). What is the result of one product in registers is in the right places for the left side of the
 // next, so weights go from scores to P V without shared memory (Dao 2023). Keys and values come STAGES - 1 tiles
-// ahead by cp.async.
+// ahead by cp.async, which 7.5 has not.
 //
 // Shared memory holds rows in vectors of 16 bytes, vector n of row r at n ^ (r % 8): the eight rows of a matrix that
 // ldmatrix reads lie in different banks. Rows are a whole number of 128 bytes apart.
