@@ -64,6 +64,8 @@ PARALLEL = ["-n=auto", "--maxprocesses=4"]
 OLDEST_NUMPY = "2.0" if sys.version_info < (3, 13) else "2.1" if sys.version_info < (3, 14) else "2.3"
 OLDEST = [f"numpy=={OLDEST_NUMPY}.*", "array-api-compat==1.11.*"]
 
+OLDEST_TRANSFORMERS = "5.4.0"
+
 ONE_CALL = """
     import numpy as np
     import anyattn as aa
@@ -122,31 +124,50 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session, backend: str) -> None:
     """All of `tests/`, with every array library and what the backend needs installed."""
     python = shared_environment(session, BACKENDS[backend])
-    session.run(python, "-m", "pytest", *PARALLEL, *session.posargs, external=True, env=CHEAP_XLA)
+    # The rest of what is done for CUDA needs NVRTC; this needs g++ alone, and runs in the session `cuda`.
+    elsewhere = ["--ignore=tests/test_cuda_host.py"]
+    session.run(python, "-m", "pytest", *PARALLEL, *elsewhere, *session.posargs, external=True, env=CHEAP_XLA)
+
+
+# NVRTC, and what reads machine code; tests are of what `cupy` does without a device.
+CUDA = ["ml-dtypes", "cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cuda-nvdisasm", "pytest-xdist"]
 
 
 @nox.session
-def nvrtc(session: nox.Session) -> None:
-    """The generated CUDA, compiled by NVRTC of CUDA 13; it needs no GPU and some 130 MB of wheels."""
-    if sys.platform == "darwin":
-        session.skip("NVRTC has no wheels for macOS")
-    session.install(*CONSTRAINTS, "-e", ".[testing]", "ml-dtypes", "cupy-cuda13x", "nvidia-cuda-nvrtc")
-    # Without NVRTC the test would skip.
-    session.run("python", "-c", "from cupy.cuda import nvrtc; print('NVRTC', *nvrtc.getVersion())")
+def cuda(session: nox.Session) -> None:
+    """The kernels of `cupy` without a GPU: compiled, interpreted, built for the host, broken on purpose."""
+    install_cuda(session)
     session.run("pytest", "tests/test_printers.py", "-k", "nvrtc", *session.posargs)
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_cuda_*.py"))
+    session.run("pytest", *PARALLEL, "tests/test_ptx_interpreter.py", *files, *session.posargs)
 
 
 @nox.session(default=False)
-def cuda(session: nox.Session) -> None:
-    """The kernels of `cupy` without a GPU: compiled by NVRTC, interpreted, broken on purpose."""
+def cuda_full(session: nox.Session) -> None:
+    """All of the conformance kit through the launch code of `cupy`, on the PTX interpreter."""
+    install_cuda(session)
+    kit = ["-p", "cuda_full", "--pyargs", "anyattn.testing", "--anyattn-backend=interpreted"]
+    env = {"PYTHONPATH": str(ROOT / "tests")}
+    session.run("pytest", *PARALLEL, *kit, "--anyattn-library=numpy", *session.posargs, env=env)
+
+
+def install_cuda(session: nox.Session) -> None:
+    """Install what compiles CUDA; without it the tests would skip."""
     if sys.platform == "darwin":
         session.skip("NVRTC has no wheels for macOS")
-    needed = ["ml-dtypes", "cupy-cuda13x", "nvidia-cuda-nvrtc", "pytest-xdist"]
-    session.install(*CONSTRAINTS, "-e", ".[testing]", *needed)
-    # Without NVRTC the tests would skip.
+    session.install(*CONSTRAINTS, "-e", ".[testing]", *CUDA)
     session.run("python", "-c", "from cupy.cuda import nvrtc; print('NVRTC', *nvrtc.getVersion())")
-    files = ("ptx_interpreter", "cuda_expressions", "cuda_kernels", "cuda_mutants", "cuda_budget")
-    session.run("pytest", *PARALLEL, *(f"tests/test_{name}.py" for name in files), *session.posargs)
+
+
+@nox.session(default=False)
+def oldest_transformers(session: nox.Session) -> None:
+    """The models of transformers, in the oldest version that `anyattn.compat.transformers` takes."""
+    # It wants an older tokenizers than constraints.txt has.
+    others = Path(session.create_tmp()).resolve() / "constraints.txt"
+    lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
+    others.write_text("".join(x for x in lines if not x.startswith(("transformers==", "tokenizers=="))))
+    session.install("-c", str(others), "-e", ".[testing,numba,torch]", f"transformers=={OLDEST_TRANSFORMERS}")
+    session.run("pytest", "tests/test_transformers.py", "tests/test_transformers_masks.py", *session.posargs)
 
 
 @nox.session(venv_backend="none")

@@ -8,7 +8,7 @@ that is left waits, that is an error. Registers begin with bits that are no sens
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -51,12 +51,14 @@ class Machine:
     arena : Arena
         Global memory.
     count : bool
-        Whether to count memory traffic, in `traffic`.
+        Whether to count memory traffic and instructions, in `traffic` and `mix`.
 
     Attributes
     ----------
     traffic : dict
         (file:line, memory, load or store) -> `Traffic`.
+    mix : Counter
+        (operation, type) -> instructions of warps, branches left out; counted like traffic.
     steps : int
         Instructions that were run, each for all threads that stood there.
     """
@@ -96,6 +98,7 @@ class Machine:
         self.alive = np.ones(self.size, bool)
         self.copies = together.Copies(self.size)
         self.traffic: dict[tuple[str, str, str], Traffic] = defaultdict(Traffic)
+        self.mix: Counter[tuple[str, str]] = Counter()
         self.counts = count
         self.steps = 0
         self._all = np.arange(self.size)
@@ -344,6 +347,9 @@ class Machine:
         meaning = arithmetic.MEANING.get(one.op) or together.MEANING.get(one.op) or _MEMORY.get(one.op)
         if meaning is None:
             raise PtxError(f"no meaning is known of {one.text} ({one.where})")
+        if self.counts:
+            warps = self.size // 32 if mask is None else int(mask.reshape(-1, 32).any(axis=1).sum())
+            self.mix[one.op, one.type] += warps
         meaning(self, one, mask)
 
 
