@@ -41,6 +41,12 @@ KIT = (
     "logits of 1e4 with sinks and causal, bfloat16",
     "a cache, score_mod",
     "reversed arrays, bhld, float16",
+    "dropout, float64",
+    "dropout and everything, float16",
+    "dropout and a decoding step, bfloat16",
+    "dropout over several tiles",
+    "dropout and gathered keys",
+    "dropout, nan is hidden from some rows",
 )
 
 

@@ -35,6 +35,7 @@ class CupyBackend(Backend):
             "sinks",
             "kv_lengths",
             "q_offset",
+            "dropout",
             "grouped_heads",
             "return_lse",
             "weights",

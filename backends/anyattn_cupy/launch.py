@@ -68,7 +68,7 @@ def attend(call: AttentionCall, cupy: Any) -> tuple[Array, Array | None]:
     vectors = vector_loads(q, k, v)
     variant = choose(device, call.dtype, call.head_dim, call.v_head_dim, vectors, len(sizes))
     variant, spans = _scheduled(call, variant, cupy)
-    program = lower(call.visible, call.score)
+    program = lower(call.visible, call.score, call.keep)
     index = index_type(program, call)
     captured, kept = captured_of(call, program, variant, index, cupy)
 

@@ -106,8 +106,9 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
             for (int m = 0; m < KEYS; ++m) {
                 const Real weight = exp(score[r][m] - base);
                 part += weight;
-                weights[(row_group + 4 * r) * WEIGHT_PITCH + key_group + 8 * m] =
-                    strict && hidden[m] ? Real(-1) : weight;
+                const int place = key_group + 8 * m, number = tile.key(a, min(place, count - 1));
+                weights[(row_group + 4 * r) * WEIGHT_PITCH + place] =
+                    strict && hidden[m] ? Real(-1) : weight * kept_of(c, item, row, position, number);
             }
 #pragma unroll
             for (int lane = 1; lane < 8; lane *= 2) part += __shfl_xor_sync(~0u, part, lane);

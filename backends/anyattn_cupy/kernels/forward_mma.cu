@@ -184,6 +184,8 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
                     float& score = weight[n][2 * half + e];
                     score = power_of_2((score - base) * LOG2_E);
                     part += score;
+                    const int number = tile.key(a, min(8 * n + pair + e, count - 1));
+                    score *= kept_of(c, item, row, position, number);
                     if (strict && hidden[n / 16] >> (2 * n + e) % 32 & 1) score = -1;
                 }
             total[half] = total[half] * scaled + part;

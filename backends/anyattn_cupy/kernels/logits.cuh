@@ -1,6 +1,7 @@
-// From a product q . k to the logit that the softmax sees, by the functions that were printed for the call.
+// From a product q . k to the logit that the softmax sees, and from a weight to what meets the value, by the functions
+// that were printed for the call.
 //
-// Given: namespace program (`anyattn.expr.print_cuda`) with the macros ANYATTN_SCORE and ANYATTN_VISIBLE.
+// Given: namespace program (`anyattn.expr.print_cuda`) with the macros ANYATTN_SCORE, ANYATTN_VISIBLE, ANYATTN_KEEP.
 
 __device__ __forceinline__ Real logit_of(
     Real score, const program::Captured& c, const Item& item, Row row, long long position, int key
@@ -19,5 +20,16 @@ __device__ __forceinline__ bool is_seen(
     return program::visible(c, item.batch, row.head, row.row, (program::Index)position, key);
 #else
     return true;
+#endif
+}
+
+// What a weight is multiplied by, after the sum of its row.
+__device__ __forceinline__ Real kept_of(
+    const program::Captured& c, const Item& item, Row row, long long position, int key
+) {
+#if ANYATTN_KEEP
+    return program::keep(c, item.batch, row.head, row.row, (program::Index)position, key);
+#else
+    return 1;
 #endif
 }
