@@ -29,7 +29,6 @@ class NumbaBackend(Backend):
     dtypes = frozenset({"float16", "bfloat16", "float32", "float64"})
     devices = ("cpu",)
     capabilities = frozenset(CAPABILITIES) - {
-        "dropout",
         "gradients",
         "traced",
         "deterministic_backward",

@@ -6,7 +6,7 @@ call of one signature stands in a template; a call copies it and puts in its add
 
 from __future__ import annotations
 
-BLOCK_WORDS = 78
+BLOCK_WORDS = 79
 (
     # What each call sets: the counter that hands out items, memory for the threads, and arrays. lse is
     # (B, Hq, Lq), contiguous, of the accumulation type; 0 where it is not wanted.
@@ -68,6 +68,7 @@ BLOCK_WORDS = 78
     # Code for scores and masks (`anyattn_numba.tiles`), 0 for none, and what it captures.
     TILE_CODE,
     HAS_SCORE,
+    HAS_KEEP,
     CAPTURED,
     # Where the parts of a thread's memory begin, in bytes.
     AT_LANES,
@@ -145,5 +146,6 @@ SOURCE_WORDS = 13
 SOURCE_CODE, SOURCE_BLOCK, SOURCE_ROOM, SOURCE_SLOT, SOURCE, SOURCE_SHAPE = range(0, 48, 8)
 SOURCE_STRIDES = 72
 
-# Actions of tile code: change the scores; that and hide; tell what is seen (1 or 0) in TILE_SEEN.
-SCORE, SCORE_AND_HIDE, SEEN = range(3)
+# Actions of tile code: change the scores; that and hide; tell what is seen (1 or 0) in TILE_SEEN; multiply what
+# softmax made of the scores by what dropout leaves of it.
+SCORE, SCORE_AND_HIDE, SEEN, KEEP = range(4)

@@ -96,6 +96,8 @@ def decode_kernel(shape: Shape, dtype: str, stored_dtype: str | None = None) -> 
         largest, factor = state + lanes * size, state + 3 * lanes * size
         largest_of(1, scores, count, largest)
         soften(1, scores, count, state, largest, state + 2 * lanes * size, factor)
+        if read_word(block + a.HAS_KEEP) != 0:
+            describe_tile(block, item, scratch, first, columns, count, a.KEEP)
         if masked != 0 and not finite(values, value_stride, count, v_head_dim):
             describe_tile(block, item, scratch, first, columns, count, a.SEEN)
             weigh_seen(block, scratch, values, value_stride, count, size, v_head_dim * size)

@@ -8,6 +8,7 @@ Plainly, for the queries of an item:
         new = max(largest, scores)                    (down the keys of each lane)
         weights, factor = exp(scores - new), exp(largest - new)
         total = factor * total + sum of weights
+        weights = keep code of weights                (dropout, which the total knows nothing of)
         out = factor * out + values^T weights
     out / total, and lse = largest + log(total)
 
@@ -59,6 +60,8 @@ def forward_kernel(shape: Shape, dtype: str, stored_dtype: str | None = None) ->
         state = scratch + read_word(block + a.AT_STATE)
         factor = state + 3 * width * size
         soften(vectors, weights, count, state, state + width * size, state + 2 * width * size, factor)
+        if read_word(block + a.HAS_KEEP) != 0:
+            describe_tile(block, item, scratch, first, columns, count, a.KEEP)
         values, stride = load_values(block, item, scratch, first, columns, count)
         v_head_dim = read_word(block + a.V_HEAD_DIM)
         if masked != 0 and not finite(values, stride, count, v_head_dim):

@@ -109,10 +109,10 @@ def tile_address(program: Program, accumulate: str, index: str) -> int:
 
 def call_source(call: AttentionCall) -> str:
     """The code that is generated for a call, and what calls it."""
-    program = lower(call.visible, call.score)
+    program = lower(call.visible, call.score, call.keep)
     kernels = "forward.py (decode.py for few queries)" if call.operation == "attention" else "inspect.py"
     head = f"# {kernels} of anyattn_numba, for {call.dtype} with sums in {call.accumulate}, "
-    if program.visible is None and program.score is None:
+    if not program.functions:
         return f"{head}calls no generated code:\n# score unchanged, every key visible\n"
     source = tile_source(program, call.accumulate, index_type(program, index_ranges(call)))
     return f"{head}calls `tile` for each tile of scores.\n{source}"
@@ -120,7 +120,7 @@ def call_source(call: AttentionCall) -> str:
 
 def call_key(call: AttentionCall) -> KernelKey:
     """The key of all code that a call of this kind runs: kernels, which serve all sizes, and its own."""
-    program = lower(call.visible, call.score)
+    program = lower(call.visible, call.score, call.keep)
     code = code_digest(_OWN_CODE + call_source(call))
     name = f"{call.operation}_int8" if "int8" in call.features else call.operation
     return _key(name, program.text, call.dtype, call.accumulate, code)

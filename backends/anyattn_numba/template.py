@@ -87,9 +87,10 @@ class Template:
         numbers: dict[int, int] = {}
         for n, x in enumerate(call.others):
             numbers.setdefault(id(x), n)
-        visible, score = (
-            None if root is None else take_out(root, numbers) for root in (call.visible, call.score)
-        )
+        visible, score, keep = roots = [
+            None if root is None else take_out(root, numbers)
+            for root in (call.visible, call.score, call.keep)
+        ]
         self._library, self._accumulate = call.library, call.accumulate
         # Numbers of arrays in `AttentionCall.others`.
         self._offset = numbers.get(id(call.offset))
@@ -109,7 +110,7 @@ class Template:
         self._ranges = index_ranges(
             replace(call, offset_host=None) if anywhere else call, unread_offset=(-call.q_len, call.k_len)
         )
-        self._program = program = None if visible is None and score is None else lower(visible, score)
+        self._program = program = lower(visible, score, keep) if any(x is not None for x in roots) else None
         self._captures = None if program is None else self._capture(call, program)
         # Other integers than lengths are read for each case.
         fixed = program is not None and not integers - {self._lengths}
@@ -226,6 +227,7 @@ class Template:
             put(a.SINKS, numpy.ascontiguousarray(as_numpy(call.sinks, call.library)))
         put(a.SCALE, int(numpy.float64(call.scale).view(numpy.int64)))
         put(a.HAS_SCORE, call.score is not None)
+        put(a.HAS_KEEP, call.keep is not None)
         chunk = _NARROW_CHUNK if self.narrow else _CHUNK
         put(a.CHUNK, chunk)
         tile = 0 if self._program is None else tile_memory(self._program, call.accumulate, chunk)

@@ -53,11 +53,8 @@ class _Tile:
         self.accumulate = accumulate
         self.index = index
         self.shape = shape_of(host(), accumulate)
-        roots = {"visible": program.visible, "score": program.score}
         self.row = {
-            name: [node.kind for _, node in body(root).row]
-            for name, root in roots.items()
-            if root is not None
+            name: [node.kind for _, node in body(root).row] for name, root in program.functions.items()
         }
         self.numbers = [f"p{n}" for n in range(len(program.parameter_kinds))]
         self.tables = [f"t{n}" for n in range(len(table_slots(program)))]
@@ -111,11 +108,13 @@ class _Tile:
         # LLVM chooses vectors for a length that it knows a multiple and a bound of, and leaves no rest.
         lines += [f"    lanes = min(width // {lanes}, {vectors}) * {lanes}"]
         if "score" in self.row:
-            lines += ["    if action != a.SEEN:", *over("score", "{}")]
+            lines += ["    if action < a.SEEN:", *over("score", "{}")]
         if "visible" in self.row:
             hidden = f"np.{self.accumulate}(0 if action == a.SEEN else -np.inf)"
-            lines += ["    if action != a.SCORE:", f"        hidden = {hidden}"]
+            lines += ["    if action == a.SCORE_AND_HIDE or action == a.SEEN:", f"        hidden = {hidden}"]
             lines += over("visible", "out[n, lane] if {} else hidden")
+        if "keep" in self.row:
+            lines += ["    if action == a.KEEP:", *over("keep", "out[n, lane] * {}")]
         return lines
 
     def tile(self) -> list[str]:
@@ -170,7 +169,10 @@ class _Tile:
             lines += ["    for lane in range(width):", *("        " + line for line in body_)]
         for n, name in enumerate(self.aligned):
             source = f"captured + {at + n * 8 * SOURCE_WORDS}"
-            lines.append(f"    invoke(read_word({source}), tile, {source})")
+            if "keep" in self.row:  # which reads none of them
+                lines.append("    if action != a.KEEP:")
+            indent = "        " if "keep" in self.row else "    "
+            lines.append(f"{indent}invoke(read_word({source}), tile, {source})")
             before = f"{8 * row_words(self.program)} + {(1 + n) * self.shape.itemsize} * entries_stride(keys)"
             lines.append(f"    {name} = array_of(room + ({before}) * width, keys, width, TILE)")
         lines += [f"    pairs(out, action, {', '.join(self.passed)})", "    return 0"]
@@ -179,7 +181,7 @@ class _Tile:
 
 def row_words(program: Program) -> int:
     """How many words tile code keeps of each query: its indices narrowed, and what is the same in its row."""
-    return 3 + sum(len(body(root).row) for root in (program.visible, program.score) if root is not None)
+    return 3 + sum(len(body(root).row) for root in program.functions.values())
 
 
 def tile_memory(program: Program, accumulate: str, keys: int) -> int:
