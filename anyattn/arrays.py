@@ -77,6 +77,8 @@ def refused_type(x: Any) -> str | None:
             return f"its layout is {x.layout}"
         if x.is_nested:
             return "it is nested"
+        if torch._C._get_tracing_state() is not None:
+            return "torch.jit.trace would keep what it gives as a constant (torch.export does not)"
     for base in type(x).__mro__:
         if base.__name__ in _REFUSED and base.__module__.partition(".")[0] == "numpy":
             return _REFUSED[base.__name__]
@@ -243,7 +245,10 @@ def _numpy_signature(x: Array) -> tuple[Any, ...]:
 
 
 def _torch_signature(x: Array) -> tuple[Any, ...] | None:
-    if is_tracer(x) or needs_gradient(x) or x.layout is not sys.modules["torch"].strided or x.is_nested:
+    torch = sys.modules["torch"]
+    if is_tracer(x) or needs_gradient(x) or x.layout is not torch.strided or x.is_nested:
+        return None
+    if torch._C._get_tracing_state() is not None:
         return None
     # A lazily negated tensor (the imaginary part of a conjugate) does not hold its values.
     return type(x), x.shape, x.stride(), x.dtype, x.device, x.is_neg(), x.data_ptr() % x.element_size() == 0
