@@ -200,3 +200,30 @@ def test_dropout_is_repeated_by_the_seed_of_torch():
     assert torch.equal(found[0], again)
     assert torch.equal(found[0], wanted)
     assert not torch.equal(*found)
+
+
+def test_stands_in_by_replacing_the_function_itself(monkeypatch):
+    """Modules of torch call it by its name, and the backend `torch` must not call itself."""
+    layer = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    x = torch.randn(2, 7, 16)
+    hidden = torch.arange(7) > torch.tensor([[3], [6]])
+    wanted = layer(x, x, x, key_padding_mask=hidden, need_weights=False)[0]
+    plain = layer(x, x, x, need_weights=False)[0]
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", scaled_dot_product_attention)
+    with aa.use(backend="torch"), aa.dispatch.recording() as records:
+        torch.testing.assert_close(layer(x, x, x, key_padding_mask=hidden, need_weights=False)[0], wanted)
+        torch.testing.assert_close(layer(x, x, x, need_weights=False)[0], plain)
+    assert len(records) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_casts_under_autocast_what_torch_casts(dtype):
+    q, k, v = torch.randn(3, 2, 3, 5, 4, dtype=dtype)
+    bias = torch.randn(5, 5, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = theirs(q, k, v, bias)
+        found = scaled_dot_product_attention(q, k, v, bias)
+        mixed = scaled_dot_product_attention(q.bfloat16(), k, v) if dtype == torch.float32 else None
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    assert found.dtype == (torch.bfloat16 if dtype == torch.float32 else torch.float64)
+    assert mixed is None or mixed.dtype == torch.bfloat16

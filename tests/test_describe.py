@@ -215,6 +215,13 @@ class TestTorch:
         with pytest.raises(TypeError, match=r"q: Tensor is not taken, its layout is torch\.sparse_coo"):
             aa.attention(tensors[0].to_sparse(), *tensors[1:])
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+    def test_tensors_of_jit_trace_are_refused(self, torch):
+        """What Numba computes would be a constant of the traced function."""
+        tensors = [torch.from_numpy(x) for x in (Q, K, V)]
+        with pytest.raises(TypeError, match=r"q: Tensor is not taken, torch\.jit\.trace would keep"):
+            torch.jit.trace(lambda *given: aa.attention(*given, causal=True), tensors)
+
     @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
     def test_nested_tensors_are_refused(self, torch):
         nested = torch.nested.nested_tensor([torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)])

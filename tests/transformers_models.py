@@ -33,6 +33,7 @@ class Model:
 
     `attentions` is how many calls one forward pass makes, `inputs` what it takes: "tokens", "image" or
     "speech". A "decoder" continues its input, an "encoder" does not, "both" is an encoder with a decoder.
+    Before the version `since` transformers does not let others compute its attention.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Model:
     kind: str = "decoder"
     inputs: str = "tokens"
     attentions: int = 2
+    since: tuple[int, int] = (5, 4)
     checks: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -142,6 +144,7 @@ MODELS = (
         "position bias, cross attention",
         kind="both",
         attentions=6,
+        since=(5, 15),
     ),
     Model(
         "BART",

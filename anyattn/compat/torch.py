@@ -5,6 +5,7 @@ from __future__ import annotations
 from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.attention import attention
+from anyattn.compat.autocast import autocast
 from anyattn.compat.renaming import renaming
 from anyattn.compat.seeds import drawn_seed
 
@@ -78,6 +79,7 @@ def scaled_dot_product_attention(
         if x.ndim < (3 if enable_gqa else 2):
             wanted = "(..., heads, length, dim) where enable_gqa" if enable_gqa else "(..., length, dim)"
             raise ValueError(f"{name}: wanted axes {wanted}, got shape {tuple(x.shape)}")
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     rank = max(query.ndim, key.ndim, value.ndim)
     query, key, value = (_with_axes(x, min(rank, 3)) for x in (query, key, value))
     if rank > 2 and not enable_gqa:

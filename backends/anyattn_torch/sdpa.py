@@ -30,7 +30,8 @@ def attend(call: AttentionCall) -> tuple[Array, None]:
 
     q, k, v = four_axes(call)
     with arrays.exactly(call.q):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, **_options(call))
+        # Not by its public name, in whose place users put that of anyattn.compat.torch.
+        out = torch.ops.aten.scaled_dot_product_attention(q, k, v, **_options(call))
     return out.reshape(*call.batch_shape, *out.shape[1:]), None
 
 

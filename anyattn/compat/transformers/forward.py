@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import anyattn
+from anyattn.compat.autocast import autocast
 from anyattn.compat.seeds import drawn_seed
 from anyattn.compat.transformers.seen import SeenKeys
 
@@ -80,7 +81,7 @@ def attention_forward(
             raise NotImplementedError(
                 f"{name}: {what} is not what attn_implementation='anyattn' computes yet"
             )
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     options = _seen(module, query, key, attention_mask, is_causal)
     if position_bias is not None:
         options["bias"] = position_bias + options["bias"] if "bias" in options else position_bias
@@ -125,11 +126,3 @@ def _seen(
             f"{kv_length} keys; wanted a mask, which says where the queries stand"
         )
     return {"causal": True}
-
-
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """In the type of autocast where it is on, as torch casts for its own attention."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
