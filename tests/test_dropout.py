@@ -36,9 +36,9 @@ GRID = np.ix_(range(BATCH), range(HEADS), range(ROWS), range(KEYS))
 
 def backends():
     """Names of backends, each with libraries that it takes."""
-    for name in ("reference", "numba"):
+    for name in ("reference", "numba", "torch"):
         for library in ("numpy", "torch", "jax.numpy", "array_api_strict", "dask.array"):
-            if name == "reference" or (name, library) in (("numba", "numpy"),):
+            if name == "reference" or (name, library) in (("numba", "numpy"), ("torch", "torch")):
                 yield name, library
 
 

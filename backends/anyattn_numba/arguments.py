@@ -146,6 +146,6 @@ SOURCE_WORDS = 13
 SOURCE_CODE, SOURCE_BLOCK, SOURCE_ROOM, SOURCE_SLOT, SOURCE, SOURCE_SHAPE = range(0, 48, 8)
 SOURCE_STRIDES = 72
 
-# Actions of tile code: change the scores; that and hide; tell what is seen (1 or 0) in TILE_SEEN; multiply what
-# softmax made of the scores by what dropout leaves of it.
+# Actions of tile code: change the scores; that and hide; tell what is seen (1 or 0) in TILE_SEEN; multiply
+# what softmax made of the scores by what dropout leaves of it.
 SCORE, SCORE_AND_HIDE, SEEN, KEEP = range(4)

@@ -22,7 +22,7 @@ class TorchBackend(Backend):
     arrays = ("torch.Tensor",)
     devices = ("*",)
     # Weights and statistics of torch tensors are those of `reference`, which computes them with torch.
-    capabilities = frozenset(CAPABILITIES) - {"dropout", "weights", "stats"}
+    capabilities = frozenset(CAPABILITIES) - {"weights", "stats"}
     requires = ("torch",)
     extra = "torch"
 

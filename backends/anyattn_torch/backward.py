@@ -2,7 +2,8 @@
 
 With p = exp(score - lse), delta = sum(dout * out) - dlse (Dao et al., "FlashAttention", 2022, section 3.1):
 dv = p^T . dout, dscore = p * (dout . v^T - delta), dq = scale * dscore . k, dk = scale * dscore^T . q, and
-dsink = -sum(exp(sink - lse) * delta). The compiler's derivatives take dscore through the score function to
+dsink = -sum(exp(sink - lse) * delta). With dropout, p is times what is kept of it in dv, and dout . v^T in
+dscore; delta is as it was. The compiler's derivatives take dscore through the score function to
 the scores and to captured arrays (`captured`).
 
 Chunks, rows and keys come in one order and no two threads add to one element, so gradients have the same bits
@@ -139,9 +140,13 @@ def _backward(chunk: Chunk, careful: bool, found: _Gradients, rows: tuple[Tensor
             p = torch.sub(s, row_base, out=work.buffer(weights, tuple(s.shape))).exp_()
             hide(p, hidden, 0.0)
             packed = chunk.packed(count, span.end - span.start)
+            kept = scores.kept(visit, span)
             if dv is not None:
-                dv.add(span.start, span.end, p.reshape(packed), g)
+                left = p if kept is None else torch.mul(p, kept, out=work.buffer("kept", tuple(p.shape)))
+                dv.add(span.start, span.end, left.reshape(packed), g)
             ds = torch.bmm(g, values.transpose(1, 2), out=work.buffer("slopes", packed)).view(p.shape)
+            if kept is not None:
+                ds.mul_(kept)
             ds.sub_(row_delta).mul_(p)
             right = queries
             if careful and hidden:

@@ -31,6 +31,8 @@ _BLOCK = 128
 
 def refusal(call: AttentionCall) -> str | None:
     """Why FlexAttention does not mean the same by a call, or is not to be had; None if it takes it."""
+    if call.keep is not None:
+        return "has no dropout"
     if call.kv_lengths is not None:
         return "reads keys beyond kv_lengths, where a NaN would reach the result"
     if call.sinks is not None:

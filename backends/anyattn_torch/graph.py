@@ -168,12 +168,13 @@ def _unpacked(tensors: Sequence[Tensor], options: dict[str, Any]) -> dict[str, A
         window=options.get("window"),
         mask=options.get("mask"),
         score_mod=options.get("score_mod"),
+        dropout=options.get("dropout", 0.0),
     )
     return shared | own
 
 
 # What packed sequences do not change.
-_OF_ALL = ("softcap", "sinks", "scale", "dropout", "dropout_seed")
+_OF_ALL = ("softcap", "sinks", "scale", "dropout_seed")
 
 
 def _places(

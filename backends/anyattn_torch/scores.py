@@ -79,6 +79,12 @@ class Scores:
         hide(s, hidden, -torch.inf)
         return s
 
+    def kept(self, visit: Visit, span: Span) -> Tensor | None:
+        """What dropout multiplies the weights of a tile by, broadcasting to it; None without dropout."""
+        if self.call.keep is None:
+            return None
+        return evaluate(self.call.keep, self.tile(visit, span.start, span.end))
+
     def tile(self, visit: Visit, start: int, end: int) -> Tile:
         """The place of the rows of a visit and a range of keys, for the evaluation of expressions."""
         index = torch.int64

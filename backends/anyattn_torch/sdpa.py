@@ -52,6 +52,8 @@ def _other_meaning(call: AttentionCall) -> str | None:
     for name, value in (("softcap", call.softcap), ("score_mod", call.score_mod), ("sinks", call.sinks)):
         if value is not None:
             return f"has no {name}"
+    if call.keep is not None:
+        return "draws what it drops from a generator, not from the seed of the call"
     if call.return_lse:
         return "does not return the lse"
     if call.kv_lengths is not None:

@@ -43,6 +43,7 @@ class Template:
     call: AttentionCall
     score: tuple[Captured, ...]
     visible: tuple[Captured, ...]
+    keep: tuple[Captured, ...]
     has_sinks: bool
     has_offset: bool
     differentiable: int
@@ -74,8 +75,8 @@ def take_apart(call: AttentionCall) -> tuple[Template, tuple[Tensor, ...]]:
     """The template of a call and all its tensors, those with gradients first."""
     floats = score_arrays(call)
     score = (*floats, *(part for part in _captured(call.score) if part.kind != "float"))
-    visible = _captured(call.visible)
-    tensors = [*differentiable(call), *(part.value for part in (*score[len(floats) :], *visible))]
+    visible, keep = _captured(call.visible), _captured(call.keep)
+    tensors = [*differentiable(call), *(part.value for part in (*score[len(floats) :], *visible, *keep))]
     has_offset = arrays.is_array(call.offset)
     if has_offset:
         tensors.append(call.offset)
@@ -88,16 +89,19 @@ def take_apart(call: AttentionCall) -> tuple[Template, tuple[Tensor, ...]]:
         offset=None if has_offset else call.offset,
         score=_with_values(call.score, score, range(len(score))),
         visible=_with_values(call.visible, visible, range(len(visible))),
+        keep=_with_values(call.keep, keep, range(len(keep))),
         kv_lengths=None,
         lengths_host=None,
         mask=None,
         score_mod=None,
         bias=None,
+        dropout_seed=None,
     )
     template = Template(
         call=bare,
         score=_captured(bare.score, score),
         visible=_captured(bare.visible, visible),
+        keep=_captured(bare.keep, keep),
         has_sinks=call.sinks is not None,
         has_offset=has_offset,
         differentiable=len(differentiable(call)),
@@ -113,6 +117,7 @@ def put_together(template: Template, tensors: Sequence[Tensor]) -> AttentionCall
     sinks = rest.pop(0) if template.has_sinks else None
     offset: Any = rest.pop() if template.has_offset else template.call.offset
     count = len(template.score)
+    last = count + len(template.visible)
     host = template.call.offset_host
     if host is None and arrays.is_concrete_cpu(offset):
         host = arrays.to_host(offset).copy()
@@ -131,7 +136,8 @@ def put_together(template: Template, tensors: Sequence[Tensor]) -> AttentionCall
         offset=offset,
         offset_host=host,
         score=_with_values(template.call.score, template.score, rest[:count]),
-        visible=_with_values(template.call.visible, template.visible, rest[count:]),
+        visible=_with_values(template.call.visible, template.visible, rest[count:last]),
+        keep=_with_values(template.call.keep, template.keep, rest[last:]),
         features=frozenset(features),
     )
 
@@ -165,7 +171,7 @@ def fold(
     if template.has_sinks:
         folded.append(front(3, 1))
     first = len(folded)
-    parts = (*template.score, *template.visible)
+    parts = (*template.score, *template.visible, *template.keep)
     new: dict[int, Captured] = {}
     for n, part in enumerate(parts, start=first):
         if isinstance(part, Aligned):
@@ -182,12 +188,14 @@ def fold(
         batch_shape=(size, *batch),
         score=_folded(call.score, new, entries),
         visible=_folded(call.visible, new, entries),
+        keep=_folded(call.keep, new, entries),
     )
     return replace(
         template,
         call=bare,
         score=tuple(new.get(id(part), part) for part in template.score),
         visible=tuple(new.get(id(part), part) for part in template.visible),
+        keep=tuple(new.get(id(part), part) for part in template.keep),
     ), folded
 
 

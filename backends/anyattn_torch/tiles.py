@@ -80,6 +80,9 @@ def _forward(chunk: Chunk, careful: bool, out: Tensor, lse: Tensor) -> None:
             s = scores.products(queries, k.block(span.start, span.end), rows)
             s = scores.masked(scores.changed(s, hidden, visit, span), hidden)
             state, p = _advance(chunk, state, s, hidden)
+            kept = scores.kept(visit, span)
+            if kept is not None:
+                p.view(s.shape).mul_(kept)
             values = v.block(span.start, span.end)
             if hidden and careful:
                 _add_seen_nonfinite(state[2], p, _seen(s.shape, hidden, s.device).reshape(p.shape), values)
