@@ -66,6 +66,7 @@ CALLS = {
         tensors("f2"),
         {"dropout": 0.4, "dropout_seed": 3, "mask": masks.fixed(40, 2) & masks.sliding_window(50)},
     ),
+    "float16 on 9.0": lambda: (tensors("f2", k_len=260), {}),
     "float16 on 7.5": lambda: (tensors("f2"), {"causal": True}),
     "float32": lambda: (tensors("f4"), {}),
     "float32 causal": lambda: (tensors("f4"), {"causal": True}),
@@ -77,7 +78,8 @@ CALLS = {
 
 def device_for(name: str) -> dict[str, int]:
     """The device that a call is for."""
-    return {"capability": 75 if "7.5" in name else 80, "multiprocessors": 8 if "parts" in name else 1}
+    capability = next((number for version, number in (("7.5", 75), ("9.0", 90)) if version in name), 80)
+    return {"capability": capability, "multiprocessors": 8 if "parts" in name else 1}
 
 
 def references() -> dict[str, Any]:
@@ -230,6 +232,10 @@ MUTANTS = (
          "= 8 * n + pair + e;", "wrong", "float16 dropout"),
     _mma("dropout of one head", "program::keep(c, item.batch, row.head,", "program::keep(c, item.batch, 0,",
          "wrong", "float16 dropout"),
+    _mma("three stages, of which two are waited for", "wait_for_groups<STAGES - 2>()", "wait_for_groups<2>()",
+         "has not been waited for", "float16 on 9.0"),
+    _mma("one tile more on its way than there is room for", "stage < STAGES - 1; ++stage) begin_tile",
+         "stage < STAGES; ++stage) begin_tile", "has not been waited for", "float16 on 9.0"),
     _mma("halves of a key's channels swapped", '"r"(a[1]), "r"(b0));', '"r"(a[1]), "r"(b1));',
          "wrong", "float16 on 7.5"),
     _mma("one half of the channels twice", '"r"(a[2]), "r"(a[3]), "r"(b1));',

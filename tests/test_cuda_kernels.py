@@ -146,6 +146,16 @@ def test_compute_capability_7_5(dtype, kernel, install):
     assert any("bfloat16" in note for note in notes) == (dtype == "bfloat16")
 
 
+@pytest.mark.parametrize(("capability", "dim", "stages"), [(86, 64, 2), (90, 64, 3), (90, 128, 3)])
+def test_tiles_that_are_on_their_way(capability, dim, stages, install):
+    """One more where the shared memory of a multiprocessor holds as many blocks as before."""
+    device = Interpreted(capability)
+    install(device)
+    case = long(f"{dim} channels", "float16", dim, q_len=20, k_len=400, causal=True)
+    check_values(case, LIBRARIES["numpy"], "interpreted")
+    assert f"#define STAGES {stages}" in device.standin.launches[0].source
+
+
 @pytest.mark.parametrize(
     ("dtype", "dim", "v_dim"), [("float32", 300, 20), ("float16", 20, 260), ("bfloat16", 259, 257)]
 )

@@ -184,8 +184,21 @@ def _mma(
     for room in (device.shared_memory // 2, device.shared_memory):
         for one in tiles:
             if one.shared_memory <= room:
-                return one
+                return _deeper(device, one)
     return None
+
+
+# What each block of a multiprocessor takes of shared memory for itself, and the multiprocessor once more.
+_RESERVED = 1024
+
+
+def _deeper(device: Device, tile: Variant) -> Variant:
+    """With one more tile on its way, if shared memory then holds as many blocks as registers allow."""
+    blocks = 3 if max(tile.head_dim, tile.v_head_dim) <= 64 else 2
+    found = replace(tile, stages=3)
+    copies = device.capability >= 80
+    room = (device.shared_memory + _RESERVED) // blocks - _RESERVED
+    return found if copies and found.shared_memory <= room else tile
 
 
 # Tiles from the fastest to the smallest: more rows read keys less often, more keys mean fewer barriers.
