@@ -49,7 +49,7 @@ def top_blocks(q: Array, k: Array, block_size: int, count: int) -> Array:
         scores = xp.matmul(queries, xp.matrix_transpose(keys))
         if heads != kv_heads:
             scores = xp.reshape(scores, (*scores.shape[:-4], heads, *scores.shape[-2:]))
-    order = xp.argsort(scores, axis=-1, descending=True, stable=True)
+    order = xp.argsort(-scores, axis=-1, stable=True)
     return xp.argsort(order, axis=-1, stable=True) < count
 
 

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+import anyattn as aa
 from anyattn import cli
 from anyattn.demo import alike, attention_map, heads_page, model_files, text
 from anyattn.demo.errors import DemoError
@@ -91,6 +92,13 @@ def test_maps_are_those_of_transformers(model, expected):
     found = np.stack(encoder_on(model, "numpy").attention_maps(tokens(model, [TROPHY])[0]))
     assert found.shape == (6, 12, 16, 16)
     np.testing.assert_allclose(found, expected[1], atol=5e-6, rtol=0)
+
+
+def test_maps_are_the_weights_of_the_projections(model):
+    encoder, text = encoder_on(model, "numpy"), tokens(model, [TROPHY])[0]
+    q, k, v = (np.stack(parts) for parts in zip(*encoder.projections(text), strict=True))
+    assert q.shape == v.shape == (6, 12, 16, 32)
+    np.testing.assert_allclose(aa.attention_weights(q, k), encoder.attention_maps(text), atol=5e-6, rtol=0)
 
 
 def demo(tmp_path, *arguments: str) -> int:

@@ -140,6 +140,20 @@ class SentenceEncoder:
             maps.append(weights[0, ...])
         return maps
 
+    def projections(self, text: Sequence[int]) -> list[tuple[Array, Array, Array]]:
+        """Queries, keys and values of one text: for each layer three arrays (heads, L, head_dim)."""
+        xp = self._xp
+        hidden = self._embed_tokens([text], len(text))
+        lengths = xp.asarray([len(text)], dtype=arrays.index_dtype(xp, None), device=None)
+        found = []
+        for parameters in self._layers:
+            weights = parameters["attention"]
+            flat = (linear(hidden[0, ...], weights[f"w{key}"], weights[f"b{key}"]) for key in "qkv")
+            q, k, v = (xp.moveaxis(xp.reshape(x, (len(text), self.num_heads, -1)), 0, 1) for x in flat)
+            found.append((q, k, v))
+            hidden = self._run_layer(parameters, hidden, lengths)
+        return found
+
     def _embed_tokens(self, sentences: Sequence[Sequence[int]], length: int) -> Array:
         xp = self._xp
         numbers = [token for sentence in sentences for token in (*sentence, *[0] * (length - len(sentence)))]
