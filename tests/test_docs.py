@@ -58,6 +58,30 @@ def test_looking_inside(capsys: pytest.CaptureFixture[str]) -> None:
     assert ">w17<" in names["svg"]
 
 
+def test_caches() -> None:
+    names = run("caches.md", {})
+    k, v, q = (names[name] for name in "kvq")
+    longer = [np.concatenate([x, x[:, :, :1]], axis=2) for x in (k, v)]
+    np.testing.assert_allclose(names["out"], aa.attention(q, *longer), rtol=0, atol=1e-5)
+    for n in range(2):
+        own = [np.concatenate([x[0], x[n, :, :1]], axis=1) for x in (k, v)]
+        np.testing.assert_allclose(names["paged"][n], aa.attention(q[n], *own), rtol=0, atol=1e-5)
+
+
+def test_int8_errors_are_those_of_the_page() -> None:
+    spec = importlib.util.spec_from_file_location("caches_table", DOCS / "caches_table.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (DOCS / "caches.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| standard normal \| (\w+) \| (.*?) % \|", page, re.MULTILINE))
+    found = {name: 100 * rms for name, (rms, _, _) in module.errors(module.normal()).items()}
+    assert shown.keys() == found.keys()
+    for name, rms in found.items():
+        assert float(shown[name]) == pytest.approx(rms, rel=0.2), "run python docs/caches_table.py"
+
+
 def test_kernel_cache(capsys: pytest.CaptureFixture[str]) -> None:
     names = run("kernel-cache.md", {})
     q, k, v, f = (names[name] for name in "qkvf")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -282,3 +284,103 @@ def test_wrong_tokens_are_refused():
         aa.KVCache(k, v, sink_tokens=2)
     with pytest.raises(KeyError, match="sequence: the cache has"):
         paged(k, v).append(7, k[0], v[0])
+
+
+def int8_buffer(k, v, **kept):
+    return aa.KVCache(k, v, quantize="int8", **kept)
+
+
+def test_int8_is_off_by_half_a_step_at_most():
+    _, k, v = sequences()
+    k[0, 0, 3], k[0, 1, 2, 1], v[1, 0, 4, 0], v[1, 1, 5] = 0, np.nan, np.inf, 1e-44
+    cache = int8_buffer(k.astype(np.float32), v.astype(np.float32))
+    assert cache.k.dtype == cache.v.dtype == np.int8
+    assert cache.k_scales.dtype == np.float32
+    for x, stored, scales in ((k, cache.k, cache.k_scales), (v, cache.v, cache.v_scales)):
+        plain = np.isfinite(x).all(axis=-1)
+        assert np.isnan((stored * scales)[~plain]).all()
+        steps = abs(x).max(axis=-1, keepdims=True)[plain] / 127
+        assert (abs(stored * scales - x)[plain] <= steps * (0.5 + 1e-4) + 1e-44).all()
+        assert (abs(stored[plain].astype(int)).max(axis=-1)[steps[:, 0] > 1e-30] == 127).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba", "torch"])
+def test_int8_tokens_that_are_hidden_never_matter(backend):
+    xp = pytest.importorskip("torch") if backend == "torch" else np
+    q, k, v = (x.astype(np.float32) for x in sequences())
+    k[:, 0, 4], v[:, 0, 4] = np.nan, np.inf
+    cache = int8_buffer(xp.asarray(k), xp.asarray(v))
+    hidden = aa.masks.from_function(lambda b, h, i, j: j != 4)
+    for count in (1, TOKENS):
+        queries = xp.asarray(np.ascontiguousarray(q[:, :, -count:]))
+        found = np.asarray(aa.attention(queries, cache, mask=hidden, backend=backend))
+        kept = [np.delete(x, 4, axis=2) for x in (k, v)]
+        wanted = aa.attention(queries, int8_buffer(*map(xp.asarray, kept)), backend="reference")
+        np.testing.assert_allclose(found, np.asarray(wanted), rtol=1e-5, atol=1e-6)
+        seen = np.asarray(aa.attention(queries, cache, backend=backend))
+        assert np.isnan(seen[:, : HEADS // KV_HEADS]).all()
+        assert np.isfinite(seen[:, HEADS // KV_HEADS :]).all()
+
+
+def test_int8_caches_grow_are_cropped_reordered_and_shared():
+    q, k, v = (x.astype(np.float32) for x in sequences())
+    cache = int8_buffer(k[:, :, :5], v[:, :, :5])
+    cache.append(k[:, :, 5:9], v[:, :, 5:9])
+    cache.crop(8)
+    cache.reorder([1, 1])
+    cache.append(k[:, :, 20:21], v[:, :, 20:21])
+    pool = aa.PagedKVCache(*(np.zeros((20, 4, KV_HEADS, n), np.int8) for n in (DIM, V_DIM)))
+    first = pool.add()
+    pool.append(first, k[1, :, :8], v[1, :, :8])
+    pool.append(first, k[0, :, 20:21], v[0, :, 20:21])
+    second = pool.fork(first)
+    pool.crop(second, 8)
+    pool.append(second, k[1, :, 20:21], v[1, :, 20:21])
+    assert repr(pool) == "PagedKVCache(2 sequences, 18 tokens, 4 of 20 pages of 4, 2 heads, numpy int8)"
+    for n in range(2):
+        own = int8_buffer(*(np.concatenate([x[1, :, :8], x[n, :, 20:21]], axis=1)[None] for x in (k, v)))
+        wanted = aa.attention(q[n : n + 1, :, :1], own)[0]
+        np.testing.assert_allclose(aa.attention(q[:, :, :1], cache)[n], wanted, rtol=1e-6)
+        np.testing.assert_allclose(aa.attention(q[:, :, :1], pool)[n], wanted, rtol=1e-6)
+
+
+def test_int8_refuses_gradients_and_backends_that_lack_it(monkeypatch):
+    torch = pytest.importorskip("torch")
+    _, k, v = (torch.asarray(x) for x in sequences())
+    with pytest.raises(ValueError, match="k: wanted an array without gradients for an int8 cache"):
+        int8_buffer(k.requires_grad_(), v)
+    cache = int8_buffer(k.detach(), v)
+    q = torch.zeros(2, HEADS, 1, DIM, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(aa.errors.UnsupportedCallError, match="reads int8 keys and values of plain tensors"):
+        aa.attention(q, cache, backend="torch")
+    # What is asked from constants has gradients still.
+    aa.attention(q, cache).sum().backward()
+    assert torch.isfinite(q.grad).all()
+    assert q.grad.abs().max() > 0
+    monkeypatch.setattr(type(aa.backends()["reference"].backend), "capabilities", frozenset({"kv_lengths"}))
+    with pytest.raises(aa.errors.UnsupportedCallError, match="has no int8 "):
+        aa.attention(q.detach(), cache, backend="reference")
+    with pytest.raises(ValueError, match="quantize: wanted None or 'int8', got 'int4'"):
+        aa.KVCache(k, v, quantize="int4")
+    with pytest.raises(TypeError, match="k_pages, v_pages: wanted one dtype, a float or int8"):
+        aa.PagedKVCache(np.zeros((2, 2, 1, 3), np.int16), np.zeros((2, 2, 1, 3), np.int16))
+
+
+def test_pages_are_read_in_place():
+    """Decoding 26 MB of a pool of 32 MB takes 1.5 MB, for the schedule: nothing is gathered."""
+    pytest.importorskip("numba")
+    pool = np.ones((2, 512, 16, 4, 128), dtype=np.float32)
+    cache = aa.PagedKVCache(*pool)
+    numbers = [cache.add() for _ in range(4)]
+    for _ in range(100):
+        for n in numbers:
+            cache.append(n, *np.ones((2, 4, 16, 128), dtype=np.float32))
+    q = np.ones((4, 4, 1, 128), dtype=np.float32)
+    aa.attention(q, cache, backend="numba")
+    cache.append(numbers[0], *np.ones((2, 4, 1, 128), dtype=np.float32))
+    tracemalloc.start()
+    found = aa.attention(q, cache, backend="numba")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_allclose(found, 1.0, rtol=1e-6)
+    assert most < pool.nbytes // 10
