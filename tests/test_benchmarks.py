@@ -16,7 +16,17 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "asv_benchmarks"
 # Smaller than the smallest that is worth a measurement.
 SMALL = {"length": 130, "tokens": 700, "keys": 40}
-SUBJECTS = ("quadratic", "grouped", "sparse", "decode", "dtypes", "dispatch", "memory")
+SUBJECTS = (
+    "quadratic",
+    "grouped",
+    "sparse",
+    "decode",
+    "dtypes",
+    "dispatch",
+    "memory",
+    "caches",
+    "top_blocks",
+)
 
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the benchmarks are not in this distribution")
 
