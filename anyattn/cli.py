@@ -17,6 +17,7 @@ COMMANDS = {
     "info": "anyattn.info",
     "cache": "anyattn.cache_command",
     "warmup": "anyattn.warmup_command",
+    "check": "anyattn.check.command",
     "demo": "anyattn.demo.command",
 }
 

@@ -416,6 +416,14 @@ class CuPy(Library):
     dtypes = frozenset({"float16", "float32", "float64"})
     memories = frozenset({"plain", "reversed", "transposed", "gapped", "repeated"})
 
+    def missing(self) -> str | None:
+        absent = super().missing()
+        if absent is not None:
+            return absent
+        import cupy
+
+        return None if cupy.cuda.is_available() else "cupy finds no CUDA device"
+
     def array(self, value: Value, memory: str = "plain") -> Array:
         import cupy
 

@@ -1,0 +1,135 @@
+"""The conformance kit in processes of its own, alone and under compute-sanitizer.
+
+A crash of a kernel ends such a process and not the check, and what it prints goes to the report.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+__all__ = ["Part", "device_name", "run_kit", "run_sanitizer", "usable_library"]
+
+_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Of pytest's output: the account at its end, and as much of what failed.
+_MOST_LINES = 200
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a check: its title, exit status (None where it was not run), and what it printed."""
+
+    title: str
+    status: int | None
+    output: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether something was wrong."""
+        return bool(self.status)
+
+
+def usable_library(backend: str, name: str | None) -> Any:
+    """The kit's array library for a backend: `name`, or the first that the backend takes.
+
+    Raises
+    ------
+    LookupError
+        If the backend or the library cannot be used here; the message says why.
+    UnknownBackendError
+        If no backend has the name.
+    """
+    if find_spec("pytest") is None or find_spec("hypothesis") is None:
+        raise LookupError("the conformance kit needs pytest and hypothesis: pip install 'anyattn[testing]'")
+    from anyattn.registry import find
+    from anyattn.testing.libraries import LIBRARIES
+
+    status = find(backend, "--backend")
+    if not status.available or status.backend is None:
+        raise LookupError(f"{backend} is unavailable: {status.reason}")
+    taken = status.backend
+    if name is not None and name not in LIBRARIES:
+        raise LookupError(f"--library: no library {name!r}; there are {', '.join(LIBRARIES)}")
+    missing = {}
+    order = {array: n for n, array in enumerate(taken.arrays)}
+    for library in sorted(LIBRARIES.values(), key=lambda x: order.get(x.array_type, len(order))):
+        if name not in (None, library.name):
+            continue
+        if not _takes(taken.arrays, library.array_type) or not _takes(taken.devices, library.device):
+            continue
+        why = library.missing()
+        if why is None:
+            return library
+        missing[library.name] = why
+    if not missing:
+        what = "no library of the kit" if name is None else name
+        raise LookupError(
+            f"{backend} takes {', '.join(taken.arrays)} on {', '.join(taken.devices)}: not {what}"
+        )
+    reasons = dict.fromkeys(missing.values())
+    raise LookupError(f"{backend} cannot be used here: {'; '.join(reasons)}")
+
+
+def _takes(declared: Sequence[str], name: str) -> bool:
+    return "*" in declared or name in declared
+
+
+def run_kit(backend: str, library: str, families: Sequence[str]) -> Part:
+    """Run the kit, or families of it."""
+    chosen = [f"--anyattn-family={family}" for family in families]
+    done = _run([*_pytest(backend, library), *chosen])
+    title = "Conformance kit" + (f", {', '.join(families)}" if families else "")
+    return Part(title, done.returncode, _end(done.stdout))
+
+
+def run_sanitizer(backend: str, library: str) -> list[Part]:
+    """Run the family `pairs` under each tool of compute-sanitizer, where that is installed."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return [Part("compute-sanitizer", None, "compute-sanitizer is not installed, or not on the path")]
+    parts = []
+    for tool in _TOOLS:
+        sys.stderr.write(f"compute-sanitizer, {tool}\n")
+        watched = [program, f"--tool={tool}", "--error-exitcode=99", "--target-processes=all"]
+        done = _run([*watched, *_pytest(backend, library), "--anyattn-family=pairs"])
+        parts.append(Part(f"compute-sanitizer {tool}, pairs", done.returncode, _end(done.stdout)))
+    return parts
+
+
+def _pytest(backend: str, library: str) -> list[str]:
+    kit = ["--pyargs", "anyattn.testing", f"--anyattn-backend={backend}", f"--anyattn-library={library}"]
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *kit]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    # What is printed to either stream belongs together, in the order of its lines.
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+
+
+def _end(output: str) -> str:
+    lines = output.splitlines()
+    left = len(lines) - _MOST_LINES
+    return "\n".join([f"({left} lines before)", *lines[left:]] if left > 0 else lines)
+
+
+def device_name(library: Any) -> str:
+    """The name of the device that arrays of a library lie on."""
+    if library.device != "cuda":
+        return f"{library.device}, {os.cpu_count()} processors"
+    if library.array_type == "torch.Tensor":
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    found = runtime.getDeviceProperties(cupy.cuda.Device().id)
+    version = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+    capability = f"{found['major']}.{found['minor']}"
+    return f"{found['name'].decode()}, compute capability {capability}, driver and runtime {version}"
