@@ -8,7 +8,7 @@ import numpy as np
 from cuda_standin import Standin
 
 from anyattn.backend import Backend
-from anyattn_cupy import CupyBackend, inspect_launch, launch
+from anyattn_cupy import CupyBackend, inspect_launch, launch, listing
 
 __all__ = ["Interpreted"]
 
@@ -40,6 +40,12 @@ class Interpreted(CupyBackend):
 
     def notes(self, call: Any) -> tuple[str, ...]:
         return launch.remarks(call, self.make(self.capability, **self.options))
+
+    def source(self, call: Any) -> str:
+        return listing.source_of(call, self.make(self.capability, **self.options))
+
+    def kernel_key(self, call: Any) -> Any:
+        return listing.key_of(call, self.make(self.capability, **self.options))
 
     def run(self, call: Any) -> Any:
         self.standin = self.make(self.capability, **self.options)

@@ -77,6 +77,8 @@ class Standin:
         What becomes of a source before it is compiled.
     """
 
+    __version__ = "14.2.0"
+
     def __init__(
         self,
         capability: int = 80,
@@ -93,7 +95,12 @@ class Standin:
         self.change = change
         self.where = [(0, 0)]
         self.events: list[SimpleNamespace] = []
-        self.cuda = SimpleNamespace(Device=self._device, ExternalStream=self._stream, Event=self._event)
+        self.cuda = SimpleNamespace(
+            Device=self._device,
+            ExternalStream=self._stream,
+            Event=self._event,
+            nvrtc=SimpleNamespace(getVersion=lambda: (13, 5)),
+        )
         self.RawModule = functools.partial(_Module, self)
 
     def _device(self, number: int | None = None) -> Any:

@@ -279,3 +279,18 @@ def test_scores_and_masks_compile_nothing_again(interpreted):
         )
         sources |= {x.source for x in interpreted.standin.launches}
     assert len(sources) == 1
+
+
+def test_compile_shows_the_kernel_and_its_key(interpreted):
+    options = {"dtype": "float16", "head_dim": 24, "backend": "interpreted"}
+    window = aa.compile(mask=masks.sliding_window(10), **options)
+    assert "forward_mma.cu" in window.source
+    assert "#define STAGES 2" in window.source
+    q, k, v = (np.random.default_rng(0).standard_normal((1, 2, 70, 24)).astype("f2") for _ in range(3))
+    window(q, k, v)
+    assert interpreted.standin.launches[0].source == window.source
+    key = window.cache_key
+    assert (key.backend, key.kernel, key.target) == ("cupy", "forward_mma", "sm_80")
+    assert dict(key.tiles) == {"rows": 64, "keys": 64, "stages": 2}
+    assert aa.compile(mask=masks.sliding_window(30), **options).cache_key == key
+    assert aa.compile(mask=masks.sliding_window(30), softcap=2.0, **options).cache_key != key

@@ -9,10 +9,13 @@ kernel reads, as `arguments` lays it out, and `source` joins the text that CuPy 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyattn.backend import Backend
 from anyattn.call import AttentionCall
+
+if TYPE_CHECKING:
+    from anyattn.kernels.key import KernelKey
 
 __all__ = ["backend"]
 
@@ -73,6 +76,26 @@ class CupyBackend(Backend):
 
         with current(call, cupy):
             return remarks(call, cupy)
+
+    def source(self, call: AttentionCall) -> str:
+        """CUDA C++ of the kernel that serves a call."""
+        import cupy
+
+        from anyattn_cupy.exchange import current
+        from anyattn_cupy.listing import source_of
+
+        with current(call, cupy):
+            return source_of(call, cupy)
+
+    def kernel_key(self, call: AttentionCall) -> KernelKey:
+        """The complete key of that kernel."""
+        import cupy
+
+        from anyattn_cupy.exchange import current
+        from anyattn_cupy.listing import key_of
+
+        with current(call, cupy):
+            return key_of(call, cupy)
 
     def run(self, call: AttentionCall) -> Any:
         """Run a call on the device of its arrays, on the current stream."""

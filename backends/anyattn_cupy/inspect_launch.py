@@ -23,11 +23,22 @@ from anyattn_cupy.filling import (
     index_type,
     vector_loads,
 )
+from anyattn_cupy.launch import Choice
 from anyattn_cupy.schedules import device_schedule
-from anyattn_cupy.source import kernel_source
 from anyattn_cupy.variants import choose_inspect, chunks_of
 
-__all__ = ["stats", "weights"]
+__all__ = ["chosen", "stats", "weights"]
+
+
+def chosen(call: AttentionCall, arrays: tuple[Array, ...], cupy: Any) -> Choice:
+    """The kernel for a call of "weights" or "stats" with these q and k of CuPy."""
+    axes, _ = batch_axes(call.batch_shape, arrays)
+    vectors = vector_loads(*arrays)
+    variant = choose_inspect(current_device(cupy), call.dtype, call.head_dim, vectors, len(axes))
+    # The schedule is one of all rows; chosen ones look at every key.
+    spans = None if call.rows is not None else device_schedule(call, variant.rows, variant.keys, cupy)
+    program = lower(call.visible, call.score)
+    return Choice(variant, program, index_type(program, call), spans)
 
 
 def weights(call: AttentionCall, cupy: Any) -> Array:
@@ -70,18 +81,14 @@ def _launch(
 ) -> None:
     """Launch `inspect` on q, k and, for weights, out; with memory for sums, by their names as arguments."""
     sizes, strides = batch_axes(call.batch_shape, tuple(arrays.values()))
-    vectors = vector_loads(arrays["q"], arrays["k"])
-    variant = choose_inspect(current_device(cupy), call.dtype, call.head_dim, vectors, len(sizes))
-    # The schedule is one of all rows; chosen ones look at every key.
-    spans = None if rows is not None else device_schedule(call, variant.rows, variant.keys, cupy)
-    program = lower(call.visible, call.score)
-    index = index_type(program, call)
-    captured, kept = captured_of(call, program, variant, index, cupy)
+    choice = chosen(call, (arrays["q"], arrays["k"]), cupy)
+    variant = choice.variant
+    captured, kept = captured_of(call, choice.program, variant, choice.index, cupy)
 
     block = numpy.zeros((), argument_dtype(len(sizes)))
     fill_arrays(block, arrays, sizes, strides)
     items = fill_sizes(block, call, variant, call.q_len if rows is None else rows.shape[0])
-    kept += fill_options(block, call, variant, spans, cupy)
+    kept += fill_options(block, call, variant, choice.spans, cupy)
     for name, x in sums.items():
         block[name] = x.data.ptr
     block["row_numbers"] = 0 if rows is None else rows.data.ptr
@@ -91,9 +98,8 @@ def _launch(
         chunks, block["order"] = sums["key_mass"].shape[0], 0
     block["chunks"] = chunks
 
-    inspect = compiled(
-        cupy, cupy.cuda.Device().id, "inspect", kernel_source(variant, program, index), variant.shared_memory
-    )
+    number = cupy.cuda.Device().id
+    inspect = compiled(cupy, number, "inspect", choice.source, variant.shared_memory)
     grid = (items // blocks * chunks,)
     inspect(grid, (variant.threads,), (block, captured), shared_mem=variant.shared_memory)
     hold(call, [*arrays.values(), *sums.values(), rows, *kept], cupy)

@@ -7,14 +7,14 @@ code where there is no device. Nothing here reads values of arrays, so nothing w
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
 
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
-from anyattn.expr.program import lower
+from anyattn.expr.program import Program, lower
 from anyattn_cupy.arguments import argument_dtype
 from anyattn_cupy.devices import current_device
 from anyattn_cupy.exchange import as_cupy, hold
@@ -32,7 +32,7 @@ from anyattn_cupy.schedules import DeviceSchedule, device_schedule
 from anyattn_cupy.source import combine_source, kernel_source
 from anyattn_cupy.variants import Variant, choose, parts_of
 
-__all__ = ["attend", "remarks"]
+__all__ = ["Choice", "attend", "chosen", "remarks"]
 
 # A warp of `combine` has a row.
 _COMBINE_THREADS = 128
@@ -57,6 +57,35 @@ def remarks(call: AttentionCall, cupy: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The kernel for a call: its variant, the program that is printed into it, the type of its integers.
+
+    `spans` is the schedule on the device, in the tiles of the variant.
+    """
+
+    variant: Variant
+    program: Program
+    index: str
+    spans: DeviceSchedule | None
+
+    @property
+    def source(self) -> str:
+        """CUDA C++, complete."""
+        return kernel_source(self.variant, self.program, self.index)
+
+
+def chosen(call: AttentionCall, arrays: tuple[Array, ...], cupy: Any) -> Choice:
+    """The kernel for a call of "attention" with these q, k and v of CuPy."""
+    # The result is contiguous and joins whatever axes its inputs join.
+    axes, _ = batch_axes(call.batch_shape, arrays)
+    sizes = call.dtype, call.head_dim, call.v_head_dim
+    variant = choose(current_device(cupy), *sizes, vector_loads(*arrays), len(axes))
+    variant, spans = _scheduled(call, variant, cupy)
+    program = lower(call.visible, call.score, call.keep)
+    return Choice(variant, program, index_type(program, call), spans)
+
+
 def attend(call: AttentionCall, cupy: Any) -> tuple[Array, Array | None]:
     """(out, lse) of a call of "attention", as CuPy's arrays."""
     q, k, v = (as_cupy(x, cupy) for x in (call.q, call.k, call.v))
@@ -64,29 +93,24 @@ def attend(call: AttentionCall, cupy: Any) -> tuple[Array, Array | None]:
     if not math.prod(out.shape[:-1]):
         return out, lse
     sizes, strides = batch_axes(call.batch_shape, (q, k, v, out))
-    device = current_device(cupy)
-    vectors = vector_loads(q, k, v)
-    variant = choose(device, call.dtype, call.head_dim, call.v_head_dim, vectors, len(sizes))
-    variant, spans = _scheduled(call, variant, cupy)
-    program = lower(call.visible, call.score, call.keep)
-    index = index_type(program, call)
-    captured, kept = captured_of(call, program, variant, index, cupy)
+    choice = chosen(call, (q, k, v), cupy)
+    variant = choice.variant
+    captured, kept = captured_of(call, choice.program, variant, choice.index, cupy)
 
     block = numpy.zeros((), argument_dtype(len(sizes)))
     fill_arrays(block, {"q": q, "k": k, "v": v, "out": out}, sizes, strides)
     items = fill_sizes(block, call, variant, call.q_len)
-    kept += fill_options(block, call, variant, spans, cupy)
+    kept += fill_options(block, call, variant, choice.spans, cupy)
     block["lse"] = 0 if lse is None else lse.data.ptr
     # Blocks of a wide call have a range of columns each.
     ranges = max(1, -(-call.v_head_dim // variant.v_head_dim)) if variant.wide else 1
-    parts = parts_of(device, items * ranges, -(-call.k_len // variant.keys))
+    parts = parts_of(current_device(cupy), items * ranges, -(-call.k_len // variant.keys))
     block["parts"] = parts
     if parts > 1:
         kept += _make_parts(block, out, parts, call.accumulate, cupy)
 
     number = cupy.cuda.Device().id
-    source = kernel_source(variant, program, index)
-    forward = compiled(cupy, number, "forward", source, variant.shared_memory)
+    forward = compiled(cupy, number, "forward", choice.source, variant.shared_memory)
     grid = (items * parts, ranges)
     forward(grid, (variant.threads,), (block, captured), shared_mem=variant.shared_memory)
     if parts > 1:
