@@ -95,6 +95,14 @@ class Backend:
         """What the caller should know of how the call would run: copies, quadratic memory, approximations."""
         return ()
 
+    def unordered(self, call: AttentionCall) -> str | None:
+        """Why the same backward of a call twice may give other bits; None where it gives the same.
+
+        The base class answers from the declarations; a backend whose answer depends on the call refines it.
+        """
+        declared = "deterministic_backward" in self.capabilities
+        return None if declared else "does not declare deterministic_backward"
+
     def run(self, call: AttentionCall) -> Any:
         """Run a call that `unsupported` has no reason against.
 

@@ -43,6 +43,12 @@ class TorchBackend(Backend):
 
         return routes.notes(call)
 
+    def unordered(self, call: AttentionCall) -> str | None:
+        """Own tiles add in one order; torch's kernels do on CPU alone."""
+        from anyattn_torch import routes
+
+        return routes.unordered(call)
+
     def run(self, call: AttentionCall) -> Any:
         """Run a call."""
         if call.operation == "linear":

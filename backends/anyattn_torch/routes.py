@@ -18,7 +18,7 @@ from anyattn.arrays import Array
 from anyattn.call import AttentionCall
 from anyattn_torch.tensors import has_tangents
 
-__all__ = ["ROUTES", "Route", "choose", "forward", "notes", "only", "run"]
+__all__ = ["ROUTES", "Route", "choose", "forward", "notes", "only", "run", "unordered"]
 
 ROUTES = ("sdpa", "flex", "tiles")
 _NAMES = {"sdpa": "SDPA", "flex": "FlexAttention", "tiles": "own tiles"}
@@ -81,6 +81,13 @@ def notes(call: AttentionCall) -> tuple[str, ...]:
     found += _memory(route.name, call)
     found += [f"not on {_NAMES[name]}: it {reason}" for name, reason in route.passed]
     return tuple(found)
+
+
+def unordered(call: AttentionCall) -> str | None:
+    """Why the same backward of a call twice may give other bits."""
+    if call.device_kind == "cpu" or choose(call).name == "tiles":
+        return None
+    return f"sums gradients in any order on {call.device_kind} until torch.use_deterministic_algorithms(True)"
 
 
 def forward(call: AttentionCall, described: AttentionCall) -> tuple[Array, Array]:

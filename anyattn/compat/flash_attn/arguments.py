@@ -6,6 +6,7 @@ from typing import Any
 
 from anyattn import arrays, dispatch, scores
 from anyattn.arrays import Array
+from anyattn.backend import Backend
 from anyattn.describe import Options, describe
 from anyattn.errors import UnsupportedCallError
 from anyattn.numbers import integer
@@ -47,22 +48,14 @@ def alibi(slopes: Array, q: Array, batch: int, heads: int) -> Score:
 
 
 def check_deterministic(q: Array, k: Array, v: Array, options: dict[str, Any]) -> None:
-    """Raise where gradients are wanted and the backend of the call does not declare them deterministic."""
+    """Raise where gradients are wanted and the backend may sum them in another order each time."""
     call = describe("attention", q, k, v, Options(**options))
     if "gradients" not in call.features:
         return
     chosen = dispatch.choose(call, None)
-    reason = None
-    if "deterministic_backward" not in chosen.capabilities:
-        reason = "does not declare deterministic_backward"
-    elif call.library == "torch" and call.device_kind != "cpu":
-        import torch
-
-        if not torch.are_deterministic_algorithms_enabled():
-            reason = (
-                f"sums gradients in any order on {call.device_kind} until "
-                "torch.use_deterministic_algorithms(True)"
-            )
+    # Duck-typed backends may do without an answer of their own.
+    ask = getattr(chosen, "unordered", None)
+    reason = Backend.unordered(chosen, call) if ask is None else ask(call)
     if reason is not None:
         raise UnsupportedCallError(
             f"deterministic: backend {chosen.name!r}, which would run this call, {reason}",
