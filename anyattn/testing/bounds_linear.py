@@ -38,7 +38,7 @@ Array = Any
 def linear_bounds(dense: LinearDense, dtype: str) -> dict[str, Array]:
     """Bounds of "out", "state" and "normalizer", in the shapes of the results."""
     units = UNITS[dtype]
-    features = 4 * max((_feature_error(dense.feature_map, x, units.u) for x in dense.unmapped), default=0.0)
+    features = 4 * max((feature_error(dense.feature_map, x, units.u) for x in dense.unmapped), default=0.0)
     return dense.together(_strand_bounds(units, features))
 
 
@@ -46,9 +46,7 @@ def _strand_bounds(units: Units, features: float) -> Callable[[Strand], tuple[Ar
     def bound(strand: Strand) -> tuple[Array, Array, Array]:
         length, dim = strand.k.shape
         decay = np.zeros((length, dim)) if strand.decay is None else strand.decay
-        finite = np.where(np.isfinite(decay), np.abs(decay), 0.0)
-        terms = dim + length + length * finite.sum(axis=0).max(initial=0.0) + 32
-        gamma = 2 * units.u * terms + features
+        gamma = rounding(strand, units.u) + features
         between, since = _decays(decay)
         key, query = np.abs(strand.k), np.abs(strand.q)
         last = between[-1] if length else np.zeros((0, dim))
@@ -86,6 +84,16 @@ def _strand_bounds(units: Units, features: float) -> Callable[[Strand], tuple[Ar
     return bound
 
 
+def rounding(strand: Strand, u: float) -> float:
+    """2 u (F + L + L sum |decay| + 32): gamma but for the error of features."""
+    length, dim = strand.k.shape
+    summed = 0.0
+    if strand.decay is not None:
+        finite = np.where(np.isfinite(strand.decay), np.abs(strand.decay), 0.0)
+        summed = float(finite.sum(axis=0).max(initial=0.0))
+    return 2 * u * (dim + length + length * summed + 32)
+
+
 def _decays(decay: Array) -> tuple[Array, Array]:
     """E_ts (L, L, F), 0 for s > t, and what is left at t of the state before the first token, (L, F)."""
     length, dim = decay.shape
@@ -112,7 +120,7 @@ def _written(strand: Strand, between: Array, since: Array, each: float) -> tuple
     return written, each * inverse @ (right + plain @ written)
 
 
-def _feature_error(given: Any, x: Array, u: float) -> float:
+def feature_error(given: Any, x: Array, u: float) -> float:
     """Relative error of a feature: rounding, and that of an exponent in absolute terms."""
     if x.size == 0 or given in (None, "identity", "relu"):
         return 0.0

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from anyattn.testing import oracle
-from anyattn.testing.bounds import Bounds, gradient_bounds
+from anyattn.testing.bounds import UNITS, Bounds, gradient_bounds
 from anyattn.testing.bounds_linear import linear_bounds
 from anyattn.testing.case import ACCUMULATION, CACHES, Case, Value
+from anyattn.testing.linear_gradients import linear_gradients
 from anyattn.testing.oracle.linear import recur
 
 Array = Any
@@ -109,6 +110,8 @@ def differentiable(case: Case, arrays: Mapping[str, Value]) -> list[str]:
 def expected_gradients(case: Case, arrays: Mapping[str, Value] | None = None) -> dict[str, Expected]:
     """Gradients of Σ dout·out + Σ dlse·lse by every float array of the case."""
     arrays = case.arrays() if arrays is None else arrays
+    if case.operation == "linear":
+        return _expected_linear_gradients(case, arrays)
     dense, _ = _dense(case, arrays)
     plain = {name: value.values for name, value in arrays.items()}
     (q, k, v), keywords = case.arguments(plain, ORACLE)
@@ -149,6 +152,27 @@ def expected_gradients(case: Case, arrays: Mapping[str, Value] | None = None) ->
         rounding = bounds.units.u_in if dtype == case.dtype else np.finfo(dtype).eps
         limit = limits[name] + rounding * np.abs(values[name]) + bounds.units.floor_in
         found[name] = Expected(values[name], limit, dtype)
+    return found
+
+
+def _expected_linear_gradients(case: Case, arrays: Mapping[str, Value]) -> dict[str, Expected]:
+    arguments, keywords = case.arguments({name: value.values for name, value in arrays.items()}, ORACLE)
+    keywords.pop("return_state", None)
+    dense, dout = oracle.LinearDense.of(*arguments, **keywords), cotangents(case).dout
+    if case.layout == "blhd" and dense.has_heads:
+        dout = np.swapaxes(dout, -3, -2)
+    shapes = {name: arrays[name].values.shape for name in differentiable(case, arrays)}
+    per_head = "decay" in arrays and arrays["decay"].values.ndim < arguments[1].ndim
+    gradients = linear_gradients(
+        dense, case.dtype, dout.reshape(*dense.q.shape[:3], dense.v.shape[-1]), shapes, per_head
+    )
+    found = {}
+    for name, (values, bound) in gradients.items():
+        units = UNITS[arrays[name].dtype]
+        found[name] = Expected(
+            values, bound + units.u_in * np.abs(values) + units.floor_in + UNITS[case.dtype].floor,
+            arrays[name].dtype,
+        )  # fmt: skip
     return found
 
 

@@ -38,7 +38,7 @@ def all_cases() -> tuple[Case, ...]:
 
 def gradient_cases() -> tuple[Case, ...]:
     """Every case that is differentiated by each of its float arrays."""
-    return _distinct(derivatives.cases())
+    return _distinct((*derivatives.cases(), *linear.gradient_cases()))
 
 
 def repeatable_cases() -> tuple[Case, ...]:

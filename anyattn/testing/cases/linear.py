@@ -24,6 +24,38 @@ def cases() -> Iterator[Case]:
     yield from _values()
 
 
+def gradient_cases() -> Iterator[Case]:
+    """Calls that are differentiated by every float array in them, in the family of all such."""
+    shared: dict[str, Any] = {"family": "gradients", "also": {"gradients"}}
+    for rule, dtype, each_channel in (
+        ("linear", "float16", True), ("gated", "bfloat16", False), ("delta", "float64", False),
+    ):  # fmt: skip
+        yield _case(
+            f"gradient, {rule}, {dtype}", "the rule by itself, and the state that it starts from", rule,
+            heads=4, kv_heads=2, length=7, dtype=dtype, each_channel=each_channel, **shared,
+            state=_state(2, dtype="float64" if dtype == "float64" else "float32"),
+        )  # fmt: skip
+    yield _case(
+        "gradient, gated_delta, 67 tokens", "what comes back from one chunk to the one before",
+        "gated_delta", length=67, state=_state(1), **shared,
+    )  # fmt: skip
+    yield _case(
+        "gradient, normalised, packed, blhd", "the derivative of a quotient, a sequence at a time", "gated",
+        heads=2, length=11, feature_map="elu+1", normalize=True, layout="blhd",
+        cu_seqlens=Given("cu_seqlens", (0, 5, 5, 11)),
+        state=(_state(3, 1), Drawn("z", (3, 1, DIM), "float32", "positive")), **shared,
+    )  # fmt: skip
+    yield _case(
+        "gradient, batch axes that broadcast", "sums over those that share a decay or keys", "gated_delta",
+        q_batch=(2, 1), k_batch=(1, 3), v_batch=(3,), length=5, state=_state(2, 1, 1), **shared,
+        decay=Drawn("decay", (2, 1, 1, 5), how="decays"), beta=Drawn("beta", (3, 1, 5), how="positive"),
+    )  # fmt: skip
+    yield _case(
+        "gradient, both ways, two axes", "every query reads the last state", causal=False, q_len=3, k_len=5,
+        two_axes=True, **shared,
+    )  # fmt: skip
+
+
 def _case(
     name: str,
     why: str,
@@ -37,6 +69,7 @@ def _case(
     two_axes: bool = False,
     decays: str = "decays",
     plants: tuple[Plant, ...] = (),
+    family: str = FAMILY,
     **options: Any,
 ) -> Case:
     """A case of a rule with what the rule needs; keys of the delta rules have length 1, as they should."""
@@ -49,7 +82,7 @@ def _case(
         needed["beta"] = Drawn("beta", (*batch, *head, length), how="positive")
     options = {"q_len": length, "k_len": length, "dim": DIM, "v_dim": V_DIM, **needed, **options}
     return call(
-        f"linear: {name}", FAMILY, why, batch=batch, heads=heads, kv_heads=kv_heads, two_axes=two_axes,
+        f"linear: {name}", family, why, batch=batch, heads=heads, kv_heads=kv_heads, two_axes=two_axes,
         operation="linear", rule=rule, recipes={"k": "unit"} if rule.endswith("delta") else None,
         plants=plants, **options,
     )  # fmt: skip
