@@ -147,6 +147,73 @@ def test_keys_of_other_sequences_are_not_computed(monkeypatch):
     assert (long.full.count, long.partial.count) == (28 + 28, 8 + 8)
 
 
+def computed_by_reference(monkeypatch, run):
+    from anyattn.reference.logits import Logits
+
+    found, block = [], Logits.block
+
+    def counting(self, start, size, full=False):
+        found.append(self.num_rows * size)
+        return block(self, start, size, full)
+
+    monkeypatch.setattr(Logits, "block", counting)
+    run(np)
+    return sum(found)
+
+
+def computed_by_numba(monkeypatch, run):
+    template = pytest.importorskip("anyattn_numba.template")
+    found, case = [], template.Template.case
+
+    def counting(self, others, threads):
+        found.append(case(self, others, threads))
+        return found[-1]
+
+    monkeypatch.setattr(template.Template, "case", counting)
+    run(np)
+    return found[-1].work.pairs
+
+
+def computed_by_torch(monkeypatch, run):
+    torch = pytest.importorskip("torch")
+    scores = pytest.importorskip("anyattn_torch.scores")
+    routes = pytest.importorskip("anyattn_torch.routes")
+    found, products = [], scores.Scores.products
+
+    def counting(self, q, k, rows):
+        found.append(rows * k.shape[1])
+        return products(self, q, k, rows)
+
+    monkeypatch.setattr(scores.Scores, "products", counting)
+    with routes.only("tiles"):
+        run(torch)
+    return sum(found)
+
+
+COMPUTED = {"reference": computed_by_reference, "numba": computed_by_numba, "torch": computed_by_torch}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", COMPUTED)
+def test_no_padding_is_computed(backend, causal, monkeypatch):
+    """Scores are computed of pairs within a sequence, and of what its last tiles hold beside these."""
+    lengths = (700, 1, 0, 299, 1000)
+
+    def run(xp):
+        x = xp.asarray(np.ones((sum(lengths), 1, 4), dtype=np.float32))
+        out = aa.varlen_attention(x, x, x, starts(lengths).tolist(), starts(lengths).tolist(), causal=causal,
+                                  backend=backend)  # fmt: skip
+        assert float(abs(out - 1).max()) < 1e-5
+
+    pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
+    padded = len(lengths) * max(lengths) ** 2
+    # Tiles of rows and keys: 256 x 256, 128 x 512, and on Numba at most 48 x 32.
+    room = {"reference": 1.8, "torch": 1.7, "numba": 1.15}[backend]
+    found = COMPUTED[backend](monkeypatch, run)
+    assert pairs <= found < room * pairs
+    assert found < padded / 2
+
+
 def test_gradients_are_those_of_each_sequence():
     torch = pytest.importorskip("torch")
     q, k, v = (torch.tensor(x, requires_grad=True) for x in inputs())
