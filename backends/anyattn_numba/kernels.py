@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 KERNELS = ("forward", "decode", "combine", "weights", "stats")
-"""Names of the kernels of attention, its weights and statistics; "linear" is made when it is asked for."""
+"""Names of the kernels of attention, its weights and statistics; "linear" is that of linear attention."""
 
 _lock = held_over_forks(threading.Lock())
 _tiles: dict[tuple[str, str, str], int] = {}

@@ -304,7 +304,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                 stage + lane * wide * size, v_dim, factor, target + lane * read_word(block + OUT_ROW), stored
             )
 
-    @compiled
+    @inlined
     def correct(block: int, strand: int, scratch: int, first: int, count: int) -> None:
         """V = U."""
         dim, columns, width = read_word(block + HEAD_DIM), read_word(block + COLUMNS), padded(count)

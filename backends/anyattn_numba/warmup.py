@@ -42,7 +42,7 @@ def warm_up(dtypes: Collection[str]) -> Iterator[tuple[str, float]]:
     """What was compiled or loaded, and the seconds it took."""
     yield "threads", _seconds(threads.warm_up)
     for dtype in dtypes:
-        for kernel in KERNELS:
+        for kernel in (*KERNELS, "linear"):
             yield f"{kernel}, {dtype}", _seconds(kernel_address, kernel, dtype)
     for accumulate in dict.fromkeys("float64" if dtype == "float64" else "float32" for dtype in dtypes):
         for name, options in COMMON.items():
