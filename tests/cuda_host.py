@@ -101,7 +101,7 @@ class _Function(SimpleNamespace):
         self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0
     ) -> None:
         raw = [argument_bytes(x) for x in args]
-        run_launch(self.program, self.standin.arena, grid[0], block[0], shared_mem, raw)
+        run_launch(self.program, self.standin.arena, (*grid, 1)[:2], block[0], shared_mem, raw)
         self.standin.launches.append(SimpleNamespace(source=self.source, grid=grid, block=block))
 
 
@@ -187,11 +187,11 @@ def _compile(arguments: list[Any]) -> None:
 
 
 def run_launch(
-    program: Path, arena: Arena, blocks: int, threads: int, shared: int, arguments: list[bytes]
+    program: Path, arena: Arena, blocks: tuple[int, int], threads: int, shared: int, arguments: list[bytes]
 ) -> None:
     """Run a launch on what an arena holds; HostError if the program finds something."""
     spans = arena.allocations()
-    numbers = [blocks, threads, shared, Arena.BASE, arena.top, len(arguments), *map(len, arguments)]
+    numbers = [*blocks, threads, shared, Arena.BASE, arena.top, len(arguments), *map(len, arguments)]
     numbers += [len(spans), *(x for span in spans for x in span)]
     head = struct.pack(f"{len(numbers)}Q", *numbers) + b"".join(arguments)
     # What nobody has written is no number.

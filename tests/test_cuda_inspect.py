@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cuda_compile import need_nvrtc
+from cuda_host import Hosted, need_sanitizers
 from cuda_mutants_inspect import CALLS, MUTANTS, different, perform, references
 from cuda_runs import Interpreted
 from ptx import PtxError
@@ -161,3 +162,12 @@ def test_caught(mutant, wanted, install):
     assert planted == [1], f"{mutant.old!r} occurs {planted} times"
     assert said
     assert mutant.caught in said
+
+
+@pytest.mark.parametrize(
+    ("name", "sanitizer"), [("weights rows", "address"), ("stats", "address"), ("stats", "thread")]
+)
+def test_as_a_program_of_the_host(name, sanitizer, wanted, install):
+    need_sanitizers()
+    install(Hosted(sanitizer, multiprocessors=2))
+    assert not different(perform(name, "interpreted"), wanted[name])

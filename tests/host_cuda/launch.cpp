@@ -1,6 +1,6 @@
 // Runs one launch that is described in a file, and writes memory back as it is then.
 //
-//     launch FILE: numbers of 64 bits: blocks, threads of a block, bytes of shared memory, base and size of global
+//     launch FILE: numbers of 64 bits: blocks along x and y, threads of a block, bytes of shared memory, base and size of global
 //     memory, count of arguments and the size of each, count of allocations and (offset, size) of each; then the
 //     bytes of the arguments, then those of global memory.
 //
@@ -69,6 +69,7 @@ struct Block {
 };
 
 ucontext_t scheduler;
+unsigned columns;
 void* of_scheduler;
 Block* block;
 Fiber* running;
@@ -162,7 +163,7 @@ void run_block(Block& one) {
 namespace host {
 
 Index thread_index() { return {running->number, 0, 0}; }
-Index block_index() { return {block->number, 0, 0}; }
+Index block_index() { return {block->number % columns, block->number / columns, 0}; }
 unsigned char* shared_memory() { return block->shared; }
 
 void fail(int line, const char* what) {
@@ -215,7 +216,8 @@ int main(int, char** names) {
         read(&found, sizeof found);
         return found;
     };
-    const Number blocks = number(), threads = number(), shared = number(), base = number(), size = number();
+    columns = number();
+    const Number blocks = columns * number(), threads = number(), shared = number(), base = number(), size = number();
     std::vector<Number> sizes(number());
     for (Number& one : sizes) one = number();
     if (!takes(sizes.data(), sizes.size())) std::fprintf(stderr, "arguments of other sizes\n"), std::exit(3);

@@ -107,6 +107,14 @@ bool takes(const unsigned long long* sizes, int count);
 #define __any_sync(members, said) host::any(members, said, __LINE__)
 
 inline int min(int x, int y) { return x < y ? x : y; }
+inline long long min(long long x, long long y) { return x < y ? x : y; }
+inline long long max(long long x, long long y) { return x > y ? x : y; }
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
 inline unsigned __cvta_generic_to_shared(const void* p) { return (const unsigned char*)p - host::shared_memory(); }
 inline const void* __cvta_generic_to_global(const void* p) { return p; }
 
