@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import array_api_compat
 import numpy as np
 
+from anyattn import arrays
 from anyattn.expr.evaluate import Tile, evaluate
 from anyattn.expr.nodes import Apply, Const, Expr, Symbol, depends_on, walk
 from anyattn.schedule.parts import Parts, Readable, Unread
@@ -172,7 +172,7 @@ class Space:
 
     def evaluate(self, expr: Expr, group: NDArray, row: NDArray, key: NDArray) -> NDArray:
         """Values at (group, row, key), whose shapes broadcast."""
-        xp = array_api_compat.array_namespace(row)
+        xp = arrays.namespace(row)
         symbols = {
             "b": self.b[group],
             "h": self.h[group],

@@ -12,9 +12,9 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-import array_api_compat.numpy
 import numpy
 
+from anyattn.arrays import namespace
 from anyattn.expr.evaluate import Tile, evaluate
 from anyattn.expr.nodes import Apply, Const, Expr, Load, Symbol, depends_on, walk
 from anyattn.expr.program import canonical
@@ -221,7 +221,7 @@ def _flat_index(node: Load, batch_size: int) -> NDArray | None:
     if any(isinstance(inner, Load) or index.kind != "int" for index in node.indices for inner in walk(index)):
         return None
     entries = numpy.arange(batch_size, dtype=numpy.int64)
-    tile = Tile(array_api_compat.numpy, None, numpy.int64, numpy.float64, {"b": entries}, 0, 1, None)
+    tile = Tile(namespace(entries), None, numpy.int64, numpy.float64, {"b": entries}, 0, 1, None)
     at = numpy.zeros(batch_size, numpy.int64)
     for index, size in zip(node.indices, node.table.value.shape, strict=True):
         at = at * size + numpy.clip(evaluate(index, tile), 0, max(size - 1, 0))

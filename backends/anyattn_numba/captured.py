@@ -1,17 +1,13 @@
-"""Arrays that tile code reads and writes, made of addresses.
-
-`numba.carray` does the same, and takes Numba 20 ms for each type and number of axes.
-"""
+"""Arrays that tile code reads and writes, made of addresses."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
 
-from anyattn_numba.jit import cgutils, intrinsic
+from anyattn_numba.jit import array_value, intrinsic
 from anyattn_numba.vectors import INT64, offset
 
 __all__ = ["array_of", "captured_array"]
@@ -50,16 +46,5 @@ def array_of(typing_context: Any, address: Any, rows: Any, width: Any, kind: Any
 def _array(
     context: Any, builder: Any, array_type: Any, address: Any, shape: list[Any], strides: list[Any]
 ) -> Any:
-    # 25 ms, which code from the disk cache does without.
-    arrayobj: Any = import_module("numba.np.arrayobj")
-    array = arrayobj.make_array(array_type)(context, builder)
-    item = context.get_data_type(array_type.dtype)
-    arrayobj.populate_array(
-        array,
-        data=builder.inttoptr(address, item.as_pointer()),
-        shape=cgutils.pack_array(builder, shape, ty=INT64),
-        strides=cgutils.pack_array(builder, strides, ty=INT64),
-        itemsize=ir.Constant(INT64, context.get_abi_sizeof(item)),
-        meminfo=None,
-    )
-    return array._getvalue()
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    return array_value(context, builder, array_type, pointer, shape, strides)

@@ -1,4 +1,4 @@
-"""Numba's decorators as this package uses them.
+"""Numba's decorators as this package uses them, and arrays made of addresses.
 
 What they give is called by compiled code only, whose types are Numba's, so it has none for Python.
 """
@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from importlib import import_module
 from types import FunctionType
 from typing import Any
 
 import numba
 import numba.extending
+from llvmlite import ir
 from numba.core import cgutils as _cgutils
+from numba.core import types
 
-__all__ = ["OPTIONS", "carray", "cgutils", "compiled", "inlined", "intrinsic"]
+__all__ = ["OPTIONS", "array_value", "carray", "cgutils", "compiled", "inlined", "intrinsic"]
 
 # No exception for a division by zero, no GIL, and no wrappers that make functions callable from Python, which
 # take a sixth of the time in which kernels compile.
@@ -25,7 +28,6 @@ OPTIONS: dict[str, Any] = {
     "no_cfunc_wrapper": True,
 }
 
-carray: Any = vars(numba)["carray"]
 cgutils: Any = _cgutils
 
 
@@ -58,6 +60,50 @@ def _name_apart(function: Callable[..., Any]) -> None:
 def intrinsic(function: Callable[..., Any]) -> Any:
     """A function whose code is written with llvmlite."""
     return numba.extending.intrinsic(function)
+
+
+@intrinsic
+def carray(typing_context: Any, address: Any, shape: Any, kind: Any) -> Any:
+    """The contiguous array of numbers of a kind at a pointer; its shape is a length or a tuple of them.
+
+    Numba's function of this name takes 20 ms for each kind and number of axes, and to load code that calls it
+    from the disk takes 25 ms of imports.
+    """
+    ndim = 1 if isinstance(shape, types.Integer) else len(shape)
+    many: Any = types.UniTuple
+    lengths = types.int64 if isinstance(shape, types.Integer) else many(types.int64, ndim)
+    made = types.Array(kind.instance_type, ndim, "C")
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, shape, _ = arguments
+        sizes = [shape] if lengths is types.int64 else cgutils.unpack_tuple(builder, shape, ndim)
+        strides = [
+            context.get_constant(types.int64, context.get_abi_sizeof(context.get_data_type(made.dtype)))
+        ]
+        for size in sizes[:0:-1]:
+            strides.insert(0, builder.mul(strides[0], size))
+        return array_value(context, builder, made, address, sizes, strides)
+
+    return made(types.voidptr, lengths, kind), code
+
+
+def array_value(
+    context: Any, builder: Any, array_type: Any, address: Any, shape: list[Any], strides: list[Any]
+) -> Any:
+    """An array of a Numba type from a pointer, and its shape and strides as int64."""
+    # What code from the disk cache does without.
+    arrayobj: Any = import_module("numba.np.arrayobj")
+    array = arrayobj.make_array(array_type)(context, builder)
+    item = context.get_data_type(array_type.dtype)
+    arrayobj.populate_array(
+        array,
+        data=builder.bitcast(address, item.as_pointer()),
+        shape=cgutils.pack_array(builder, shape, ty=ir.IntType(64)),
+        strides=cgutils.pack_array(builder, strides, ty=ir.IntType(64)),
+        itemsize=context.get_constant(types.int64, context.get_abi_sizeof(item)),
+        meminfo=None,
+    )
+    return array._getvalue()
 
 
 def _identity(value: Any) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 from numba import njit
 
 from anyattn_numba.atomics import (
@@ -40,10 +41,18 @@ def _compiled(function: Callable[..., Any]) -> Any:
     return njit(**OPTIONS)(function)
 
 
+def _part(function: Callable[..., Any]) -> Any:
+    """A function that only compiled code calls."""
+    options = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return njit(**options)(function)
+
+
 # Nanoseconds for which one waits awake: waking up costs a worker 30 to 60 µs.
-SPIN = 50_000
+SPIN, NO_SPIN = numpy.int64(50_000), numpy.int64(0)
 # Pauses between two looks at the clock.
 TURNS = 16
+# In the place of the processor's number where it is not known: never the same for both.
+OF_WORKER, OF_CALLER = numpy.int64(-1), numpy.int64(-2)
 
 # The pool is one block of memory: a head and as much for each worker. Offsets in bytes; what different
 # threads write lies in different cache lines.
@@ -55,11 +64,12 @@ WORKER_SLEEPS, CALLER_SLEEPS = 128, 192  # each a flag, and a place for the time
 TIME = 16
 MUTEX, CONDITION = 256, 384
 
-# States of a worker's part: the worker sets IDLE once, RUNNING and DONE, a caller the others.
-ABSENT, IDLE, CLAIMED, READY, RUNNING, DONE = range(6)
+# States of a worker's part: the worker sets IDLE once, RUNNING and DONE, a caller the others. What is handed
+# on has one type: Numba compiles a function anew for a literal.
+ABSENT, IDLE, CLAIMED, READY, RUNNING, DONE = map(numpy.int64, range(6))
 
 
-@_compiled
+@_part
 def now(pool: int, place: int) -> int:
     """Nanoseconds of a steady clock, by way of two words at a place."""
     call_c2(load(pool + CLOCK), load(pool + CLOCK_ID), place)
@@ -67,7 +77,7 @@ def now(pool: int, place: int) -> int:
     return nanoseconds
 
 
-@_compiled
+@_part
 def cpu(pool: int, unknown: int) -> int:
     """The number of the processor on which this runs, or `unknown`, by which caller and worker differ."""
     function = load(pool + CPU)
@@ -75,7 +85,7 @@ def cpu(pool: int, unknown: int) -> int:
     return number
 
 
-@_compiled
+@_part
 def wake(pool: int, worker: int) -> None:
     """Wake who sleeps at a worker's part, after its state or the pool's was set."""
     # Who is about to sleep holds the lock until it sleeps.
@@ -84,7 +94,7 @@ def wake(pool: int, worker: int) -> None:
     call_c1(load(pool + BROADCAST), worker + CONDITION)
 
 
-@_compiled
+@_part
 def wait(pool: int, worker: int, state: int, sleeps: int, spin: int) -> None:
     """Wait until a worker's part is in a state; awake for `spin` nanoseconds."""
     end = -1
@@ -119,10 +129,10 @@ def serve(pool: int, worker: int) -> None:
         wait(pool, worker, READY, worker + WORKER_SLEEPS, spin)
         if compare_exchange(worker + STATE, READY, RUNNING):
             caller_cpu = load(worker + CALLER_CPU)
-            store(worker + WORKER_CPU, cpu(pool, -1))
+            store(worker + WORKER_CPU, cpu(pool, OF_WORKER))
             status = invoke(load(worker + FUNCTION), load(worker + ARGUMENTS), load(worker + WORKER))
             store(worker + STATUS, status)
-            spin = 0 if cpu(pool, -1) == caller_cpu else SPIN
+            spin = NO_SPIN if cpu(pool, OF_WORKER) == caller_cpu else SPIN
             exchange(worker + STATE, DONE)
             if load(worker + CALLER_SLEEPS) != 0:
                 wake(pool, worker)
@@ -142,7 +152,7 @@ def launch(pool: int, function: int, arguments: int, threads: int) -> int:
                 store(worker + ARGUMENTS, arguments)
                 store(worker + WORKER, number)
                 store(worker + NEXT, claimed)
-                store(worker + CALLER_CPU, cpu(pool, -2))
+                store(worker + CALLER_CPU, cpu(pool, OF_CALLER))
                 exchange(worker + STATE, READY)
                 if load(worker + WORKER_SLEEPS) != 0:
                     wake(pool, worker)
@@ -156,7 +166,7 @@ def launch(pool: int, function: int, arguments: int, threads: int) -> int:
         claimed = load(worker + NEXT)
         # What did not begin will find nothing to do.
         if not compare_exchange(worker + STATE, READY, IDLE):
-            spin = 0 if load(worker + WORKER_CPU) == cpu(pool, -2) else SPIN
+            spin = NO_SPIN if load(worker + WORKER_CPU) == cpu(pool, OF_CALLER) else SPIN
             wait(pool, worker, DONE, worker + CALLER_SLEEPS, spin)
             if status == 0:
                 status = load(worker + STATUS)
