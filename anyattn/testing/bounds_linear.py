@@ -91,7 +91,8 @@ def rounding(strand: Strand, u: float) -> float:
     if strand.decay is not None:
         finite = np.where(np.isfinite(strand.decay), np.abs(strand.decay), 0.0)
         summed = float(finite.sum(axis=0).max(initial=0.0))
-    return 2 * u * (dim + length + length * summed + 32)
+    terms: float = dim + length + length * summed + 32
+    return 2 * u * terms
 
 
 def _decays(decay: Array) -> tuple[Array, Array]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.strategies import SearchStrategy
 
 from anyattn.testing.bad_input import bad_calls
 from anyattn.testing.case import Case, call
 from anyattn.testing.cases import all_cases, gradient_cases, repeatable_cases
+from anyattn.testing.linear_strategies import linear_calls
 from anyattn.testing.plugin import Run
 from anyattn.testing.running import check_gradients, check_refused, check_same_bits, check_values
 from anyattn.testing.strategies import calls
@@ -19,6 +23,11 @@ BY_LIBRARY = {"traced"}
 def one_drawing() -> tuple[Case, ...]:
     """The name under which drawn calls appear among the cases."""
     return (call("drawn calls", "drawn", "whole calls, drawn"),)
+
+
+def one_linear_drawing() -> tuple[Case, ...]:
+    """The same of `linear_attention`."""
+    return (call("drawn linear calls", "linear", "whole calls, drawn", operation="linear"),)
 
 
 @pytest.mark.anyattn_cases.with_args(all_cases)
@@ -49,12 +58,22 @@ def test_bad_input(anyattn_run: Run) -> None:
 @pytest.mark.anyattn_cases.with_args(one_drawing)
 def test_drawn_calls(anyattn_run: Run, pytestconfig: pytest.Config) -> None:
     """Whole calls drawn by hypothesis, the same ones in every run."""
-    backend, library = anyattn_run.backend, anyattn_run.library
-    most = pytestconfig.getoption("anyattn_examples")
-    drawn = calls(dtypes=backend.dtypes & library.dtypes, capabilities=backend.capabilities)
+    _draw(anyattn_run, pytestconfig, calls, 1)
+
+
+@pytest.mark.anyattn_cases.with_args(one_linear_drawing)
+def test_drawn_linear_calls(anyattn_run: Run, pytestconfig: pytest.Config) -> None:
+    """The same of `linear_attention`, half as many: there are fewer options."""
+    _draw(anyattn_run, pytestconfig, linear_calls, 2)
+
+
+def _draw(run: Run, config: pytest.Config, strategy: Callable[..., SearchStrategy[Case]], part: int) -> None:
+    backend, library = run.backend, run.library
+    most, examples = config.getoption("anyattn_examples"), library.examples // part
+    drawn = strategy(dtypes=backend.dtypes & library.dtypes, capabilities=backend.capabilities)
 
     @settings(
-        max_examples=library.examples if most is None else min(most, library.examples),
+        max_examples=examples if most is None else min(most, examples),
         derandomize=True,
         database=None,
         deadline=None,
