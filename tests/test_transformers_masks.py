@@ -225,3 +225,13 @@ def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="pip install transformers"):
         register()
+
+
+def test_dropout_is_repeated_by_the_seed_of_torch():
+    torch.manual_seed(5)
+    (q, k, v), (out, weights) = attend(dropout=0.3, output_attentions=True)
+    torch.manual_seed(5)
+    seed = torch.randint(0, 2**63 - 1, ())
+    wanted = anyattn.attention(q, k, v, causal=True, dropout=0.3, dropout_seed=seed)
+    assert torch.equal(out, wanted.transpose(1, 2))
+    assert torch.allclose(weights, anyattn.attention_weights(q, k, causal=True), atol=1e-6)

@@ -142,7 +142,7 @@ def _backward(chunk: Chunk, careful: bool, found: _Gradients, rows: tuple[Tensor
             packed = chunk.packed(count, span.end - span.start)
             kept = scores.kept(visit, span)
             if dv is not None:
-                left = p if kept is None else torch.mul(p, kept, out=work.buffer("kept", tuple(p.shape)))
+                left = p if kept is None else torch.mul(p, kept, out=work.buffer("left", tuple(p.shape)))
                 dv.add(span.start, span.end, left.reshape(packed), g)
             ds = torch.bmm(g, values.transpose(1, 2), out=work.buffer("slopes", packed)).view(p.shape)
             if kept is not None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Hidden", "Scores", "all_finite", "cleaned", "hide"]
 
+# Words of Philox at once on a CPU: some 70 operations on each, whose results stay in its second level cache.
+DRAWN_TOGETHER = 1 << 15
 # Keys of a tile, counted from its first, and which of them are hidden from its rows.
 Hidden = list[tuple[slice, "Tensor"]]
 
@@ -83,7 +85,16 @@ class Scores:
         """What dropout multiplies the weights of a tile by, broadcasting to it; None without dropout."""
         if self.call.keep is None:
             return None
-        return evaluate(self.call.keep, self.tile(visit, span.start, span.end))
+        rows, keys = visit.last - visit.first, span.end - span.start
+        kept = self.work.buffer("kept", self.chunk.shape(rows, keys))
+        if kept is None:
+            return evaluate(self.call.keep, self.tile(visit, span.start, span.end))
+        step = max(DRAWN_TOGETHER * rows // kept.numel(), 1)
+        for first in range(visit.first, visit.last, step):
+            part = Visit(first, min(first + step, visit.last), ())
+            here = slice(first - visit.first, part.last - visit.first)
+            kept[:, :, here] = evaluate(self.call.keep, self.tile(part, span.start, span.end))
+        return kept
 
     def tile(self, visit: Visit, start: int, end: int) -> Tile:
         """The place of the rows of a visit and a range of keys, for the evaluation of expressions."""
