@@ -271,6 +271,19 @@ def test_a_module_is_exported():
     torch.testing.assert_close(exported.module()(Q, K, V), Layer()(Q, K, V))
 
 
+@pytest.mark.parametrize("options", [{}, {"window": (3, 0)}], ids=["plain", "window"])
+def test_a_module_is_exported_with_open_sizes(options):
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return attend(q, k, v, **options)
+
+    queries, keys = torch.export.Dim("queries", max=64), torch.export.Dim("keys", max=64)
+    shapes = {"q": {2: queries}, "k": {2: keys}, "v": {2: keys}}
+    exported = torch.export.export(Layer(), (Q, K, V), strict=True, dynamic_shapes=shapes)
+    other = Q[:, :, :5], K[:, :, :8], V[:, :, :8]
+    torch.testing.assert_close(exported.module()(*other), Layer()(*other))
+
+
 class TestCaches:
     """A cache that was filled outside is read as it is; it is not filled inside."""
 
