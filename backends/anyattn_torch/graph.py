@@ -59,10 +59,9 @@ def _call(tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
 def _is_for_sdpa(tensors: Sequence[Tensor], text: str) -> bool:
     """Whether SDPA takes a call; where an option says that it does not, sizes may stay open."""
     exporting = getattr(torch.compiler, "is_exporting", None)  # not in torch 2.6
-    if exporting is not None and exporting():
-        # To ask would fix sizes that the user wants open.
-        if any(isinstance(n, torch.SymInt) for x in tensors[:3] for n in x.shape):
-            return False
+    is_open = any(isinstance(n, torch.SymInt) for x in tensors[:3] for n in x.shape)
+    if is_open and exporting is not None and exporting():
+        return False  # to ask would fix the sizes
     options = recipes.read(text)
     foreign = ("window", "score_mod", "softcap", "sinks", "kv_lengths", "return_lse", "cu_seqlens_q")
     mask = options.get("mask")
