@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anyattn.call import AttentionCall
     from anyattn.kernels.key import KernelKey
 
-__all__ = ["CAPABILITIES", "LINEAR", "Backend"]
+__all__ = ["CAPABILITIES", "Backend"]
 
 CAPABILITIES: dict[str, str] = {
     "causal": "causal=True",
@@ -43,8 +43,6 @@ CAPABILITIES: dict[str, str] = {
     "delta_rule": "linear_attention with beta=",
     "cu_seqlens": "linear_attention with cu_seqlens=",
 }
-LINEAR = frozenset({"linear_attention", "gated_rule", "delta_rule", "cu_seqlens"})
-"""The capabilities of `linear_attention`, which a backend of `attention` alone does not declare."""
 
 
 class Backend:
