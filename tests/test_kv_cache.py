@@ -334,9 +334,11 @@ def test_int8_caches_grow_are_cropped_reordered_and_shared():
     pool.append(first, k[1, :, :8], v[1, :, :8])
     pool.append(first, k[0, :, 20:21], v[0, :, 20:21])
     second = pool.fork(first)
-    pool.crop(second, 8)
+    # In the middle of a page that both use, which is copied with its scales.
+    pool.crop(second, 7)
+    pool.append(second, k[1, :, 7:8], v[1, :, 7:8])
     pool.append(second, k[1, :, 20:21], v[1, :, 20:21])
-    assert repr(pool) == "PagedKVCache(2 sequences, 18 tokens, 4 of 20 pages of 4, 2 heads, numpy int8)"
+    assert repr(pool) == "PagedKVCache(2 sequences, 18 tokens, 5 of 20 pages of 4, 2 heads, numpy int8)"
     for n in range(2):
         own = int8_buffer(*(np.concatenate([x[1, :, :8], x[n, :, 20:21]], axis=1)[None] for x in (k, v)))
         wanted = aa.attention(q[n : n + 1, :, :1], own)[0]

@@ -5,6 +5,7 @@ Decoding reads all keys and values once: pages should cost what one buffer costs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,48 +38,62 @@ def filled(kind: str, keys: int) -> Any:
     return cache
 
 
-class _Caches(common.Timed):
-    """A batch of 4, 32 query heads on 8 key/value heads of 128, in pages of 64 tokens."""
+def step(backend: str, kind: str, keys: int) -> tuple[Callable[[], Any], Callable[[], None]]:
+    """Attention from one query of each sequence, called once, and the appending of one token to each."""
+    common.require(backend)
+    if backend == common.PEER:
+        raise NotImplementedError("the peer has no caches")
+    cache = filled(kind, keys)
+    query = np.random.default_rng(1).standard_normal((SEQUENCES, HEADS, 1, DIM), dtype=np.float32)
+    token = np.ones((2, SEQUENCES, KV_HEADS, 1, DIM), dtype=np.float32)
+
+    def call() -> Any:
+        return aa.attention(query, cache, backend=backend)
+
+    call()
+    return call, lambda: cache.extend(*token)
+
+
+class Decode(common.Timed):
+    """One query of each of 4 sequences, 32 query heads on 8 key/value heads of 128."""
 
     params: Any = (common.WHO, KINDS, (4096,))
     param_names = ("backend", "cache", "keys")
 
     def setup(self, backend: str, kind: str, keys: int) -> None:
-        common.require(backend)
-        if backend == common.PEER:
-            raise NotImplementedError("the peer has no caches")
-        self.cache = filled(kind, keys)
-        self.query = np.random.default_rng(1).standard_normal((SEQUENCES, HEADS, 1, DIM), dtype=np.float32)
-        self.token = np.ones((2, SEQUENCES, KV_HEADS, 1, DIM), dtype=np.float32)
-        self.backend = backend
-        self.call()
-
-    def call(self) -> Any:
-        return aa.attention(self.query, self.cache, backend=self.backend)
-
-
-class Decode(_Caches):
-    """One query of each sequence."""
+        self.call, _ = step(backend, kind, keys)
 
     def time_attention(self, backend: str, kind: str, keys: int) -> None:
         self.call()
 
 
-class Step(_Caches):
+class Step(common.Timed):
     """One token of each sequence, appended and then attended from."""
 
+    params: Any = (common.WHO, KINDS, (4096,))
+    param_names = ("backend", "cache", "keys")
+    # Each grows the cache, which has room for 4096 more.
+    number, repeat, warmup_time = 10, 20, 0.0
+
+    def setup(self, backend: str, kind: str, keys: int) -> None:
+        self.call, self.append = step(backend, kind, keys)
+
     def time_step(self, backend: str, kind: str, keys: int) -> None:
-        self.cache.extend(*self.token)
+        self.append()
         self.call()
 
 
-class Append(_Caches):
+class Append(common.Timed):
     """One token of each sequence, which no backend has a part in."""
+
+    params: Any = (common.WHO, KINDS, (4096,))
+    param_names = ("backend", "cache", "keys")
+    number, repeat, warmup_time = 10, 20, 0.0
 
     def setup(self, backend: str, kind: str, keys: int) -> None:
         if backend != "reference":
             raise NotImplementedError("no backend appends")
-        super().setup(backend, kind, keys)
+        self.call, self.append = step(backend, kind, keys)
 
     def time_append(self, backend: str, kind: str, keys: int) -> None:
-        self.cache.extend(*self.token)
+        self.append()

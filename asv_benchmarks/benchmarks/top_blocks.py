@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 import anyattn as aa
+from anyattn.top_blocks import top_blocks
 
 from . import common
 
 BLOCK, HEADS, DIM = 64, 4, 64
 
 
-class TopBlocks(common.Timed):
+class Attention(common.Timed):
     """4 heads of 64; each block of 64 queries sees so many blocks of 64 keys, or all that are not later."""
 
     params: Any = (common.WHO, ("8 blocks", "32 blocks", "all"))
@@ -21,24 +22,35 @@ class TopBlocks(common.Timed):
     length = 8192
 
     def setup(self, backend: str, count: str) -> None:
-        common.require(backend)
-        if backend == common.PEER:
-            raise NotImplementedError("the peer would need the mask as an array")
-        random = np.random.default_rng(0)
-        self.q, self.k, self.v = random.standard_normal((3, 1, HEADS, self.length, DIM), dtype=np.float32)
-        self.backend, self.mask = backend, None
-        if count != "all":
-            self.count = int(count.split()[0])
-            self.mask = aa.masks.top_blocks(self.q, self.k, BLOCK, self.count)
+        q, k, v = tensors(backend, self.length)
+        mask = None if count == "all" else aa.masks.top_blocks(q, k, BLOCK, int(count.split()[0]))
+        self.call = lambda: aa.attention(q, k, v, mask=mask, causal=True, backend=backend)
         self.call()
-
-    def call(self) -> Any:
-        return aa.attention(self.q, self.k, self.v, mask=self.mask, causal=True, backend=self.backend)
-
-    def time_choose(self, backend: str, count: str) -> None:
-        if self.mask is None:
-            raise NotImplementedError("nothing to choose")
-        aa.masks.top_blocks(self.q, self.k, BLOCK, self.count)
 
     def time_attention(self, backend: str, count: str) -> None:
         self.call()
+
+
+class Choice(common.Timed):
+    """The choice itself, which is made by the array library."""
+
+    params: Any = (common.WHO, ("8 blocks", "32 blocks"))
+    param_names = ("backend", "count")
+    length = 8192
+
+    def setup(self, backend: str, count: str) -> None:
+        if backend != "reference":
+            raise NotImplementedError("no backend chooses")
+        q, k, _ = tensors(backend, self.length)
+        self.call = lambda: top_blocks(q, k, BLOCK, int(count.split()[0]))
+
+    def time_choice(self, backend: str, count: str) -> None:
+        self.call()
+
+
+def tensors(backend: str, length: int) -> Any:
+    """Random queries, keys and values for a backend that takes mask expressions."""
+    common.require(backend)
+    if backend == common.PEER:
+        raise NotImplementedError("the peer would need the mask as an array")
+    return np.random.default_rng(0).standard_normal((3, 1, HEADS, length, DIM), dtype=np.float32)
