@@ -272,6 +272,10 @@ def _jax_signature(x: Array) -> tuple[Any, ...]:
     return type(x), x.shape, x.dtype, x.sharding, sys.modules["jax"].config.jax_enable_x64
 
 
+def _cupy_signature(x: Array) -> tuple[Any, ...]:
+    return type(x), x.shape, x.strides, x.dtype, x.device.id
+
+
 def _no_signature(x: Array) -> None:
     return None
 
@@ -281,6 +285,7 @@ _SIGNATURES: dict[tuple[str, str], Callable[[Array], tuple[Any, ...] | None]] = 
     ("torch", "Tensor"): _torch_signature,
     ("torch", "Parameter"): _torch_signature,
     ("jaxlib", "ArrayImpl"): _jax_signature,
+    ("cupy", "ndarray"): _cupy_signature,
 }
 _signatures: dict[type, Callable[[Array], tuple[Any, ...] | None]] = {}
 
