@@ -31,6 +31,9 @@ class Interpreted(CupyBackend):
         self.capability = capability
         self.options = options
 
+    # Each call has a device of its own.
+    prepare = Backend.prepare
+
     def make(self, capability: int, **options: Any) -> Standin:
         """A device for one call."""
         return Standin(capability, **options)

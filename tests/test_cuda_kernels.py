@@ -294,3 +294,55 @@ def test_compile_shows_the_kernel_and_its_key(interpreted):
     assert dict(key.tiles) == {"rows": 64, "keys": 64, "stages": 2}
     assert aa.compile(mask=masks.sliding_window(30), **options).cache_key == key
     assert aa.compile(mask=masks.sliding_window(30), softcap=2.0, **options).cache_key != key
+
+
+class Preparing(Interpreted):
+    """All calls of a signature on one device."""
+
+    def prepare(self, call):
+        self.standin = self.make(self.capability, **self.options)
+        prepared = launch.prepare(call, self.standin)
+
+        def run(q, k, v):
+            out, lse = prepared(*(self.standin.asarray(x) for x in (q, k, v)))
+            return np.array(out), None if lse is None else np.array(lse)
+
+        return None if prepared is None else run
+
+
+@pytest.mark.parametrize("options", [{"causal": True, "layout": "blhd"}, {"mask": masks.sliding_window(20)}])
+def test_calls_of_one_signature_are_described_once(options, install, monkeypatch):
+    device = Preparing(multiprocessors=8)
+    install(device)
+    monkeypatch.setattr(device, "run", None)
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        q, k, v = (rng.standard_normal((2, n, 2, 12)).astype("f4") for n in (2, 300, 300))
+        if "layout" not in options:
+            q, k, v = (np.swapaxes(x, 1, 2) for x in (q, k, v))
+        found = aa.attention(q, k, v, **options, return_lse=True, backend="interpreted")
+        wanted = aa.attention(q, k, v, **options, return_lse=True, backend="reference")
+        for x, y in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)
+    # Both in parts, whose results are merged.
+    assert len(device.standin.launches) == 4
+
+
+def test_what_is_prepared_serves_arrays_that_are_aligned_otherwise():
+    standin = Standin()
+    q, k, v = arrays(standin, "float16", 5, 20, 8)
+    call = described(q, k, v)
+    prepared = launch.prepare(call, standin)
+    wanted = np.array(prepared(q, k, v)[0])
+    moved = standin.asarray(np.concatenate([np.zeros(1, "f2"), np.array(k).reshape(-1)]))
+    np.testing.assert_array_equal(np.array(prepared(q, moved[1:].reshape(k.shape), v)[0]), wanted)
+    vectors = ["#define VECTOR_LOADS 1" in x.source for x in standin.launches]
+    assert vectors == [True, False]
+
+
+@pytest.mark.parametrize(
+    "options", [{"kv_lengths": 3, "q_offset": 0}, {"bias": np.zeros((5, 20), "f4")}, {"sinks": [1.0, 0.0]}]
+)
+def test_calls_with_other_arrays_are_not_prepared(options):
+    standin = Standin()
+    assert launch.prepare(described(*arrays(standin, "float32", 5, 20, 8)[:3], **options), standin) is None

@@ -15,6 +15,9 @@ from anyattn.backend import Backend
 from anyattn.call import AttentionCall
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyattn.arrays import Array
     from anyattn.kernels.key import KernelKey
 
 __all__ = ["backend"]
@@ -74,8 +77,28 @@ class CupyBackend(Backend):
         from anyattn_cupy.exchange import current
         from anyattn_cupy.launch import remarks
 
-        with current(call, cupy):
+        with current(call.q, cupy):
             return remarks(call, cupy)
+
+    def prepare(self, call: AttentionCall) -> Callable[..., tuple[Array, Array | None]] | None:
+        """What serves calls like this one, or None where they have arrays besides q, k and v."""
+        import cupy
+
+        from anyattn_cupy.exchange import as_cupy, current, given_back
+        from anyattn_cupy.launch import prepare
+
+        library = call.library
+        with current(call.q, cupy):
+            prepared = prepare(call, cupy)
+        if prepared is None:
+            return None
+
+        def run(q: Array, k: Array, v: Array) -> tuple[Array, Array | None]:
+            with current(q, cupy):
+                out, lse = prepared(*(as_cupy(x, cupy) for x in (q, k, v)))
+                return given_back(out, library), given_back(lse, library)
+
+        return run
 
     def source(self, call: AttentionCall) -> str:
         """CUDA C++ of the kernel that serves a call."""
@@ -84,7 +107,7 @@ class CupyBackend(Backend):
         from anyattn_cupy.exchange import current
         from anyattn_cupy.listing import source_of
 
-        with current(call, cupy):
+        with current(call.q, cupy):
             return source_of(call, cupy)
 
     def kernel_key(self, call: AttentionCall) -> KernelKey:
@@ -94,7 +117,7 @@ class CupyBackend(Backend):
         from anyattn_cupy.exchange import current
         from anyattn_cupy.listing import key_of
 
-        with current(call, cupy):
+        with current(call.q, cupy):
             return key_of(call, cupy)
 
     def run(self, call: AttentionCall) -> Any:
@@ -105,13 +128,13 @@ class CupyBackend(Backend):
         from anyattn_cupy.inspect_launch import stats, weights
         from anyattn_cupy.launch import attend
 
-        with current(call, cupy):
+        with current(call.q, cupy):
             if call.operation == "weights":
-                return given_back(weights(call, cupy), call)
+                return given_back(weights(call, cupy), call.library)
             if call.operation == "stats":
-                return {name: given_back(x, call) for name, x in stats(call, cupy).items()}
+                return {name: given_back(x, call.library) for name, x in stats(call, cupy).items()}
             out, lse = attend(call, cupy)
-            return given_back(out, call), given_back(lse, call)
+            return given_back(out, call.library), given_back(lse, call.library)
 
 
 def _floats(call: AttentionCall) -> list[Any]:

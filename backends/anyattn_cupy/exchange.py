@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from anyattn.arrays import Array, library
-from anyattn.call import AttentionCall
 
 __all__ = ["as_cupy", "current", "given_back", "hold"]
 
@@ -23,14 +22,14 @@ _held: deque[tuple[Any, list[Array]]] = deque()
 
 
 @contextmanager
-def current(call: AttentionCall, cupy: Any) -> Iterator[None]:
-    """CuPy on the device of a call, and on the stream that its library computes on now."""
-    number = call.q.__dlpack_device__()[1]
+def current(x: Array, cupy: Any) -> Iterator[None]:
+    """CuPy on the device of an array, and on the stream that its library computes on now."""
+    number = x.__dlpack_device__()[1]
     with cupy.cuda.Device(number):
-        if call.library != "torch":
+        if library(x) != "torch":
             yield
             return
-        stream = sys.modules["torch"].cuda.current_stream(call.q.device).cuda_stream
+        stream = sys.modules["torch"].cuda.current_stream(x.device).cuda_stream
         with cupy.cuda.ExternalStream(stream, number):
             yield
 
@@ -42,18 +41,18 @@ def as_cupy(x: Array, cupy: Any) -> Array:
     return cupy.from_dlpack(x.detach() if library(x) == "torch" else x)
 
 
-def given_back(x: Array | None, call: AttentionCall) -> Array | None:
-    """A result in the library of a call."""
-    if x is None or call.library not in _OTHERS:
+def given_back(x: Array | None, to: str) -> Array | None:
+    """A result as an array of a library."""
+    if x is None or to not in _OTHERS:
         return x
-    if call.library == "torch":
+    if to == "torch":
         return sys.modules["torch"].from_dlpack(x)
     return sys.modules["jax"].dlpack.from_dlpack(x)
 
 
-def hold(call: AttentionCall, arrays: list[Array], cupy: Any) -> None:
+def hold(owner: str, arrays: list[Array], cupy: Any) -> None:
     """Keep arrays of JAX until what was launched has run; it is asked at later calls, and nothing waits."""
-    if call.library != "jax":
+    if owner != "jax":
         return
     while _held and _held[0][0].done:
         _held.popleft()

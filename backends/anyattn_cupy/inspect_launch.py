@@ -102,4 +102,4 @@ def _launch(
     inspect = compiled(cupy, number, "inspect", choice.source, variant.shared_memory)
     grid = (items // blocks * chunks,)
     inspect(grid, (variant.threads,), (block, captured), shared_mem=variant.shared_memory)
-    hold(call, [*arrays.values(), *sums.values(), rows, *kept], cupy)
+    hold(call.library, [*arrays.values(), *sums.values(), rows, *kept], cupy)

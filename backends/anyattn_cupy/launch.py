@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -32,8 +33,9 @@ from anyattn_cupy.schedules import DeviceSchedule, device_schedule
 from anyattn_cupy.source import combine_source, kernel_source
 from anyattn_cupy.variants import Variant, choose, parts_of
 
-__all__ = ["Choice", "attend", "chosen", "remarks"]
+__all__ = ["Choice", "Prepared", "attend", "chosen", "prepare", "remarks"]
 
+_ARRAYS = ("q", "k", "v", "out")
 # A warp of `combine` has a row.
 _COMBINE_THREADS = 128
 _ROWS_OF_COMBINE = _COMBINE_THREADS // 32
@@ -69,7 +71,7 @@ class Choice:
     index: str
     spans: DeviceSchedule | None
 
-    @property
+    @cached_property
     def source(self) -> str:
         """CUDA C++, complete."""
         return kernel_source(self.variant, self.program, self.index)
@@ -86,50 +88,106 @@ def chosen(call: AttentionCall, arrays: tuple[Array, ...], cupy: Any) -> Choice:
     return Choice(variant, program, index_type(program, call), spans)
 
 
+@dataclass(frozen=True)
+class Results:
+    """What a call gives: out (..., Hq, Lq, Dv), contiguous in the order that the caller uses, and lse."""
+
+    shape: tuple[int, ...]
+    moved: bool
+    dtype: Any
+    lse: str | None
+
+    def make(self, cupy: Any) -> tuple[Array, Array | None]:
+        """Memory for them."""
+        *batch, heads, rows, columns = self.shape
+        if self.moved:
+            out = cupy.moveaxis(cupy.empty((*batch, rows, heads, columns), self.dtype), -2, -3)
+        else:
+            out = cupy.empty(self.shape, self.dtype)
+        return out, None if self.lse is None else cupy.empty(self.shape[:-1], self.lse)
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+
+def _results(call: AttentionCall, dtype: Any) -> Results:
+    shape = (*call.batch_shape, call.num_heads, call.q_len, call.v_head_dim)
+    # JAX takes arrays in the order of their axes alone.
+    moved = call.layout == "blhd" and call.has_heads and call.library != "jax"
+    return Results(shape, moved, dtype, call.accumulate if call.return_lse else None)
+
+
+class Prepared:
+    """All that a launch needs but memory: it serves calls like one.
+
+    Parameters
+    ----------
+    call : AttentionCall
+        Of "attention", with rows; it is not kept.
+    arrays : tuple of array
+        Its q, k and v as CuPy's; they are not kept.
+    """
+
+    def __init__(self, call: AttentionCall, arrays: tuple[Array, ...], cupy: Any):
+        self.cupy = cupy
+        self.device = cupy.cuda.Device().id
+        self.library, self.accumulate = call.library, call.accumulate
+        self.results = _results(call, arrays[0].dtype)
+        self.choice = chosen(call, arrays, cupy)
+        variant = self.choice.variant
+        self.captured, self.kept = captured_of(call, self.choice.program, variant, self.choice.index, cupy)
+        named = dict(zip(_ARRAYS, (*arrays, self.results.make(cupy)[0]), strict=True))
+        sizes, strides = batch_axes(call.batch_shape, tuple(named.values()))
+        self.block = numpy.zeros((), argument_dtype(len(sizes)))
+        fill_arrays(self.block, named, sizes, strides)
+        items = fill_sizes(self.block, call, variant, call.q_len)
+        self.kept += fill_options(self.block, call, variant, self.choice.spans, cupy)
+        # Blocks of a wide call have a range of columns each.
+        ranges = max(1, -(-call.v_head_dim // variant.v_head_dim)) if variant.wide else 1
+        self.parts = parts_of(current_device(cupy), items * ranges, -(-call.k_len // variant.keys))
+        self.block["parts"] = self.parts
+        self.grid = (items * self.parts, ranges)
+
+    def __call__(self, q: Array, k: Array, v: Array) -> tuple[Array, Array | None]:
+        """(out, lse) of arrays of CuPy like those of the call, which may be aligned otherwise."""
+        out, lse = self.results.make(self.cupy)
+        block, used = self.block.copy(), [q, k, v, *self.kept]
+        for name, x in zip(_ARRAYS, (q, k, v, out), strict=True):
+            block[name] = x.data.ptr
+        block["lse"] = 0 if lse is None else lse.data.ptr
+        if self.parts > 1:
+            shape = (self.parts, *self.results.shape)
+            made = [self.cupy.empty(shape, self.accumulate), self.cupy.empty(shape[:-1], self.accumulate)]
+            block["part_out"], block["part_lse"] = (x.data.ptr for x in made)
+            used += made
+        choice = self.choice
+        if choice.variant.vector_loads and not vector_loads(q, k, v):
+            choice = replace(choice, variant=replace(choice.variant, vector_loads=False))
+        memory, threads = choice.variant.shared_memory, choice.variant.threads
+        forward = compiled(self.cupy, self.device, "forward", choice.source, memory)
+        forward(self.grid, (threads,), (block, self.captured), shared_mem=memory)
+        if self.parts > 1:
+            combine = compiled(self.cupy, self.device, "combine", combine_source(choice.variant), 0)
+            combine((-(-self.results.rows // _ROWS_OF_COMBINE),), (_COMBINE_THREADS,), (block,))
+        # CuPy's pool gives memory of temporary arrays to nobody before what was launched has run here.
+        hold(self.library, used, self.cupy)
+        return out, lse
+
+
 def attend(call: AttentionCall, cupy: Any) -> tuple[Array, Array | None]:
     """(out, lse) of a call of "attention", as CuPy's arrays."""
     q, k, v = (as_cupy(x, cupy) for x in (call.q, call.k, call.v))
-    out, lse = _results(call, q.dtype, cupy)
-    if not math.prod(out.shape[:-1]):
-        return out, lse
-    sizes, strides = batch_axes(call.batch_shape, (q, k, v, out))
-    choice = chosen(call, (q, k, v), cupy)
-    variant = choice.variant
-    captured, kept = captured_of(call, choice.program, variant, choice.index, cupy)
-
-    block = numpy.zeros((), argument_dtype(len(sizes)))
-    fill_arrays(block, {"q": q, "k": k, "v": v, "out": out}, sizes, strides)
-    items = fill_sizes(block, call, variant, call.q_len)
-    kept += fill_options(block, call, variant, choice.spans, cupy)
-    block["lse"] = 0 if lse is None else lse.data.ptr
-    # Blocks of a wide call have a range of columns each.
-    ranges = max(1, -(-call.v_head_dim // variant.v_head_dim)) if variant.wide else 1
-    parts = parts_of(current_device(cupy), items * ranges, -(-call.k_len // variant.keys))
-    block["parts"] = parts
-    if parts > 1:
-        kept += _make_parts(block, out, parts, call.accumulate, cupy)
-
-    number = cupy.cuda.Device().id
-    forward = compiled(cupy, number, "forward", choice.source, variant.shared_memory)
-    grid = (items * parts, ranges)
-    forward(grid, (variant.threads,), (block, captured), shared_mem=variant.shared_memory)
-    if parts > 1:
-        combine = compiled(cupy, number, "combine", combine_source(variant), 0)
-        combine((-(-math.prod(out.shape[:-1]) // _ROWS_OF_COMBINE),), (_COMBINE_THREADS,), (block,))
-    # CuPy's pool gives memory of temporary arrays to nobody before what was launched has run on this stream.
-    hold(call, [q, k, v, *kept], cupy)
-    return out, lse
+    results = _results(call, q.dtype)
+    return Prepared(call, (q, k, v), cupy)(q, k, v) if results.rows else results.make(cupy)
 
 
-def _results(call: AttentionCall, dtype: Any, cupy: Any) -> tuple[Array, Array | None]:
-    """out (..., Hq, Lq, Dv), contiguous in the order that the caller uses, and lse."""
-    shape = (*call.batch_shape, call.num_heads, call.q_len, call.v_head_dim)
-    # JAX takes arrays in the order of their axes alone.
-    if call.layout == "blhd" and call.has_heads and call.library != "jax":
-        out = cupy.moveaxis(cupy.empty((*shape[:-3], shape[-2], shape[-3], shape[-1]), dtype), -2, -3)
-    else:
-        out = cupy.empty(shape, dtype)
-    return out, cupy.empty(shape[:-1], call.accumulate) if call.return_lse else None
+def prepare(call: AttentionCall, cupy: Any) -> Prepared | None:
+    """What serves calls like this one on arrays of CuPy; None where they have other arrays, or no rows."""
+    q, k, v = (as_cupy(x, cupy) for x in (call.q, call.k, call.v))
+    if call.others or not _results(call, q.dtype).rows:
+        return None
+    return Prepared(call, (q, k, v), cupy)
 
 
 def _scheduled(call: AttentionCall, variant: Variant, cupy: Any) -> tuple[Variant, DeviceSchedule | None]:
@@ -139,10 +197,3 @@ def _scheduled(call: AttentionCall, variant: Variant, cupy: Any) -> tuple[Varian
         if spans is None or not spans.by_head:
             return replace(variant, packed=True), spans
     return variant, device_schedule(call, variant.rows, variant.keys, cupy)
-
-
-def _make_parts(block: Any, out: Array, parts: int, accumulate: str, cupy: Any) -> list[Array]:
-    """Memory for the results of parts."""
-    made = [cupy.empty((parts, *out.shape), accumulate), cupy.empty((parts, *out.shape[:-1]), accumulate)]
-    block["part_out"], block["part_lse"] = (x.data.ptr for x in made)
-    return made
