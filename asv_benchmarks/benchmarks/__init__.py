@@ -1,4 +1,4 @@
-"""Benchmarks by subject; the first parameter of each is who computes (`common.WHO`).
+"""Benchmarks by subject; the first parameter of each is who computes (`common.ALL` or `WHO`).
 
 `common` builds the calls, the other modules only say which. A benchmark that somebody cannot run, or whose
 library is not installed, shows as n/a.

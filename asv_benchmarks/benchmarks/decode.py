@@ -10,7 +10,7 @@ from . import common
 class Decode(common.Timed):
     """A batch of 4, 32 query heads on 8 key/value heads of 128."""
 
-    params: Any = (common.WHO, (512, 4096), ("float32", "bfloat16"))
+    params: Any = (common.ALL, (512, 4096), ("float32", "bfloat16"))
     param_names = ("backend", "keys", "dtype")
 
     def setup(self, backend: str, keys: int, dtype: str) -> None:

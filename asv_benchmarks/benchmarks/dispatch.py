@@ -16,7 +16,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 class Tiny(common.Timed):
     """One head, one query, four keys of 8."""
 
-    params: Any = (common.WHO, tuple(OPTIONS))
+    params: Any = (common.ALL, tuple(OPTIONS))
     param_names = ("backend", "options")
 
     def setup(self, backend: str, options: str) -> None:

@@ -10,7 +10,7 @@ from . import common
 class Dtypes(common.Timed):
     """8 heads of 64, 1024 tokens, causal."""
 
-    params: Any = (common.WHO, ("float32", "float16", "bfloat16", "float64"))
+    params: Any = (common.ALL, ("float32", "float16", "bfloat16", "float64"))
     param_names = ("backend", "dtype")
     length = 1024
 

@@ -10,7 +10,7 @@ from . import common
 class Grouped(common.Timed):
     """16 query heads of 128, causal: multi-query (1), grouped (4) and multi-head (16) attention."""
 
-    params: Any = (common.WHO, (1, 4, 16))
+    params: Any = (common.ALL, (1, 4, 16))
     param_names = ("backend", "key/value heads")
 
     def setup(self, backend: str, heads: int) -> None:

@@ -25,7 +25,7 @@ LONGEST = {"numba": 100_000}
 class Long:
     """One call of 8192 or 100,000 tokens."""
 
-    params: Any = (common.WHO, (8_192, 100_000))
+    params: Any = (common.ALL, (8_192, 100_000))
     param_names = ("backend", "tokens")
     rounds = 1
     number = 1

@@ -16,7 +16,7 @@ from . import common
 class Dense(common.Timed):
     """8 heads of 64."""
 
-    params: Any = (common.WHO, (128, 512, 2048))
+    params: Any = (common.ALL, (128, 512, 2048))
     param_names = ("backend", "length")
 
     def setup(self, backend: str, length: int) -> None:
@@ -35,12 +35,12 @@ class Dense(common.Timed):
 class Threads(common.Timed):
     """8 heads of 64 on one thread and on two."""
 
-    params: Any = (common.WHO, (512, 2048), (1, 2))
+    params: Any = (common.ALL, (512, 2048), (1, 2))
     param_names = ("backend", "length", "threads")
 
     def setup(self, backend: str, length: int, threads: int) -> None:
-        if backend == common.PEER:
-            raise NotImplementedError("torch's threads are those of its process")
+        if backend not in common.BACKENDS:
+            raise NotImplementedError("a peer's threads are those of its process")
         call = common.call(backend, (1, 8, length, 64))
 
         def limited() -> Any:
@@ -56,7 +56,7 @@ class Threads(common.Timed):
 class Causal(common.Timed):
     """8 heads of 64; half of the pairs."""
 
-    params: Any = (common.WHO, (128, 512, 2048))
+    params: Any = (common.ALL, (128, 512, 2048))
     param_names = ("backend", "length")
 
     def setup(self, backend: str, length: int) -> None:
@@ -69,7 +69,7 @@ class Causal(common.Timed):
 class Padded(common.Timed):
     """A batch of 8 sequences of different lengths, 12 heads of 64: an encoder."""
 
-    params: Any = (common.WHO, (128, 512))
+    params: Any = (common.ALL, (128, 512))
     param_names = ("backend", "length")
 
     def setup(self, backend: str, length: int) -> None:

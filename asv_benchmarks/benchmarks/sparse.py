@@ -26,7 +26,7 @@ LENGTH = 4096
 class Sparse(common.Timed):
     """4 heads of 64."""
 
-    params: Any = (common.WHO, tuple(PATTERNS))
+    params: Any = (common.ALL, tuple(PATTERNS))
     param_names = ("backend", "mask")
     length = LENGTH
 
