@@ -138,8 +138,9 @@ def cuda(session: nox.Session) -> None:
     """The kernels of `cupy` without a GPU: compiled, interpreted, built for the host, broken on purpose."""
     install_cuda(session)
     session.run("pytest", "tests/test_printers.py", "-k", "nvrtc", *session.posargs)
-    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_cuda_*.py"))
-    session.run("pytest", *PARALLEL, "tests/test_ptx_interpreter.py", *files, *session.posargs)
+    found = [path for name in ("ptx", "cuda") for path in sorted(ROOT.glob(f"tests/test_{name}_*.py"))]
+    files = [str(path.relative_to(ROOT)) for path in found]
+    session.run("pytest", *PARALLEL, *files, *session.posargs)
 
 
 @nox.session(default=False)

@@ -254,12 +254,13 @@ def _extract_bits(machine: Machine, one: Instruction, mask: NDArray | None) -> N
     a = machine.read(one.operands[1], f"u{bits}").astype(np.uint64)
     at, length = (machine.read(x, "u32").astype(np.int64) & 0xFF for x in one.operands[2:])
     field = np.where(at >= bits, np.uint64(0), a >> np.minimum(at, 63).astype(np.uint64))
-    found = field & _ones(np.minimum(length, bits))
+    # Of the field, what lies within the register: the rest is its sign too.
+    held = _ones(np.clip(bits - at, 0, length))
+    found = field & held
     if one.type[0] == "s":
-        top = np.minimum(at + length - 1, bits - 1)
-        negative = (length > 0) & (((a >> np.maximum(top, 0).astype(np.uint64)) & np.uint64(1)) == 1)
-        found = np.where(negative & (length < bits), found | ~_ones(np.minimum(length, bits)), found)
-        found = np.where(negative & (at >= bits), np.uint64(2**64 - 1), found)
+        top = np.clip(at + length - 1, 0, bits - 1).astype(np.uint64)
+        negative = (length > 0) & ((a >> top & np.uint64(1)) == 1)
+        found = np.where(negative, found | ~held, found)
     machine.write(one.operands[0], found.astype(_UNSIGNED[bits]), mask)
 
 
