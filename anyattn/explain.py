@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from anyattn import dispatch, registry, settings
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
-from anyattn.describe import Options, check_names, describe
+from anyattn.describe import ARGUMENTS, Options, check_names, describe
+from anyattn.kv_cache import Cache
 
 if TYPE_CHECKING:
     from anyattn.linear.call import LinearCall
@@ -85,7 +86,7 @@ class Explanation:
 
 
 def explain(
-    q: Array, k: Array, v: Array | None = None, *, backend: str | None = None, **options: Any
+    q: Array, k: Array | Cache, v: Array | None = None, *, backend: str | None = None, **options: Any
 ) -> Explanation:
     """Which backend would run `attention(q, k, v, ...)`, and why not the others.
 
@@ -116,7 +117,9 @@ def explain(
     )
 
 
-def _described(q: Array, k: Array, v: Array | None, options: dict[str, Any]) -> AttentionCall | LinearCall:
+def _described(
+    q: Array, k: Array | Cache, v: Array | None, options: dict[str, Any]
+) -> AttentionCall | LinearCall:
     """The call of the function that the options belong to."""
     if "rule" in options:
         from anyattn.linear.describe import LinearOptions
@@ -127,6 +130,13 @@ def _described(q: Array, k: Array, v: Array | None, options: dict[str, Any]) -> 
             if name not in known:
                 raise TypeError(f"explain: unexpected option {name!r}; it takes {', '.join(known)}")
         return describe_linear(q, k, v, LinearOptions(**options))
+    if isinstance(k, Cache):
+        if v is not None:
+            raise TypeError("v: wanted None where k is a cache, which holds the values")
+        check_names("explain", "attention", options)
+        given = Options(**options)
+        k, v, own = k.arguments(q, tuple(getattr(given, name) for name in ARGUMENTS))
+        return describe("attention", q, k, v, Options(*own))
     operation = "attention" if v is not None else "stats" if "stats" in options else "weights"
     check_names("explain", operation, options)
     return describe(operation, q, k, v, Options(**options))

@@ -353,6 +353,11 @@ def test_int8_refuses_gradients_and_backends_that_lack_it(monkeypatch):
         int8_buffer(k.requires_grad_(), v)
     cache = int8_buffer(k.detach(), v)
     q = torch.zeros(2, HEADS, 1, DIM, dtype=torch.float64, requires_grad=True)
+    found = aa.explain(q, cache, causal=True)
+    assert found.backend == "reference"
+    assert "int8" in found.call.features
+    assert "converts k and v from int8 to float64 a block at a time" in found.notes
+    assert "kv_lengths" in aa.explain(q, aa.KVCache(k.detach(), v)).call.features
     with pytest.raises(aa.errors.UnsupportedCallError, match="reads int8 keys and values of plain tensors"):
         aa.attention(q, cache, backend="torch")
     # What is asked from constants has gradients still.
