@@ -123,12 +123,15 @@ def _way(call: LinearCall, k: Array, v: Array) -> Callable[..., tuple[Array, Arr
         return _lazily
     if call.readable and not all(bool(call.xp.all(call.xp.isfinite(x))) for x in (k, v)):
         return recurrence
-    return _compiled() if call.library == "jax" and not call.traced else advance
+    return _compiled() if call.library == "jax" else advance
 
 
 @cache
 def _compiled() -> Callable[..., tuple[Array, Array]]:
-    """`advance` under `jax.jit`: by themselves, its 200 operations would each be compiled for every shape."""
+    """`advance` under `jax.jit`: by themselves, its 200 operations would each be compiled for every shape.
+
+    Gradients of one chunk of 64 took 140 s so, and memory of gigabytes.
+    """
     compiled: Callable[..., tuple[Array, Array]] = sys.modules["jax"].jit(advance, static_argnums=0)
     return compiled
 

@@ -36,8 +36,8 @@ def gradient_cases() -> Iterator[Case]:
             state=_state(2, dtype="float64" if dtype == "float64" else "float32"),
         )  # fmt: skip
     yield _case(
-        "gradient, gated_delta, 67 tokens", "what comes back from one chunk to the one before",
-        "gated_delta", length=67, state=_state(1), **shared,
+        "gradient, gated, 67 tokens", "what comes back from one chunk to the one before", "gated",
+        length=67, each_channel=False, state=_state(1), **shared,
     )  # fmt: skip
     yield _case(
         "gradient, normalised, packed, blhd", "the derivative of a quotient, a sequence at a time", "gated",
