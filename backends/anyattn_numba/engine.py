@@ -65,7 +65,9 @@ class Prepared:
         self.accumulate = numpy.dtype(call.accumulate)
 
     def __call__(self, q: Array, k: Array, v: Array, *others: Array) -> tuple[Array, Array | None]:
-        library = self.library
+        library, like = self.library, q
+        if library != "numpy":
+            q, k, v = as_numpy(q, library), as_numpy(k, library), as_numpy(v, library)
         case = self.template.case(others, thread_count())
         number = threads_for(case.work, self.channels, case.threads, len(case.work.items))
         out = empty_like(self.dtype, self.shape, self.swapped, library)
@@ -74,9 +76,9 @@ class Prepared:
         block[:_ADDRESSES] = (
             0,
             scratch(self.scratch * number),
-            address_of(as_numpy(q, library)),
-            address_of(as_numpy(k, library)),
-            address_of(as_numpy(v, library)),
+            address_of(q),
+            address_of(k),
+            address_of(v),
             address_of(out),
             0 if lse is None else address_of(lse),
         )
@@ -86,7 +88,9 @@ class Prepared:
         else:
             run(self.kernel, block, number)
         del held
-        return from_numpy(out, q, library), None if lse is None else from_numpy(lse, q, library)
+        if library == "numpy":
+            return out, lse
+        return from_numpy(out, like, library), None if lse is None else from_numpy(lse, like, library)
 
     def resized(self, k: Array, v: Array) -> Prepared | None:
         """What serves calls with other keys, as many as these, and row 0 where it stands by default."""

@@ -130,8 +130,10 @@ class Template:
 
     def case(self, others: Sequence[Array], threads: int) -> Case:
         """The case of a call on some threads."""
-        decided_by = (threads, *[_contents(as_numpy(others[n], self._library)) for n in self._deciding])
         case = self._case
+        if not self._deciding and case is not None and case.threads == threads:
+            return case
+        decided_by = (threads, *[_contents(as_numpy(others[n], self._library)) for n in self._deciding])
         if case is None or case.decided_by != decided_by:
             self._case = case = self._new_case(decided_by, others, threads)
         return case
@@ -157,6 +159,8 @@ class Template:
 
     def put_others(self, block: NDArray, others: Sequence[Array]) -> list[Any]:
         """Put the addresses of a call's own arrays into its block; gives what must outlive its use."""
+        if not others and self._captures is None:
+            return []
         found = [as_numpy(x, self._library) for x in others]
         held: list[Any] = [found]
         if self._sinks is not None:
