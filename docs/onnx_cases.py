@@ -18,7 +18,6 @@ from anyattn.compat.onnx import attention, linear_attention
 PAGE = Path(__file__).parent / "onnx-cases.md"
 # Backend, and the array library that it is given.
 COLUMNS = (("reference", "numpy"), ("numba", "numpy"), ("reference", "torch"), ("torch", "torch"))
-LINEAR_COLUMNS = (("reference", "numpy"), ("reference", "torch"))
 # The values that onnx ships are rounded to 16 bits after each step, and anyattn's once: two units apart.
 ULPS = 2
 HEAD = """# ONNX's own cases
@@ -137,7 +136,6 @@ def page(outcomes: dict[tuple[str, str], dict[str, str | None]]) -> str:
     for name, case in cases().items():
         marks = ["pass" if outcomes[column][name] is None else "**fails**" for column in COLUMNS]
         lines.append(f"| `{name.removeprefix('test_')}` | {opset(case)} | {' | '.join(marks)} |")
-    titles = [f"`{backend}`, {library}" for backend, library in LINEAR_COLUMNS]
     lines += [
         "",
         "## LinearAttention",
@@ -148,13 +146,12 @@ def page(outcomes: dict[tuple[str, str], dict[str, str | None]]) -> str:
         f"| --- | {' | '.join(['---'] * len(titles))} |",
     ]
     for name in cases("LinearAttention"):
-        marks = ["pass" if outcomes[column][name] is None else "**fails**" for column in LINEAR_COLUMNS]
+        marks = ["pass" if outcomes[column][name] is None else "**fails**" for column in COLUMNS]
         lines.append(f"| `{name.removeprefix('test_')}` | {' | '.join(marks)} |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    found = {column: {name: outcome(case, *column) for name, case in cases().items()} for column in COLUMNS}
-    for column in LINEAR_COLUMNS:
-        found[column] |= {name: outcome(case, *column) for name, case in cases("LinearAttention").items()}
+    every = cases() | cases("LinearAttention")
+    found = {column: {name: outcome(case, *column) for name, case in every.items()} for column in COLUMNS}
     PAGE.write_text(page(found), encoding="utf-8")

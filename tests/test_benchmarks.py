@@ -26,6 +26,7 @@ SUBJECTS = (
     "memory",
     "caches",
     "top_blocks",
+    "linear",
 )
 
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the benchmarks are not in this distribution")

@@ -44,7 +44,7 @@ def test_shipped_cases(backend, library):
     assert {name: what for name, what in wrong.items() if what} == {}
 
 
-@pytest.mark.parametrize(("backend", "library"), shipped.LINEAR_COLUMNS)
+@pytest.mark.parametrize(("backend", "library"), shipped.COLUMNS)
 def test_shipped_linear_cases(backend, library):
     cases = shipped.cases("LinearAttention")
     assert len(cases) == 14
