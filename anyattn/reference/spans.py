@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 from anyattn.call import AttentionCall
 
@@ -49,40 +48,15 @@ def visits(call: AttentionCall) -> list[Visit]:
 
 
 def _scheduled(call: AttentionCall) -> Iterator[Visit]:
-    import numpy
-
     from anyattn.schedule import schedule
+    from anyattn.schedule.together import runs_together
 
     plan = schedule(call, rows=TILE, keys=TILE)
-    blocks, tiles = plan.shape
+    blocks = plan.shape[0]
     groups = plan.groups[0] * plan.groups[1]
     for block in range(blocks):
-        seen, full = numpy.zeros(tiles, bool), numpy.ones(tiles, bool)
-        for group in range(groups):
-            line = group * blocks + block
-            here = numpy.zeros(tiles, bool)
-            for first, end in plan.full.of(line):
-                here[first:end] = True
-            full &= here
-            seen |= here
-            for runs in (plan.partial, plan.gathered):
-                for first, end in runs.of(line):
-                    seen[first:end] = True
-        spans = tuple(
-            Span(first * TILE, min(end * TILE, call.k_len), kind == 2)
-            for first, end, kind in _runs(seen.astype(int) + (seen & full))
-            if kind
-        )
+        lines = [group * blocks + block for group in range(groups)]
+        spans = tuple(Span(first, end, full) for first, end, full in runs_together(plan, lines))
         # Rows that see nothing still hang on q, k and v for automatic differentiation.
         nothing = (Span(0, 0, full=True),)
         yield Visit(block * TILE, min((block + 1) * TILE, call.q_len), spans or nothing)
-
-
-def _runs(kinds: object) -> Iterator[tuple[int, int, int]]:
-    """(first, end, kind) of the runs of equal entries."""
-    import numpy
-
-    values = numpy.asarray(kinds)
-    edges = [0, *(numpy.flatnonzero(numpy.diff(values)) + 1).tolist(), len(values)]
-    for first, end in pairwise(edges):
-        yield first, end, int(values[first])

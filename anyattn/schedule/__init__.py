@@ -3,7 +3,7 @@
 `parts` says what decides it and reads arrays, `axes` finds along which direction each part changes,
 `formula` joins `atoms` (and `mixed` ones, by `intervals`), `search` goes from coarse to fine tiles, `decide`
 settles the rest by points, `columns` lists isolated keys, `result` is the product, `spans` the same for
-compiled kernels, `make` makes it and keeps it under its `key`.
+compiled kernels, `together` for blocks of heads, `make` makes it and keeps it under its `key`.
 """
 
 from __future__ import annotations

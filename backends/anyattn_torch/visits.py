@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from anyattn.call import AttentionCall
 from anyattn.schedule import Schedule, schedule
+from anyattn.schedule.together import runs_together
 
 __all__ = ["Span", "Visit", "Visits"]
 
@@ -63,49 +63,26 @@ class Visits:
         for block, first in enumerate(range(0, self.call.q_len, self.rows)):
             last = min(first + self.rows, self.call.q_len)
             if self.plan is None:
-                kind = 2 if self.call.visible is None else 1
-                runs = [(0, self.call.k_len, kind)] if self.call.k_len else []
+                runs = [(0, self.call.k_len, self.call.visible is None)] if self.call.k_len else []
             else:
-                runs = list(_runs(self.plan, [line + block for line in lines]))
+                runs = list(runs_together(self.plan, [line + block for line in lines]))
             yield Visit(first, last, tuple(self._spans(runs)))
 
-    def _spans(self, runs: list[tuple[int, int, int]]) -> Iterator[Span]:
-        """Runs (first key, end, 1 where masked or 2) that touch, joined and cut to pieces of one size."""
+    def _spans(self, runs: list[tuple[int, int, bool]]) -> Iterator[Span]:
+        """Runs (first key, end, whether all is seen) that touch, joined and cut to pieces of one size."""
         for first, end in _touching(runs):
             count = -(-(end - first) // self.keys)
             size = -(-(end - first) // (count * KEYS)) * KEYS
             for start in range(first, end, size):
                 stop = min(start + size, end)
-                masked = ((max(a, start), min(b, stop)) for a, b, kind in runs if kind == 1)
+                masked = ((max(a, start), min(b, stop)) for a, b, full in runs if not full)
                 yield Span(start, stop, tuple((a, b) for a, b in masked if a < b))
 
 
-def _touching(runs: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
+def _touching(runs: list[tuple[int, int, bool]]) -> Iterator[tuple[int, int]]:
     """The ranges of keys that runs cover without a gap."""
     start = 0
     for n, (first, end, _) in enumerate(runs):
         start = first if n == 0 or runs[n - 1][1] != first else start
         if n + 1 == len(runs) or runs[n + 1][0] != end:
             yield start, end
-
-
-def _runs(plan: Schedule, lines: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Runs of keys that any of the lines visits: (first, end, 2 where all of them see all, 1 elsewhere)."""
-    import numpy
-
-    tiles = plan.shape[1]
-    seen, full = numpy.zeros(tiles, bool), numpy.ones(tiles, bool)
-    for line in lines:
-        here = numpy.zeros(tiles, bool)
-        for first, end in plan.full.of(line):
-            here[first:end] = True
-        full &= here
-        seen |= here
-        for runs in (plan.partial, plan.gathered):
-            for first, end in runs.of(line):
-                seen[first:end] = True
-    kinds = seen.astype(int) + (seen & full)
-    edges = [0, *(numpy.flatnonzero(numpy.diff(kinds)) + 1).tolist(), tiles]
-    for first, end in pairwise(edges):
-        if end > first and kinds[first]:
-            yield first * plan.keys, min(end * plan.keys, plan.k_len), int(kinds[first])
