@@ -67,6 +67,18 @@ def test_the_reference_imports_the_library_of_the_arrays_alone(environment):
     assert not {"torch", "jax", "cupy", "numba", "dask"} & set(run(code, environment).split())
 
 
+def test_a_first_call_imports_no_more_of_numpy_than_numpy_does(environment):
+    """The tools for Fortran among the rest take longer than NumPy itself."""
+    code = (
+        "import sys, numpy as np, anyattn as aa; x = np.ones((1, 2, 3));"
+        "aa.attention(x, x, x, causal=True, backend='reference');"
+        "print(np.__array_api_version__, 'numpy.f2py' in sys.modules)"
+    )
+    version, found = run(code, environment).split()
+    # Before 2.1 NumPy lacks parts of the array API, and array-api-compat adds them.
+    assert version < "2023.12" or found == "False"
+
+
 def test_import_takes_at_most_60_ms(environment):
     run("import anyattn", environment)  # writes the bytecode
     bare = min(seconds("pass", environment) for _ in range(10))
