@@ -7,7 +7,6 @@ name it in `COMMANDS`. Such a module imports nothing heavy at its top, so that `
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -48,7 +47,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     status: int = parsed.run(parsed)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,7 +17,7 @@ ARRAY_LIBRARIES = ("numpy", "torch", "jax", "dask", "array_api_strict", "cupy", 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "anyattn.cli", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "anyattn", *arguments], capture_output=True, text=True, check=False
     )
 
 

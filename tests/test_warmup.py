@@ -129,7 +129,7 @@ assert len(files()) > len(before), "a mask that nobody warmed up must be compile
 
 @needs_numba
 def test_later_processes_compile_nothing(folder):
-    command = [sys.executable, "-m", "anyattn.cli", "warmup", "--backend=numba", "--dtype=float32"]
+    command = [sys.executable, "-m", "anyattn", "warmup", "--backend=numba", "--dtype=float32"]
     first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels = len(list(folder.glob("*.kernel")))
     assert kernels >= 10, "threads, forward, and eight kinds of masks and scores"

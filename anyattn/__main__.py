@@ -1,0 +1,7 @@
+"""`python -m anyattn` is the command `anyattn`."""
+
+import sys
+
+from anyattn.cli import main
+
+sys.exit(main())
