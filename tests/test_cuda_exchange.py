@@ -63,10 +63,10 @@ def standin(monkeypatch):
     return found
 
 
-def described(standin, kind, operation="attention", **options):
+def described(standin, kind, operation="attention", batch=(), **options):
     """A call with foreign arrays, and the same with those of NumPy."""
     rng = np.random.default_rng(0)
-    host = [rng.standard_normal((2, n, 8)).astype("f4") for n in (5, 20, 20)]
+    host = [rng.standard_normal((*batch, 2, n, 8)).astype("f4") for n in (5, 20, 20)]
     if operation != "attention":
         host[2] = None
     call = describe(operation, *host, Options(**options))
@@ -119,6 +119,25 @@ def test_arrays_of_jax_are_held_until_what_reads_them_has_run(standin):
     held = [x for _, arrays in exchange._held for x in arrays]
     assert any(x is calls[1].q.memory for x in held)
     assert not any(x is calls[0].q.memory for x in held)
+
+
+def test_arrays_of_jax_are_held_until_copies_of_them_are_made(standin):
+    """Kernels read sinks, offsets and rows in their own types: the copy has not run when the call returns."""
+    lengths = np.array([7, 20], np.int32)
+    options = {"causal": True, "kv_lengths": lengths, "q_offset": lengths - 5, "sinks": np.zeros(2, "f4")}
+    rows = np.array([3, 1], np.int32)
+    for operation, names in (("attention", ("sinks", "offset")), ("weights", ("sinks", "offset", "rows"))):
+        chosen = {"rows": rows} if operation == "weights" else {}
+        call, host = described(standin, ArrayImpl, operation, (2,), **options, **chosen)
+        given = {name: ArrayImpl(standin.asarray(getattr(call, name))) for name in names}
+        for name, x in given.items():
+            object.__setattr__(call, name, x)
+        found = backend.run(call)
+        _, held = exchange._held[-1]
+        assert [name for name, x in given.items() if not any(y is x.memory for y in held)] == []
+        if operation == "weights":
+            wanted = aa.attention_weights(*host[:2], **options, rows=rows)
+            np.testing.assert_allclose(np.array(found.memory), wanted, atol=1e-6)
 
 
 def test_torch_orders_its_memory_itself(standin):

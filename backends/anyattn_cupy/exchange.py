@@ -8,6 +8,7 @@ nobody names any more to others while a kernel still reads it, so arrays are hel
 from __future__ import annotations
 
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ __all__ = ["as_cupy", "current", "given_back", "hold"]
 
 _OTHERS = ("torch", "jax")
 _held: deque[tuple[Any, list[Array]]] = deque()
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -54,8 +56,9 @@ def hold(owner: str, arrays: list[Array], cupy: Any) -> None:
     """Keep arrays of JAX until what was launched has run; it is asked at later calls, and nothing waits."""
     if owner != "jax":
         return
-    while _held and _held[0][0].done:
-        _held.popleft()
     done = cupy.cuda.Event(disable_timing=True)
     done.record()
-    _held.append((done, arrays))
+    with _lock:
+        while _held and _held[0][0].done:
+            _held.popleft()
+        _held.append((done, arrays))

@@ -101,15 +101,17 @@ def fill_sizes(block: Any, call: AttentionCall, variant: Variant, rows: int) -> 
 def fill_options(
     block: Any, call: AttentionCall, variant: Variant, spans: DeviceSchedule | None, cupy: Any
 ) -> list[Array | DeviceSchedule]:
-    """What a call may have or not; what must outlive the launch."""
+    """What a call may have or not; what must outlive the launch, with what copies were begun from."""
     kept: list[Any] = [spans]
     if call.sinks is not None:
-        kept.append(cupy.ascontiguousarray(as_cupy(call.sinks, cupy).astype(call.accumulate)))
+        kept.append(as_cupy(call.sinks, cupy))
+        kept.append(cupy.ascontiguousarray(kept[-1].astype(call.accumulate)))
         block["sinks"] = kept[-1].data.ptr
     if isinstance(call.offset, int):
         block["offset"] = call.offset
     else:
-        offsets = cupy.broadcast_to(as_cupy(call.offset, cupy).astype("int64"), call.batch_shape)
+        kept.append(as_cupy(call.offset, cupy))
+        offsets = cupy.broadcast_to(kept[-1].astype("int64"), call.batch_shape)
         kept.append(cupy.ascontiguousarray(offsets))
         block["offsets"] = kept[-1].data.ptr
     if spans is not None:
@@ -127,17 +129,22 @@ def index_type(program: Program, call: AttentionCall) -> str:
 def captured_of(
     call: AttentionCall, program: Program, variant: Variant, index: str, cupy: Any
 ) -> tuple[Any, list[Array]]:
-    """What masks and scores read, as the second argument of a kernel, and the arrays of it."""
-    program = replace(program, tables=tuple(cupy.ascontiguousarray(as_cupy(x, cupy)) for x in program.tables))
+    """What masks and scores read, as the second argument of a kernel; what must outlive the launch."""
+    given = [as_cupy(x, cupy) for x in (*program.tables, *program.aligned)]
+    tables, aligned = given[: len(program.tables)], given[len(program.tables) :]
+    program = replace(program, tables=tuple(cupy.ascontiguousarray(x) for x in tables))
     sizes = call.batch_shape, call.num_heads, call.q_len, call.k_len
     views = tuple(
-        aligned_view(cupy, as_cupy(x, cupy), slot.block, *sizes)
-        for x, slot in zip(program.aligned, aligned_slots(program), strict=True)
+        aligned_view(cupy, x, slot.block, *sizes)
+        for x, slot in zip(aligned, aligned_slots(program), strict=True)
     )
-    kept = [*program.tables, *views]
-    addresses = tuple(x.data.ptr for x in kept)
+    read = [*program.tables, *views]
+    addresses = tuple(x.data.ptr for x in read)
     # CuPy passes an array of NumPy by value, and knows no scalar of a struct.
-    return numpy.asarray(cuda_arguments(program, variant.accumulate, views, addresses, index)), kept
+    return numpy.asarray(cuda_arguments(program, variant.accumulate, views, addresses, index)), [
+        *read,
+        *given,
+    ]
 
 
 @cache

@@ -44,9 +44,7 @@ def chosen(call: AttentionCall, arrays: tuple[Array, ...], cupy: Any) -> Choice:
 def weights(call: AttentionCall, cupy: Any) -> Array:
     """Softmax weights (..., Hq, R, Lk) of a call of "weights", in its dtype, as an array of CuPy."""
     q, k = (as_cupy(x, cupy) for x in (call.q, call.k))
-    rows = None
-    if call.rows is not None:
-        rows = cupy.ascontiguousarray(as_cupy(call.rows, cupy).astype("int64"))
+    rows = None if call.rows is None else as_cupy(call.rows, cupy)
     shape = (*call.batch_shape, call.num_heads, call.q_len if rows is None else rows.shape[0], call.k_len)
     # Tiles that the schedule leaves out are not written.
     out = (cupy.empty if call.visible is None else cupy.zeros)(shape, q.dtype)
@@ -91,7 +89,9 @@ def _launch(
     kept += fill_options(block, call, variant, choice.spans, cupy)
     for name, x in sums.items():
         block[name] = x.data.ptr
-    block["row_numbers"] = 0 if rows is None else rows.data.ptr
+    if rows is not None:
+        kept += [rows, cupy.ascontiguousarray(rows.astype("int64"))]
+        block["row_numbers"] = kept[-1].data.ptr
     blocks = chunks = int(block["blocks"])
     if "key_mass" in sums:
         # A chunk is of one head, and its blocks are added up in their order.
@@ -102,4 +102,4 @@ def _launch(
     inspect = compiled(cupy, number, "inspect", choice.source, variant.shared_memory)
     grid = (items // blocks * chunks,)
     inspect(grid, (variant.threads,), (block, captured), shared_mem=variant.shared_memory)
-    hold(call.library, [*arrays.values(), *sums.values(), rows, *kept], cupy)
+    hold(call.library, [*arrays.values(), *sums.values(), *kept], cupy)
