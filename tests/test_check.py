@@ -9,7 +9,7 @@ import pytest
 
 from anyattn import cli
 from anyattn.backend import Backend
-from anyattn.check import kit
+from anyattn.check import kit, timing
 from anyattn.reference import backend as reference
 from anyattn.testing.libraries import LIBRARIES, NumPy
 
@@ -65,6 +65,19 @@ def test_a_report_of_the_kit_and_a_workload(tmp_path, capsys):
     name, own, *_ = (cell.strip() for cell in text.splitlines()[-1].strip("|").split("|"))
     assert name == "tiny"
     assert 0 < float(own) < 1000
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(MemoryError(), "MemoryError"), (ValueError("a | b\nc"), r"ValueError: a \| b")],
+)
+def test_what_goes_wrong_beside_is_a_line_of_the_table(error, said, monkeypatch):
+    def broken(*arguments):
+        raise error
+
+    monkeypatch.setattr(timing, "_torch", broken)
+    found = timing.measure("tiny", "reference", LIBRARIES["numpy"], 0.001)
+    assert found.row() == f"| tiny | torch, to compare with: {said} | | | |"
 
 
 @pytest.fixture

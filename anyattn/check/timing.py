@@ -96,15 +96,24 @@ def measure(name: str, backend: str, library: Any, seconds: float) -> Timing:
         own = _milliseconds(call, _wait(library), seconds)
     # A check reports what goes wrong, whatever it is, and goes on with the next workload.
     except Exception as error:  # noqa: BLE001
-        return Timing(name, None, None, None, f"{type(error).__name__}: {str(error).splitlines()[0]}")
-    peer = _torch(workload, host, library.device)
-    if peer is None:
-        return Timing(name, own, None, None)
-    expected, wait = peer
-    difference = float(numpy.abs(out.astype("float32") - expected().float().cpu().numpy()).max())
+        return Timing(name, None, None, None, _said(error))
+    try:
+        peer = _torch(workload, host, library.device)
+        if peer is None:
+            return Timing(name, own, None, None)
+        expected, wait = peer
+        difference = float(numpy.abs(out.astype("float32") - expected().float().cpu().numpy()).max())
+    except Exception as error:  # noqa: BLE001
+        return Timing(name, own, None, None, f"torch, to compare with: {_said(error)}")
     if not difference <= _MOST_DIFFERENCE[workload.dtype]:
         return Timing(name, own, None, difference, f"differs from torch by {difference:.1e}")
     return Timing(name, own, _milliseconds(expected, wait, seconds), difference)
+
+
+def _said(error: Exception) -> str:
+    """An error in one line, which has a place in a table."""
+    first = str(error).partition("\n")[0].replace("|", r"\|")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _milliseconds(call: Callable[[], Any], wait: Callable[[], None], seconds: float) -> float:
