@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from inspect import signature
@@ -34,6 +35,8 @@ def test_getting_started(capsys: pytest.CaptureFixture[str]) -> None:
     np.testing.assert_allclose(names["out"], aa.attention(q, k, v), rtol=0, atol=1e-5)
     assert names["stats"].keys() == {"key_mass", "entropy"}
     np.testing.assert_array_less(names["stats"]["entropy"], np.log(100))
+    plain = aa.attention(q, k, v, causal=True)
+    assert abs(names["dropped"] - plain).max() > 0.01
     step = aa.attention(q[1, :, :1], k[1, :, :63], v[1, :, :63])
     np.testing.assert_allclose(names["step"][1], step, rtol=0, atol=1e-5)
     second = aa.attention(q[1, :, :63], k[1, :, :63], v[1, :, :63], causal=True)
@@ -107,6 +110,19 @@ def test_every_argument_is_explained() -> None:
     text = (DOCS / "contract.md").read_text(encoding="utf-8")
     for name in signature(aa.attention).parameters:
         assert f"`{name}`" in text or f"`{name}=" in text, name
+
+
+def test_every_session_of_nox_is_explained() -> None:
+    by_name = {}
+    for node in ast.parse((DOCS.parent / "noxfile.py").read_text(encoding="utf-8")).body:
+        for decorator in getattr(node, "decorator_list", []):
+            made = ast.unparse(decorator)
+            if re.match(r"nox\.session\b", made):
+                by_name[node.name] = "default=False" in made
+    text = (DOCS / "development.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", text, re.MULTILINE)
+    shown = {re.findall(r"\w+", names)[0]: said.startswith("only by name") for names, said in rows}
+    assert shown == by_name
 
 
 EXPORTED = sorted(name for name in aa.__all__ if callable(getattr(aa, name)))
