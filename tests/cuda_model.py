@@ -52,8 +52,8 @@ class Chip:
 
 
 # NVIDIA A100 and H100 architecture white papers: 312 TFLOP/s on 108 multiprocessors at 1.41 GHz, 989 on 132
-# at 1.83 GHz, and 5120 bytes of cache a clock of A100 (H100's are taken to be as many). On Hopper `mma.sync`
-# reaches about 63 % of what `wgmma` does (Luo et al. 2024, arXiv:2402.13499).
+# at 1.83 GHz, and 5120 bytes of cache a clock of A100 (H100's are taken to be as many). That `mma.sync`
+# reaches 63 % of what `wgmma` does on Hopper is an assumption, that nothing here has measured.
 A100 = Chip("A100", 1024, 1024, 64, 5120 / 108, 167936)
 H100 = Chip("H100", 0.63 * 2048, 2048, 128, 5120 / 132, 233472)
 
