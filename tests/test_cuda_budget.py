@@ -28,6 +28,7 @@ HELD = ("kernel", "rows", "keys", "registers", "shared_memory", "spilled")
 PROGRAMS = {
     "none": {},
     "causal": {"causal": True},
+    "dropout": {"causal": True, "dropout": 0.1, "dropout_seed": 1},
     "all": {
         "mask": masks.sliding_window(512) | masks.global_tokens(64),
         "score_mod": scores.alibi(2),
@@ -40,6 +41,7 @@ ATTENTION = [
     ("bfloat16", 128, True, "causal"),
     *((dtype, 64, True, options) for dtype in ("float16", "float32") for options in ("none", "all")),
     *((dtype, 64, False, "causal") for dtype in ("float16", "float32")),
+    *((dtype, 128, True, "dropout") for dtype in ("float16", "float32")),
 ]
 INSPECTION = [
     *(("float32", dim, True, "causal") for dim in (64, 128, 512)),
@@ -61,7 +63,7 @@ def needs(operation, dtype, dim, vector_loads, options, capability):
         variant = choose_inspect(device, dtype, dim, vector_loads)
     x = np.zeros((2, 8, 8), "f4")
     call = describe("attention", x, x, x, Options(**PROGRAMS[options]))
-    source = kernel_source(variant, lower(call.visible, call.score), "int")
+    source = kernel_source(variant, lower(call.visible, call.score, call.keep), "int")
     [found] = compiled(source, f"sm_{capability}", OPTIONS).resources.values()
     shared = variant.shared_memory + found.shared_memory
     values = (variant.kernel, variant.rows, variant.keys, found.registers, shared, found.spilled)
@@ -91,7 +93,8 @@ def test_within_the_budget(kernel, budget):
 
 def test_nothing_is_spilled_up_to_128_channels(budget):
     for key, row in budget.items():
-        if int(row["head_dim"]) <= 128 and row["dtype"] != "float64":
+        # Rounds of Philox take registers of their own.
+        if int(row["head_dim"]) <= 128 and row["dtype"] != "float64" and row["options"] != "dropout":
             assert row["spilled"] == "0", key
 
 

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import csv
+import re
+
 import cuda_model
 from cuda_mutant_table import PAGE, table
+from test_cuda_budget import BUDGET
 
 
 def test_defects():
     assert PAGE.read_text() == table(), "run `python tests/cuda_mutant_table.py`"
 
 
+CUDA = PAGE.parents[1] / "cuda.md"
+
+
 def test_predictions():
-    page = PAGE.parents[1] / "cuda.md"
-    assert cuda_model.table() in page.read_text(), "write the rows that `python tests/cuda_model.py` prints"
+    assert cuda_model.table() in CUDA.read_text(), "write the rows that `python tests/cuda_model.py` prints"
+
+
+def test_tiles_registers_and_shared_memory():
+    """The table of kernels for causal attention is what the budget has."""
+    wanted = {}
+    with BUDGET.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if (row["operation"], row["vector_loads"], row["options"]) != ("attention", "yes", "causal"):
+                continue
+            spilled = "" if row["spilled"] == "0" else f" ({row['spilled']})"
+            room = f"{int(row['shared_memory']) / 1024:.0f}"
+            cell = f"{row['rows']}×{row['keys']}, {row['registers']}, {room}{spilled}"
+            wanted.setdefault(f"{row['dtype']}, {row['head_dim']}", {})[row["architecture"]] = cell
+    shown = {}
+    architectures = ("sm_75",), ("sm_80",), ("sm_86", "sm_89"), ("sm_90",), ("sm_100",), ("sm_120",)
+    for line in re.findall(r"^\| (float\d+, \d+ \|.*) \|$", CUDA.read_text(), re.MULTILINE):
+        name, *cells = line.split(" | ")
+        shown[name] = {one: x for group, x in zip(architectures, cells, strict=True) for one in group}
+    # Of bfloat16 there is nothing that float16 has not.
+    assert shown == {name: cells for name, cells in wanted.items() if not name.startswith("bfloat16")}
