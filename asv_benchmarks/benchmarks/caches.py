@@ -1,6 +1,6 @@
 """A step of decoding against each kind of cache, and what it costs to append the token to it.
 
-Decoding reads all keys and values once: pages should cost what one buffer costs, int8 a quarter of it.
+Decoding reads all keys and values once, wherever they lie; those of int8 are a quarter of the bytes.
 """
 
 from __future__ import annotations
