@@ -276,8 +276,17 @@ class PagedSequences(GrowingCache):
                     f"{name}: wanted tokens (sequences, heads, n, dim) of {len(self.sequences)} sequences, "
                     f"got shape {tuple(x.shape)}"
                 )
-        for n, number in enumerate(self.sequences):
-            self.cache.append(number, k[n, ...], v[n, ...])
+        before = {number: self.cache.length(number) for number in self.sequences}
+        if len(before) < len(self.sequences):
+            raise ValueError(f"sequences: wanted different ones to add tokens to, got {self.sequences}")
+        try:
+            for n, number in enumerate(self.sequences):
+                self.cache.append(number, k[n, ...], v[n, ...])
+        except MemoryError:
+            # A step is of all of them or of none.
+            for number, length in before.items():
+                self.cache.crop(number, length)
+            raise
 
     def lookup(self) -> Lookup:
         import numpy

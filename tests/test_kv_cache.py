@@ -204,6 +204,21 @@ def test_a_pool_that_is_full_says_so_and_stays_as_it_was():
         cache.append(third, k[1, :, 7:8], v[1, :, 7:8])
 
 
+def test_a_step_of_several_sequences_is_of_all_or_of_none():
+    _, k, v = sequences()
+    cache = paged(k, v, page_size=4, pages=3)
+    first, second = cache.sequences
+    cache.append(first, k[0, :, :4], v[0, :, :4])
+    cache.append(second, k[1, :, :4], v[1, :, :4])
+    with pytest.raises(MemoryError):
+        cache.extend(k[:, :, :1], v[:, :, :1])
+    assert (cache.length(first), cache.length(second), cache.free_pages) == (4, 4, 1)
+    with pytest.raises(ValueError, match="sequences: wanted different ones"):
+        cache[[first, first]].extend(k[:, :, :1], v[:, :, :1])
+    assert cache.length(first) == 4
+    np.testing.assert_array_equal(cache.k_pages[cache.pages(first)[0]], np.moveaxis(k[0, :, :4], 0, 1))
+
+
 @pytest.mark.parametrize("library", ["torch", "jax.numpy", "array_api_strict"])
 def test_other_libraries(library):
     xp = pytest.importorskip(library)
