@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from random_expressions import random_mask, random_score
 
 import anyattn as aa
 from anyattn import masks, scores
 from anyattn.describe import Options, describe
 from anyattn.expr import nodes
 from anyattn.expr.program import canonical, lower
+from anyattn.expr.statements import table_slots
 
 X = np.zeros((2, 4, 64, 8), "f4")
 
@@ -113,3 +115,15 @@ def test_another_batch_size_compiles_nothing():
 
     assert key((2,)) == key((7,))
     assert key((2, 3)) == key((5, 3))
+
+
+def test_what_was_lowered_before_is_no_part_of_what_follows():
+    """Nodes are told apart by their ids, which those of a form that is gone give to the next one's."""
+    for seed in range(60):
+        roots = random_mask(seed).expr(), random_score(seed).expr(), random_score(seed + 1000).expr()
+        found = lower(*roots)
+        # Equal nodes are one object, so these are the forms of the next call and outlive it.
+        forms = [canonical(root) for root in roots]
+        assert lower(*roots).text == found.text, seed
+        assert len(table_slots(found)) == len(found.tables), seed
+        del forms

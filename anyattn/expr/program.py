@@ -183,13 +183,14 @@ def lower(visible: Expr | None, score: Expr | None, keep: Expr | None = None) ->
             raise TypeError(f"{type(node).__name__} must be bound before it is lowered")
 
     roots: list[Expr | None] = []
-    named = [("visible", visible), ("score", score)]
-    for role, root in named if keep is None else [*named, ("keep", keep)]:
+    named = {"visible": visible, "score": score} | ({} if keep is None else {"keep": keep})
+    # All forms live until the end: nodes are told apart by their ids, which others get once they are gone.
+    forms = {role: None if root is None else canonical(root) for role, root in named.items()}
+    for role, root in forms.items():
         if root is None:
             roots.append(None)
             lines.append(f"{role} none")
             continue
-        root = canonical(root)
         # A constant divisor is part of its operation; what else reads the same constant reads an argument.
         read = {id(root)}
         for node in walk(root):
