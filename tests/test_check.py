@@ -135,7 +135,8 @@ def test_a_call_that_fails_is_reported_and_the_next_one_timed(commands, capsys, 
     assert "failed: compute-sanitizer racecheck, pairs, workload bert" in capsys.readouterr().out
     rows = (tmp_path / "anyattn-check-broken.md").read_text().splitlines()[-2:]
     assert rows[0] == "| bert | RuntimeError: no room | | | |"
-    assert rows[1].startswith("| tiny | 0.")
+    assert rows[1].startswith("| tiny | ")
+    assert 0 < float(rows[1].split("|")[2]) < 1000
 
 
 def test_a_result_that_is_not_torchs_is_reported(commands, capsys, install, tmp_path):
