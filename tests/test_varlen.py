@@ -10,6 +10,8 @@ import pytest
 import anyattn as aa
 from anyattn import dispatch
 from anyattn.dispatch import recording
+from anyattn.expr.nodes import B, Load, walk
+from anyattn.expr.relocate import Relocation
 from anyattn.schedule import schedule
 
 # A sequence of nothing, one without keys, one without queries, more queries than keys, and tiles in between.
@@ -281,3 +283,10 @@ def test_errors_name_the_argument(change, message):
     arguments = {"q": x, "k": x, "v": x, "cu_seqlens_q": [0, 4, 6], "cu_seqlens_k": [0, 2, 6], **change}
     with pytest.raises((TypeError, ValueError), match=message):
         aa.varlen_attention(**arguments)
+
+
+def test_a_relocation_gives_no_mask_the_table_of_one_that_is_gone():
+    within = Relocation({"b": B}, count=2)
+    for n in range(20):
+        moved = within(aa.masks.prefix(np.array([n, n + 1])).expr, "mask")
+        assert [x.table.value.tolist() for x in walk(moved) if isinstance(x, Load)] == [[n, n + 1]]

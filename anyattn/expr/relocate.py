@@ -27,7 +27,8 @@ class Relocation:
     def __init__(self, symbols: Mapping[str, Expr], count: int | None = None):
         self.symbols = dict(symbols)
         self.count = count
-        self._tables: dict[int, Table] = {}
+        # With the table that each takes the place of, whose id is given away when nobody holds it.
+        self._tables: dict[int, tuple[Table, Table]] = {}
 
     def __call__(self, root: Expr, argument: str) -> Expr:
         """`root` with these indices; errors about it name `argument`."""
@@ -58,8 +59,8 @@ class Relocation:
                 )
         if id(table) not in self._tables:
             axes = tuple(None if axis == "b" else axis for axis in table.axes)
-            self._tables[id(table)] = replace(table, axes=axes)
-        return self._tables[id(table)]
+            self._tables[id(table)] = table, replace(table, axes=axes)
+        return self._tables[id(table)][1]
 
     def _deferred(self, node: Deferred, argument: str) -> Expr:
         if not node.local:
