@@ -69,13 +69,14 @@ def address(dispatcher: Any) -> int:
     TypeError
         If it returns something else.
     """
-    dispatcher.compile(types.int64(types.int64, types.int64))
-    result = dispatcher.overloads[types.int64, types.int64]
-    # Another type where it was compiled before, by a call that said nothing about the result.
-    returned = result.signature.return_type
-    if getattr(returned, "literal_type", returned) != types.int64:
-        raise TypeError(f"dispatcher: wanted int64 returned, {dispatcher.__name__} returns {returned}")
-    found: int = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
+    with global_compiler_lock:
+        dispatcher.compile(types.int64(types.int64, types.int64))
+        result = dispatcher.overloads[types.int64, types.int64]
+        # Another type where it was compiled before, by a call that said nothing about the result.
+        returned = result.signature.return_type
+        if getattr(returned, "literal_type", returned) != types.int64:
+            raise TypeError(f"dispatcher: wanted int64 returned, {dispatcher.__name__} returns {returned}")
+        found: int = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
     _libraries[found] = result.library
     return found
 
@@ -209,6 +210,14 @@ def _compile(dispatcher: Any, arguments: int) -> None:
     """Compile a function of so many integers, or load it from the cache of kernels."""
     if dispatcher.signatures:
         return
+    # llvmlite has a lock of its own, which a fork beside this would copy held.
+    with global_compiler_lock:
+        _attach(dispatcher)
+        dispatcher.compile((types.int64,) * arguments)
+
+
+def _attach(dispatcher: Any) -> None:
+    """Let a function be found in the cache of kernels, and put there."""
     key = KernelKey(
         backend="numba",
         kernel=dispatcher.__name__,
@@ -223,7 +232,6 @@ def _compile(dispatcher: Any, arguments: int) -> None:
         code=code_digest("", [atomics, workers]),
     )
     attach(dispatcher, key, user_store())
-    dispatcher.compile((types.int64,) * arguments)
 
 
 def _new_pool() -> _Pool:
