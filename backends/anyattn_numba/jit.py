@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba.core import cgutils as _cgutils
 from numba.core import types
 
-__all__ = ["OPTIONS", "array_value", "carray", "cgutils", "compiled", "inlined", "intrinsic"]
+__all__ = ["OPTIONS", "array_value", "carray", "cgutils", "compiled", "inlined", "intrinsic", "named_apart"]
 
 # No exception for a division by zero, no GIL, and no wrappers that make functions callable from Python, which
 # take a sixth of the time in which kernels compile.
@@ -32,13 +32,8 @@ cgutils: Any = _cgutils
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """A function for compiled code and `threads.address`; a call from Python would end the process.
-
-    What was made of one function for other dtypes must have another name: of machine code from the cache,
-    compiled in several processes, functions of one name are taken for one.
-    """
-    _name_apart(function)
-    return numba.njit(**OPTIONS)(function)
+    """A function for compiled code and `threads.address`; a call from Python would end the process."""
+    return numba.njit(**OPTIONS)(named_apart(function))
 
 
 def inlined(function: Callable[..., Any]) -> Any:
@@ -47,14 +42,18 @@ def inlined(function: Callable[..., Any]) -> Any:
     A function that is called is compiled with all that it calls, and again with its caller: a chain of
     functions that each call nearly all of a kernel would be optimised once for each.
     """
-    _name_apart(function)
-    return numba.njit(inline="always", **OPTIONS)(function)
+    return numba.njit(inline="always", **OPTIONS)(named_apart(function))
 
 
-def _name_apart(function: Callable[..., Any]) -> None:
+def named_apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function, with another name than what is made of it for other dtypes.
+
+    Of machine code from the cache, compiled in several processes, functions of one name are taken for one.
+    """
     if function.__closure__:
         digest = hashlib.sha256(_identity(function).encode()).hexdigest()[:16]
         function.__qualname__ += f".made_{digest}"
+    return function
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from anyattn_numba.jit import named_apart
+
 __all__ = [
     "exp_float32",
     "exp_float64",
@@ -29,7 +31,12 @@ __all__ = [
     "tanh_float64",
 ]
 
-_inline = numba.njit(forceinline=True, error_model="numpy", fastmath={"contract"})
+
+def _inline(function: Callable[..., Any]) -> Callable[..., Any]:
+    jit: Callable[..., Callable[..., Any]] = numba.njit(
+        forceinline=True, error_model="numpy", fastmath={"contract"}
+    )
+    return jit(named_apart(function))
 
 
 class _Format(NamedTuple):
