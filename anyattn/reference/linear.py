@@ -173,9 +173,7 @@ def _both_ways(call: LinearCall, state: Array, first: int, end: int) -> tuple[Ar
     state = state + xp.matmul(xp.matrix_transpose(k), v)
     rows = end - first if call.cu_seqlens is not None else call.q_len
     q = _grouped(call, _features(call, call.q, first, rows))
-    packed = xp.reshape(q, (*q.shape[:-3], q.shape[-3] * q.shape[-2], q.shape[-1]))
-    out = xp.matmul(packed, state)
-    return _finish(call, xp.reshape(out, (*out.shape[:-2], *q.shape[-3:-1], out.shape[-1]))), state
+    return _finish(call, xp.matmul(q, xp.expand_dims(state, axis=-3))), state
 
 
 def _slice(x: Array | None, start: Any, size: int, axis: int) -> Array | None:

@@ -66,11 +66,7 @@ def linear_calls(draw: st.DrawFn, *, dtypes: Collection[str], capabilities: Coll
         options["decay"] = Drawn("decay", shape, how="decays")
         if length and draw(st.booleans()):
             strong = draw(st.sampled_from([float("-inf"), -2000.0, -30.0]))
-            at = (
-                ...,
-                draw(st.integers(0, length - 1)),
-                *((0,) if len(shape) > len(batch + head) + 1 else ()),
-            )
+            at = (..., draw(st.integers(0, length - 1)), *([0] if channels else []))
             plants.append(Plant("decay", at, strong))
     if delta:
         options["beta"] = Drawn("beta", (*k_batch, *head, length), how="positive")

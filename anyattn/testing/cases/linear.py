@@ -149,6 +149,7 @@ def _both_ways() -> Iterator[Case]:
         q_len=3, k_len=11, feature_map="elu+1", normalize=True, return_state=True, heads=4, kv_heads=2,
         state=(_state(2), Drawn("z", (2, DIM), "float32", "positive")), layout="blhd",
     )  # fmt: skip
+    yield _case("both ways, no tokens", "nothing to read", batch=(2,), length=0, causal=False)
 
 
 def _shapes() -> Iterator[Case]:
