@@ -182,7 +182,7 @@ def _prepares(backend: str) -> bool:
 
 def _turned(values: Mapping[str, Value]) -> dict[str, Value]:
     """Other arrays of the same kinds: from the last entry to the first along every axis."""
-    return {name: Value(np.flip(value.values).copy(), value.dtype) for name, value in values.items()}
+    return {name: Value(np.array(np.flip(value.values)), value.dtype) for name, value in values.items()}
 
 
 def check_same_bits(case: Case, library: Library, backend: str) -> None:
