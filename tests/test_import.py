@@ -81,6 +81,12 @@ def test_a_first_call_imports_no_more_of_numpy_than_numpy_does(environment):
 
 def test_import_takes_at_most_60_ms(environment):
     run("import anyattn", environment)  # writes the bytecode
-    bare = min(seconds("pass", environment) for _ in range(10))
-    with_anyattn = min(seconds("import anyattn", environment) for _ in range(10))
-    assert (with_anyattn - bare) * 1000 <= LIMIT_MS
+    bare, with_anyattn = [], []
+    # The least of many is what it takes; other work on the machine adds a third for seconds on end.
+    for tries in range(1, 61):
+        bare.append(seconds("pass", environment))
+        with_anyattn.append(seconds("import anyattn", environment))
+        taken = (min(with_anyattn) - min(bare)) * 1000
+        if tries >= 10 and taken <= LIMIT_MS:
+            return
+    pytest.fail(f"{taken:.1f} ms")

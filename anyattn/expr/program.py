@@ -7,7 +7,6 @@ exponents stay in the structure: a constant divisor is a multiplication, a varia
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,7 +201,7 @@ def lower(visible: Expr | None, score: Expr | None, keep: Expr | None = None) ->
         roots.append(built[id(root)])
         lines.append(f"{role} %{names[id(root)]}")
     text = "\n".join(lines)
-    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    key = _digest(text)[:32]
     visible, score, keep = (*roots, None)[:3]
     values = tuple(parameters), tuple(table_values), tuple(aligned)
     return Program(visible, score, *values, key, text, keep)
@@ -263,5 +262,12 @@ def _structure(root: Expr, known: _Hashes) -> str:
         else:
             own = f"{type(node).__name__} {node.kind}"
         parts = [own, *(known[id(c)][1] for c in node.children)]
-        known[id(node)] = (node, hashlib.sha256("|".join(parts).encode()).hexdigest())
+        known[id(node)] = (node, _digest("|".join(parts)))
     return known[id(root)][1]
+
+
+def _digest(text: str) -> str:
+    # It loads OpenSSL, a tenth of what importing anyattn would take.
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -8,7 +8,6 @@ takes ten times as long.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Hashable
 from typing import Any
 
@@ -68,6 +67,9 @@ def _contents(x: Any) -> Hashable:
     """The contents of an array, or its shape where it is not read."""
     if not can_read(x):
         return "unread", tuple(x.shape)
+    # It loads OpenSSL, a tenth of what importing anyattn would take.
+    import hashlib
+
     x = arrays.to_host(x)
     data: Any = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
     return str(x.dtype), x.shape, hashlib.blake2b(data, digest_size=20).digest()
