@@ -26,6 +26,16 @@ def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
+def script(name: str) -> Any:
+    """The module of a script in `docs`, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_getting_started(capsys: pytest.CaptureFixture[str]) -> None:
     names = run("getting-started.md", {})
     q, k, v = (names[name] for name in "qkv")
@@ -72,11 +82,7 @@ def test_caches() -> None:
 
 
 def test_int8_errors_are_those_of_the_page() -> None:
-    spec = importlib.util.spec_from_file_location("caches_table", DOCS / "caches_table.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("caches_table")
     page = (DOCS / "caches.md").read_text(encoding="utf-8")
     shown = dict(re.findall(r"^\| standard normal \| (\w+) \| (.*?) % \|", page, re.MULTILINE))
     found = {name: 100 * rms for name, (rms, _, _) in module.errors(module.normal()).items()}
@@ -163,11 +169,7 @@ def test_jax() -> None:
 
 
 def test_listings_are_what_the_printers_give() -> None:
-    spec = importlib.util.spec_from_file_location("listings", DOCS / "listings.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("listings")
     page = (DOCS / "compiler.md").read_text(encoding="utf-8")
     for name, text in module.listings().items():
         assert f"_listings/{name}" in page
