@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-__all__ = ["argument_dtype", "argument_source"]
+__all__ = ["Field", "argument_dtype", "argument_source", "struct_dtype", "struct_source"]
 
 _POINTERS = {
     # Arrays (..., H, L, D); out has steps of 1, lse (B, Hq, Lq) is contiguous and of the accumulation type.
@@ -42,8 +42,11 @@ _NARROW = (
 _PER_BATCH_AXIS = ("q_batch", "k_batch", "v_batch", "out_batch")
 
 
-def _fields(axes: int) -> list[tuple[str, str, str, int]]:
-    """Name, type in C++, type in NumPy, and number of each field; 0 is no array."""
+Field = tuple[str, str, str, int]
+"""Name, type in C++, type in NumPy, and number of a field; 0 is no array."""
+
+
+def _fields(axes: int) -> list[Field]:
     fields = [(name, kind, "u8", 0) for name, kind in _POINTERS.items()]
     fields += [(name, "long long", "i8", 0) for name in _WIDE]
     fields += [(name, "long long", "i8", axes) for name in _PER_BATCH_AXIS]
@@ -54,13 +57,23 @@ def _fields(axes: int) -> list[tuple[str, str, str, int]]:
 
 def argument_source(axes: int) -> str:
     """The struct `Arguments` for arrays of so many batch axes, at least 1."""
-    lines = ["struct Arguments {"]
-    for name, kind, _, count in _fields(axes):
-        lines.append(f"    {kind} {name}{f'[{count}]' if count else ''};")
-    return "\n".join([*lines, "};"]) + "\n"
+    return struct_source(_fields(axes))
 
 
 def argument_dtype(axes: int) -> numpy.dtype[Any]:
     """The same struct as a NumPy dtype."""
-    fields = [(name, kind, (count,)) if count else (name, kind) for name, _, kind, count in _fields(axes)]
-    return numpy.dtype(fields, align=True)
+    return struct_dtype(_fields(axes))
+
+
+def struct_source(fields: list[Field]) -> str:
+    """A struct `Arguments` of fields."""
+    lines = ["struct Arguments {"]
+    for name, kind, _, count in fields:
+        lines.append(f"    {kind} {name}{f'[{count}]' if count else ''};")
+    return "\n".join([*lines, "};"]) + "\n"
+
+
+def struct_dtype(fields: list[Field]) -> numpy.dtype[Any]:
+    """The same struct as a NumPy dtype."""
+    members = [(name, kind, (count,)) if count else (name, kind) for name, _, kind, count in fields]
+    return numpy.dtype(members, align=True)

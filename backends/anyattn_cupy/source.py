@@ -10,7 +10,7 @@ from anyattn.expr.program import Program
 from anyattn_cupy.arguments import argument_source
 from anyattn_cupy.variants import Variant
 
-__all__ = ["OPTIONS", "combine_source", "kernel_source"]
+__all__ = ["OPTIONS", "combine_source", "joined", "kernel_source"]
 
 # No --use_fast_math: the printed program needs NaN and subnormal numbers.
 OPTIONS = ("-std=c++17",)
@@ -25,19 +25,22 @@ _OWN_FILES = {
 def kernel_source(variant: Variant, program: Program, index: str) -> str:
     """CUDA C++ of a kernel for NVRTC, complete; integers of the program are of the type `index`."""
     names = (*_SHARED_FILES, *_OWN_FILES[variant.kernel], f"{variant.kernel}.cu")
-    return _joined(variant, cuda_source(program, variant.accumulate, index=index), names)
+    printed = cuda_source(program, variant.accumulate, index=index)
+    return joined(variant.constants(), argument_source(variant.batch_axes), printed, names)
 
 
 def combine_source(variant: Variant) -> str:
     """CUDA C++ of the kernel that merges the parts of results."""
-    return _joined(variant, "", ("elements.cuh", "combine.cu"))
+    arguments = argument_source(variant.batch_axes)
+    return joined(variant.constants(), arguments, "", ("elements.cuh", "combine.cu"))
 
 
-def _joined(variant: Variant, program: str, names: tuple[str, ...]) -> str:
-    constants = [f"#define {name} {value}" for name, value in variant.constants().items()]
+def joined(constants: dict[str, int], arguments: str, program: str, names: tuple[str, ...]) -> str:
+    """Constants, the struct of arguments, a printed program and files of `kernels` as one text."""
+    macros = [f"#define {name} {value}" for name, value in constants.items()]
     # Messages of the compiler, and line numbers, are those of the files.
     parts = [f'#line 1 "{name}"\n{_file(name)}' for name in names]
-    return "\n".join(["\n".join(constants) + "\n", argument_source(variant.batch_axes), program, *parts])
+    return "\n".join(["\n".join(macros) + "\n", arguments, program, *parts])
 
 
 @lru_cache
