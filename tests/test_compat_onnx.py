@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from inspect import Parameter, signature
-from pathlib import Path
 
 import numpy as np
 import pytest
+from docs_scripts import need_docs, script
 
 import anyattn as aa
 from anyattn.compat.onnx import attention, linear_attention
 
 onnx = pytest.importorskip("onnx", reason="runs the cases that onnx ships")
-SCRIPT = Path(__file__).parent.parent / "docs" / "onnx_cases.py"
-if not SCRIPT.exists():
-    pytest.skip("needs the source tree, for docs/", allow_module_level=True)
-spec = importlib.util.spec_from_file_location("onnx_cases", SCRIPT)
-shipped = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(shipped)
+need_docs(whole_module=True)
+shipped = script("onnx_cases")
 
 RNG = np.random.default_rng(0)
 Q, K, V = (

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from docs_scripts import DOCS, need_docs, script
 
 import anyattn as aa
 
-DOCS = Path(__file__).parent.parent / "docs"
-if not DOCS.exists():
-    pytest.skip("needs the source tree, for docs/", allow_module_level=True)
+need_docs(whole_module=True)
 
 
 def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
@@ -24,16 +21,6 @@ def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
     for number, source in enumerate(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE), 1):
         exec(compile(source, f"<{page}, example {number}>", "exec"), names)
     return names
-
-
-def script(name: str) -> Any:
-    """The module of a script in `docs`, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_getting_started(capsys: pytest.CaptureFixture[str]) -> None:

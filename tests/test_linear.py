@@ -6,22 +6,20 @@ What each call means is held to the recurrence of the float64 oracle by the kit'
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import itertools
 import math
 import re
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from docs_scripts import DOCS, need_docs, script
 
 import anyattn as aa
 from anyattn import dispatch
 from anyattn.linear.recurrence import recurrence
 from anyattn.reference import chunk, linear
 
-SCRIPT = Path(__file__).parent.parent / "docs" / "performer_table.py"
 RULES = ("linear", "gated", "delta", "gated_delta")
 
 
@@ -208,10 +206,9 @@ def test_explain_says_what_runs_and_what_it_holds():
 
 
 def test_the_examples_of_the_page_run():
-    if not SCRIPT.exists():
-        pytest.skip("needs the source tree, for docs/")
+    need_docs()
     names = {}
-    page = (SCRIPT.parent / "linear-attention.md").read_text(encoding="utf-8")
+    page = (DOCS / "linear-attention.md").read_text(encoding="utf-8")
     for source in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
         exec(source, names)
     q, k, v, beta = (names[name] for name in ("q", "k", "v", "beta"))
@@ -430,22 +427,19 @@ class TestPerformer:
 
     def test_the_error_against_softmax_attention_is_that_of_the_page(self):
         """It falls with the features, as 1 / sqrt(m) where scores are small, and grows with the scores."""
-        if not SCRIPT.exists():
-            pytest.skip("needs the source tree, for docs/")
-        spec = importlib.util.spec_from_file_location("performer_table", SCRIPT)
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
-        errors = {(size, m): script.error(size, m) for size in script.SIZES for m in script.FEATURES}
-        for size in script.SIZES:
-            of_size = [errors[size, m] for m in script.FEATURES]
+        need_docs()
+        table = script("performer_table")
+        errors = {(size, m): table.error(size, m) for size in table.SIZES for m in table.FEATURES}
+        for size in table.SIZES:
+            of_size = [errors[size, m] for m in table.FEATURES]
             assert all(later < earlier for earlier, later in itertools.pairwise(of_size))
         assert errors[0.5, 1024] < 0.6 * errors[0.5, 256] < 0.4 * errors[0.5, 64]
         assert errors[0.5, 1024] < 0.08
-        for m in script.FEATURES:
+        for m in table.FEATURES:
             assert errors[0.5, m] < errors[1.0, m] < errors[1.5, m]
-        page = script.PAGE.read_text(encoding="utf-8")
+        page = table.PAGE.read_text(encoding="utf-8")
         shown = [float(x) for x in re.findall(r"([\d.]+) %", page)]
-        found = [100 * errors[size, m] for m in script.FEATURES for size in script.SIZES]
+        found = [100 * errors[size, m] for m in table.FEATURES for size in table.SIZES]
         np.testing.assert_allclose(shown, found, rtol=0, atol=0.2, err_msg="run docs/performer_table.py")
 
     def test_errors_name_the_argument(self):
