@@ -59,7 +59,8 @@ def test_values_in_tiny_tiles(read, monkeypatch):
     if not read:
         monkeypatch.setattr(chunks.AttentionCall, "readable", UNREAD)
     families = FAMILIES if read else ("hidden",)
-    cases = [c for c in all_cases() if c.family in families and c.operation == "attention" and c.q[-2] < 40]
+    kinds = ("attention", "weights", "stats")
+    cases = [c for c in all_cases() if c.family in families and c.operation in kinds and c.q[-2] < 40]
     assert len(cases) > 20
     for case in cases:
         check_values(case, LIBRARIES["torch"], "torch")
@@ -128,6 +129,32 @@ def test_no_array_is_quadratic():
         torch.autograd.grad(out.sum() + lse.sum(), (q, k, v, slopes))
     assert sizes.largest == chunks.CPU_SCORES
     assert sizes.largest < 4 * length**2 / 8
+
+
+def test_statistics_and_weights_of_rows_are_not_quadratic():
+    """Statistics compute each tile that is seen twice, and weights those rows that are asked for."""
+    length = 1000
+    q, k = (x.detach() for x in qkv(2, 2, length, 8)[:2])
+    with Sizes() as sizes:
+        found = aa.attention_stats(q, k, causal=True, backend="torch")
+    assert sizes.largest == chunks.CPU_SCORES
+    assert sizes.products / (2 * 4 * length**2) == pytest.approx(0.56, abs=0.03)
+    assert float(found["key_mass"].sum()) == pytest.approx(4 * length, rel=1e-5)
+    with Sizes() as sizes:
+        rows = aa.attention_weights(q, k, causal=True, rows=[999, 3, 500], backend="torch")
+    assert rows.shape == (2, 2, 3, length)
+    assert sizes.largest == q.numel()
+
+
+def test_weights_and_statistics_have_gradients():
+    q, k = (x.double().detach().requires_grad_() for x in qkv(1, 2, 5, 3)[:2])
+
+    def both(q, k):
+        stats = aa.attention_stats(q, k, stats=("entropy",), causal=True, backend="torch")
+        return aa.attention_weights(q, k, causal=True, backend="torch"), stats["entropy"]
+
+    assert torch.autograd.gradcheck(both, (q, k))
+    assert "torch differentiates" in repr(aa.explain(q, k, causal=True, stats=("entropy",), backend="torch"))
 
 
 def test_shared_keys_are_not_expanded():

@@ -2,12 +2,14 @@
 
 Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018; Rabe & Staats, "Self-attention does
 not need O(n^2) memory", 2021. The state of a row is (m, l, acc): the largest score so far, and the sums of
-exp(s - m) and of exp(s - m) v. A sink is the state that a row starts from: m the sink, l = 1, acc = 0.
+exp(s - m) and of exp(s - m) v. A sink joins m and l at the end, so that a row without keys is known by
+m = -inf whatever its sink is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from anyattn import arrays
@@ -18,7 +20,7 @@ from anyattn.reference.logits import Logits
 from anyattn.reference.loop import over_keys
 from anyattn.reference.spans import Visit, visits
 
-__all__ = ["advance", "forward", "largest", "log_sum", "start_state"]
+__all__ = ["advance", "divided", "forward", "largest", "log_sum", "start_state"]
 
 # Keys of a chunk that are taken at a time where a lazy array has larger chunks.
 LAZY_BLOCK = 1024
@@ -54,14 +56,9 @@ def _joined(call: AttentionCall, parts: list[Array], axis: int) -> Array:
     return parts[0] if len(parts) == 1 else call.xp.concat(parts, axis=axis)
 
 
-def start_state(logits: Logits, sinks: bool = True) -> State:
+def start_state(logits: Logits) -> State:
     """(m, l) of rows that have seen no key yet."""
-    xp, call = logits.xp, logits.call
-    if call.sinks is None or not sinks:
-        return logits.full(logits.shape(), -xp.inf), logits.full(logits.shape(), 0.0)
-    sink = xp.broadcast_to(xp.expand_dims(call.sinks, axis=-1), logits.shape())
-    top = arrays.stop_gradient(sink)
-    return top, xp.exp(sink - xp.where(top == -xp.inf, 0.0, top))
+    return logits.full(logits.shape(), -logits.xp.inf), logits.full(logits.shape(), 0.0)
 
 
 def advance(logits: Logits, state: State, score: Array) -> tuple[State, Array, Array]:
@@ -84,12 +81,39 @@ def largest(logits: Logits, x: Array) -> Array:
 
 
 def log_sum(logits: Logits, state: State) -> Array:
-    """Log of the softmax denominator, -inf for rows that saw nothing."""
+    """Log of the softmax denominator; of rows that saw nothing the sink, or -inf."""
+    seen, base, total, _ = _joined_by_sink(logits, state)
+    sink = -logits.xp.inf if logits.call.sinks is None else _sink(logits)
+    return logits.xp.where(seen, base + logits.xp.log(total), sink)
+
+
+def divided(logits: Logits, state: State, sums: Array) -> Array:
+    """Sums (..., n) of exp(s - m) and something by the softmax denominator; 0 where rows saw nothing."""
+    xp = logits.xp
+    seen, _, total, factor = (
+        None if x is None else xp.expand_dims(x, axis=-1) for x in _joined_by_sink(logits, state)
+    )
+    sums = sums if factor is None else sums * factor
+    return xp.where(seen, sums / total, 0.0)
+
+
+def _joined_by_sink(logits: Logits, state: State) -> tuple[Array, Array, Array, Array | None]:
+    """Which rows saw a key, m and l with the sink, and exp(m without - m with it); 0, 1 and 1 elsewhere."""
     xp = logits.xp
     top, total = state
-    seen = total != 0
-    base = xp.where(top == -xp.inf, 0.0, top)
-    return xp.where(seen, base + xp.log(xp.where(seen, total, 1.0)), -xp.inf)
+    seen = top != -xp.inf
+    base, total = xp.where(seen, top, 0.0), xp.where(seen, total, 1.0)
+    if logits.call.sinks is None:
+        return seen, base, total, None
+    # Where it is all that there is, it may be of any value, and this branch still has a derivative.
+    sink = xp.where(seen, _sink(logits), -xp.inf)
+    larger = xp.maximum(base, arrays.stop_gradient(sink))
+    factor = xp.exp(base - larger)
+    return seen, larger, total * factor + xp.exp(sink - larger), factor
+
+
+def _sink(logits: Logits) -> Array:
+    return logits.xp.broadcast_to(logits.xp.expand_dims(logits.call.sinks, axis=-1), logits.shape())
 
 
 def _zero(logits: Logits) -> tuple[State, Array]:
@@ -106,21 +130,17 @@ def _step(
 
 
 def _finish(logits: Logits, state: State, acc: Array) -> tuple[Array, Array]:
-    xp = logits.xp
-    seen = xp.expand_dims(state[1] != 0, axis=-1)
-    total = xp.where(seen, xp.expand_dims(state[1], axis=-1), 1.0)
-    return xp.where(seen, acc / total, 0.0), log_sum(logits, state)
+    return divided(logits, state, acc), log_sum(logits, state)
 
 
 def _merged_chunks(logits: Logits) -> tuple[Array, Array]:
     """Partial attention over each chunk of the keys, merged: a chain of blocks would hold them all."""
-    out, lse = _finish(logits, *_zero(logits))
+    xp, plain = logits.xp, Logits(replace(logits.call, sinks=None))
+    out, lse = _finish(plain, *_zero(plain))
     for start, size in _chunks(logits.call):
-        state = start_state(logits, sinks=False)
-        acc = logits.full(logits.shape(logits.call.v_head_dim), 0.0)
-        part = _finish(logits, *_step(logits, (state, acc), start, size))
+        part = _finish(plain, *_step(plain, _zero(plain), start, size))
         out, lse = merge([out, part[0]], [lse, part[1]])
-    return out, lse
+    return _finish(logits, (lse, xp.where(lse == -xp.inf, 0.0, 1.0)), out)
 
 
 def _chunks(call: AttentionCall) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,7 @@ from typing import Any
 from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
-from anyattn.reference.forward import advance, largest, log_sum, start_state
+from anyattn.reference.forward import advance, divided, largest, log_sum, start_state
 from anyattn.reference.logits import Logits
 from anyattn.reference.loop import over_keys
 
@@ -18,10 +18,8 @@ def weights(call: AttentionCall) -> Array:
     """Softmax weights (..., Hq, R, Lk) of the rows asked for, in the dtype of the call."""
     xp, logits = call.xp, Logits(call)
     score, visible = logits.block(0, call.k_len)
-    (_, total), _, p = advance(logits, start_state(logits), score)
-    seen = xp.expand_dims(total != 0, axis=-1)
-    p = xp.where(seen, p / xp.where(seen, xp.expand_dims(total, axis=-1), 1.0), 0.0)
-    return arrays.cast(xp, _hide(logits, p, visible), call.q.dtype)
+    state, _, p = advance(logits, start_state(logits), score)
+    return arrays.cast(xp, _hide(logits, divided(logits, state, p), visible), call.q.dtype)
 
 
 def stats(call: AttentionCall) -> dict[str, Array]:
@@ -34,8 +32,8 @@ def stats(call: AttentionCall) -> dict[str, Array]:
 
     state, _ = over_keys(call, add, start_state(logits))
     lse = log_sum(logits, state)
-    # Rows that saw nothing have no weight; lse = -inf would make it NaN.
-    base = xp.expand_dims(xp.where(lse == -xp.inf, 0.0, lse), axis=-1)
+    # Rows that saw nothing have no weight; lse = -inf, or a sink that is not finite, would make it NaN.
+    base = xp.expand_dims(xp.where(state[0] == -xp.inf, 0.0, lse), axis=-1)
 
     def summarise(carry: tuple[Array, Array], start: Any, size: int) -> tuple[tuple[Array, Array], Array]:
         entropy, peak = carry

@@ -2,7 +2,8 @@
 
 Dispatch imports this package to read the declaration below, so it imports nothing heavy. From there `routes`
 says which way a call goes and why: `sdpa`, `flex`, or `tiles` of its own, whose forward may be `joined` to
-Numba's; `linear` is linear attention. What `torch.compile` gets is in `graph` and `recipes`.
+Numba's; `linear` is linear attention, `inspect` weights and statistics. What `torch.compile` gets is in
+`graph` and `recipes`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ class TorchBackend(Backend):
     name = "torch"
     arrays = ("torch.Tensor",)
     devices = ("*",)
-    # Weights and statistics of torch tensors are those of `reference`, which computes them with torch.
-    capabilities = frozenset(CAPABILITIES) - {"weights", "stats"}
+    capabilities = frozenset(CAPABILITIES)
     requires = ("torch",)
     extra = "torch"
 
@@ -39,12 +39,18 @@ class TorchBackend(Backend):
             from anyattn_torch import linear
 
             return linear.notes(call)  # type: ignore[arg-type]
+        if call.operation != "attention":
+            from anyattn_torch import inspect
+
+            return inspect.notes(call)
         from anyattn_torch import routes
 
         return routes.notes(call)
 
     def unordered(self, call: AttentionCall) -> str | None:
         """Own tiles add in one order; torch's kernels do on CPU alone."""
+        if call.operation != "attention":
+            return None
         from anyattn_torch import routes
 
         return routes.unordered(call)
@@ -55,6 +61,10 @@ class TorchBackend(Backend):
             from anyattn_torch import linear
 
             return linear.attend(call)  # type: ignore[arg-type]
+        if call.operation != "attention":
+            from anyattn_torch import inspect
+
+            return {"weights": inspect.weights, "stats": inspect.stats}[call.operation](call)
         from anyattn_torch import routes
 
         return routes.run(call)

@@ -18,7 +18,7 @@ from anyattn.arrays import Array
 from anyattn.call import AttentionCall
 from anyattn_torch.tensors import has_tangents
 
-__all__ = ["ROUTES", "Route", "choose", "forward", "notes", "only", "run", "unordered"]
+__all__ = ["ROUTES", "Route", "choose", "forward", "notes", "only", "run", "transformed", "unordered"]
 
 ROUTES = ("sdpa", "flex", "tiles")
 _NAMES = {"sdpa": "SDPA", "flex": "FlexAttention", "tiles": "own tiles"}
@@ -146,7 +146,7 @@ def _left_out(name: str, call: AttentionCall) -> str | None:
         reason = _not_worth_compiling(call)
         if reason is not None:
             return reason
-    if _transformed(call):
+    if transformed(call):
         return "has no rule for functorch's transforms of every order"
     if "gradients" in call.features and has_tangents(call):
         return "has no forward mode"
@@ -170,12 +170,12 @@ def _not_worth_compiling(call: AttentionCall) -> str | None:
     return None
 
 
-def _transformed(call: AttentionCall) -> bool:
+def transformed(call: AttentionCall) -> bool:
     """Whether a tensor is inside torch.func.vmap, grad, jvp or the like."""
     import torch
 
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return any(wrapped(x) for x in (call.q, call.k, call.v, *call.others))
+    return any(wrapped(x) for x in (call.q, call.k, call.v, *call.others) if x is not None)
 
 
 def _module(name: str) -> Any:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Hidden", "Scores", "all_finite", "cleaned", "hide"]
 
-# Words of Philox at once on a CPU: some 70 operations on each, whose results stay in its second level cache.
+# Words of Philox at once for each thread of a CPU: some 70 operations on each, whose results stay in its second
+# level cache.
 DRAWN_TOGETHER = 1 << 15
 # Keys of a tile, counted from its first, and which of them are hidden from its rows.
 Hidden = list[tuple[slice, "Tensor"]]
@@ -89,7 +90,7 @@ class Scores:
         kept = self.work.buffer("kept", self.chunk.shape(rows, keys))
         if kept is None:
             return evaluate(self.call.keep, self.tile(visit, span.start, span.end))
-        step = max(DRAWN_TOGETHER * rows // kept.numel(), 1)
+        step = max(DRAWN_TOGETHER * torch.get_num_threads() * rows // kept.numel(), 1)
         for first in range(visit.first, visit.last, step):
             part = Visit(first, min(first + step, visit.last), ())
             here = slice(first - visit.first, part.last - visit.first)
@@ -118,6 +119,7 @@ class Scores:
             rows=None,
             first_row=visit.first,
             aligned=self.aligned,
+            own=self.work.own,
         )
 
     @cached_property

@@ -1,8 +1,8 @@
 """Attention in tiles of plain torch operations, for tensors of any device, and its registration for autograd.
 
 Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.
-Rows keep their largest score so far, the sum of exp(score - largest), and the sum of these times v; a sink is
-what the first two start from. No array has more than a tile of scores. `backward` has the way back.
+Rows keep their largest score so far, the sum of exp(score - largest), and the sum of these times v; a sink
+joins them at the end. No array has more than a tile of scores. `backward` has the way back.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from anyattn_torch.tensors import Template, fold, has_tangents, put_together, ta
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["attend", "forward"]
+__all__ = ["attend", "forward", "with_sink"]
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -74,7 +74,7 @@ def _forward(chunk: Chunk, careful: bool, out: Tensor, lse: Tensor) -> None:
     for visit in work.visits.of(chunk.flat, chunk.heads):
         rows = visit.last - visit.first
         queries = q.block(visit.first, visit.last)
-        state = _start(chunk, rows, sink)
+        state = _start(chunk, rows)
         for span in visit.spans:
             hidden = scores.hidden(visit, span)
             s = scores.products(queries, k.block(span.start, span.end), rows)
@@ -89,10 +89,29 @@ def _forward(chunk: Chunk, careful: bool, out: Tensor, lse: Tensor) -> None:
                 values = cleaned(values)
             state[2].baddbmm_(p, values)
         top, total, acc = state
-        base = top.masked_fill(top == -torch.inf, 0.0)
         acc = acc.view(chunk.shape(rows, call.v_head_dim))
-        out[:, :, visit.first : visit.last] = (acc / total).masked_fill_(total == 0, 0.0)
-        lse[:, :, visit.first : visit.last] = (base + total.log())[..., 0]
+        nothing, total, log_sum = with_sink(top, total, sink, acc)
+        out[:, :, visit.first : visit.last] = (acc / total).masked_fill_(nothing, 0.0)
+        lse[:, :, visit.first : visit.last] = log_sum[..., 0]
+
+
+def with_sink(
+    top: Tensor, total: Tensor, sink: Tensor | None, acc: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows have seen nothing, the sum with the sink, and its log, which for such rows is the sink.
+
+    `acc` is scaled as the sum is.
+    """
+    nothing = top == -torch.inf
+    base = top.masked_fill(nothing, 0.0)
+    if sink is None:
+        return nothing, total, base + total.log()
+    larger = torch.maximum(base, sink)
+    factor = (base - larger).exp_()
+    total = torch.addcmul((sink - larger).exp_(), total, factor)
+    if acc is not None:
+        acc *= factor
+    return nothing, total, torch.where(nothing, sink, larger + total.log())
 
 
 def _keys(chunk: Chunk, x: Tensor, scales: Tensor | None) -> Keys:
@@ -104,16 +123,13 @@ def _keys(chunk: Chunk, x: Tensor, scales: Tensor | None) -> Keys:
 State = tuple["Tensor", "Tensor", "Tensor"]
 
 
-def _start(chunk: Chunk, rows: int, sink: Tensor | None) -> State:
+def _start(chunk: Chunk, rows: int) -> State:
     """The largest score, the sum and the weighted values of rows that have seen no key yet."""
     work = chunk.work
     place: dict[str, Any] = {"dtype": work.dtype, "device": work.call.device}
-    acc = torch.zeros(chunk.packed(rows, work.call.v_head_dim), **place)
     shape = chunk.shape(rows, 1)
-    if sink is None:
-        return torch.full(shape, -torch.inf, **place), torch.zeros(shape, **place), acc
-    top = sink.expand(shape)
-    return top, (top != -torch.inf).to(work.dtype), acc
+    acc = torch.zeros(chunk.packed(rows, work.call.v_head_dim), **place)
+    return torch.full(shape, -torch.inf, **place), torch.zeros(shape, **place), acc
 
 
 def _advance(chunk: Chunk, state: State, s: Tensor, hidden: Hidden) -> tuple[State, Tensor]:

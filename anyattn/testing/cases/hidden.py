@@ -163,6 +163,14 @@ def _empty_rows() -> Iterator[Case]:
         "minus infinity as sink", FAMILY, "a sink of -inf is no sink", mask=some, return_lse=True,
         sinks=Given("sinks", (-INF, 0.5), "float32"),
     )  # fmt: skip
+    nothing: dict[str, Any] = {"mask": Given("mask", ((False,),), "bool")}
+    nothing["sinks"] = Given("sinks", (INF, NAN), "float32")
+    yield call("sinks that are not finite and no key", FAMILY, why, return_lse=True, **nothing)
+    yield call("sinks that are not finite and no key, weights", FAMILY, why, operation="weights", **nothing)
+    yield call(
+        "sinks that are not finite and no key, stats", FAMILY, why, operation="stats",
+        stats=("key_mass", "entropy", "max"), **nothing,
+    )  # fmt: skip
     for word, mask in {"": None, ", and a mask": some}.items():
         yield call(
             f"bias of -inf{word}", FAMILY,

@@ -223,10 +223,10 @@ def merge(outs: Sequence[Array], lses: Sequence[Array], layout: str = "bhld") ->
 
 def _softmax_row(scores: Array, sink: float | None) -> tuple[Array, float]:
     """Weights of one row's seen keys and the log of the denominator, which holds the sink's logit too."""
+    if np.all(scores == -np.inf):
+        return np.zeros(scores.shape), -np.inf if sink is None else float(sink)
     terms = scores if sink is None else np.append(scores, sink)
-    largest = terms.max(initial=-np.inf)
-    if largest == -np.inf:
-        return np.zeros(scores.shape), -np.inf
+    largest = terms.max()
     with np.errstate(all="ignore"):
         total = np.exp(terms - largest).sum()
         return np.exp(scores - largest) / total, float(largest + np.log(total))
