@@ -399,6 +399,13 @@ class TestMemory:
             st.shared.u32 [%r4], 3;"""  # fmt: skip
         run(body, np.zeros(1, "u4"), declared=STATIC)
 
+    def test_read_by_others_of_the_warp_then_by_the_thread_that_writes(self):
+        begin = MINE + OTHER + "st.shared.u32 [%r4], %r1; bar.warp.sync -1; ld.shared.u32 %r9, [%r5];"
+        end = "ld.shared.u32 %r9, [%r4]; st.shared.u32 [%r4], 3;"
+        run(begin + "bar.warp.sync -1;" + end, np.zeros(1, "u4"), declared=STATIC)
+        with pytest.raises(PtxError, match="races: writes shared memory"):
+            run(begin + end, np.zeros(1, "u4"), declared=STATIC)
+
     @pytest.mark.parametrize(
         ("body", "message"),
         [("ld.shared.u32 %r9, [room+512];", "beyond shared memory, 4 bytes at 512 of 512"),

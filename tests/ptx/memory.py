@@ -109,6 +109,8 @@ class Shadow:
         race = self._unordered_write(at, lanes[:, None], block, warp, epoch, turn)
         nobody = self._reader[at] == 0
         fresh = nobody | ((self._read_block[at] == block + 1) & (self._read_epoch[at] < epoch))
+        # Readers of one warp before its barrier are ordered before whatever this read is ordered before.
+        fresh |= (self._read_warp[at] == warp + 1) & (self._read_turn[at] < turn)
         for kept, mine in (
             (self._reader, lanes[:, None]),
             (self._read_warp, warp),
