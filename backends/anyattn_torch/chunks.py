@@ -18,7 +18,6 @@ import torch
 
 from anyattn.call import AttentionCall
 from anyattn.expr.nodes import Aligned, depends_on, walk
-from anyattn_torch import joined
 from anyattn_torch.visits import Visits
 
 if TYPE_CHECKING:
@@ -46,8 +45,6 @@ class Work:
         The dtype in which tiles are computed.
     readable : bool
         Whether the host may look at values.
-    own : dict
-        Operations of expressions that are not computed by torch (`joined.operations`).
     """
 
     def __init__(self, call: AttentionCall):
@@ -66,7 +63,6 @@ class Work:
         self.visits = Visits(call, self.rows, self.keys)
         self.buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self.masks: dict[tuple[int, int, int], Tensor] = {}
-        self.own = joined.operations() if call.keep is not None and self.readable else {}
 
     def _arrays(self) -> list[tuple[Tensor, int]]:
         """The arrays with batch axes, and how many axes stand behind these."""

@@ -119,7 +119,6 @@ class Scores:
             rows=None,
             first_row=visit.first,
             aligned=self.aligned,
-            own=self.work.own,
         )
 
     @cached_property
