@@ -140,7 +140,7 @@ def _merged_chunks(logits: Logits) -> tuple[Array, Array]:
     for start, size in _chunks(logits.call):
         part = _finish(plain, *_step(plain, _zero(plain), start, size))
         out, lse = merge([out, part[0]], [lse, part[1]])
-    return _finish(logits, (lse, xp.where(lse == -xp.inf, 0.0, 1.0)), out)
+    return _finish(logits, (lse, xp.astype(lse != -xp.inf, logits.dtype)), out)
 
 
 def _chunks(call: AttentionCall) -> Iterator[tuple[int, int]]:
