@@ -11,9 +11,9 @@ from typing import Any
 
 from anyattn import dispatch, masks, plan, scores
 from anyattn.arrays import Array
-from anyattn.describe import Options, check_names, describe
 from anyattn.kv_cache import Cache
 from anyattn.masks import Mask
+from anyattn.options import Options, check_names
 from anyattn.scores import Score
 
 __all__ = ["attention", "attention_stats", "attention_weights"]
@@ -120,7 +120,7 @@ def attention(
     # A function is known by what it gives when it is traced: what it captures may have changed.
     mask = masks.from_function(mask) if callable(mask) else mask
     score_mod = scores.from_function(score_mod) if callable(score_mod) else score_mod
-    # In the order of `describe.ARGUMENTS`.
+    # In the order of `options.ARGUMENTS`.
     options = (
         causal,
         window,
@@ -139,17 +139,23 @@ def attention(
         None,
         None,
     )
-    if isinstance(k, Cache):
-        if v is not None:
-            raise TypeError("v: wanted None where k is a cache, which holds the values")
+    if v is None and isinstance(k, Cache):
         k, v, options = k.arguments(q, options)
     signature = plan.signature(q, k, v, options, backend)
     result = plan.run(signature, q, k, v)
     if result is not None:
         return result
+    if isinstance(k, Cache):
+        raise TypeError("v: wanted None where k is a cache, which holds the values")
+    # What a call like one before does without is not imported with the package.
+    from anyattn.describe import describe
+    from anyattn.planning import plan_of
+
     call = describe("attention", q, k, v, Options(*options))
     chosen = dispatch.choose(call, backend)
-    if plan.make(signature, call, chosen):
+    made = plan_of(signature, call, chosen)
+    if signature is not None and made is not None:
+        plan.keep(signature, made)
         result = plan.run(signature, q, k, v)
         if result is not None:
             return result
@@ -185,6 +191,8 @@ def attention_weights(
         In the dtype of q and in this order for either layout. A row that sees no key is 0; with sinks a row
         sums to less than 1.
     """
+    from anyattn.describe import describe
+
     check_names("attention_weights", "weights", options)
     call = describe("weights", q, k, None, Options(rows=rows, **options))
     return call.restore_rows(dispatch.run(call, backend))
@@ -212,6 +220,8 @@ def attention_stats(
     dict of str to array
         In the order of `stats`, float32, or float64 for float64 inputs.
     """
+    from anyattn.describe import describe
+
     check_names("attention_stats", "stats", options)
     call = describe("stats", q, k, None, Options(stats=stats, **options))
     found = dispatch.run(call, backend)

@@ -16,7 +16,7 @@ from anyattn import arrays, dispatch, registry, settings
 from anyattn.arrays import FLOAT_DTYPES, Array
 from anyattn.attention import MaskLike, ScoreLike, Window, attention
 from anyattn.call import AttentionCall
-from anyattn.describe import OPTIONS, Options, describe
+from anyattn.describe import describe
 from anyattn.explain import Explanation, explain
 from anyattn.expr.captures import Capture, arrays_of, find_captures, rebind
 from anyattn.expr.listing import listing
@@ -25,6 +25,7 @@ from anyattn.expr.program import Program, lower
 from anyattn.kernels.key import KernelKey, common_versions
 from anyattn.masks import Mask, as_mask
 from anyattn.numbers import integer
+from anyattn.options import OPTIONS, Options
 from anyattn.scores import Score, as_score
 
 __all__ = ["CompiledAttention", "compile"]

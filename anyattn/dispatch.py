@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anyattn import registry, settings
-from anyattn.call import AttentionCall
 from anyattn.errors import UnsupportedCallError
 
 if TYPE_CHECKING:
+    from anyattn.call import AttentionCall
     from anyattn.linear.call import LinearCall
 
 __all__ = ["Record", "Verdict", "check_pair", "consider", "order_for", "record", "recording", "run", "run_on"]

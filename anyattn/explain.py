@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from anyattn import dispatch, registry, settings
 from anyattn.arrays import Array
-from anyattn.call import AttentionCall
-from anyattn.describe import ARGUMENTS, Options, check_names, describe
 from anyattn.kv_cache import Cache
+from anyattn.options import ARGUMENTS, Options, check_names
 
 if TYPE_CHECKING:
+    from anyattn.call import AttentionCall
     from anyattn.linear.call import LinearCall
 
 __all__ = ["Explanation", "explain"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Explanation:
     """What `explain` found; prints as a table.
 
@@ -121,6 +121,8 @@ def _described(
     q: Array, k: Array | Cache, v: Array | None, options: dict[str, Any]
 ) -> AttentionCall | LinearCall:
     """The call of the function that the options belong to."""
+    from anyattn.describe import describe
+
     if "rule" in options:
         from anyattn.linear.describe import LinearOptions
         from anyattn.linear.describe import describe as describe_linear

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from anyattn import arrays, masks, scores
 from anyattn.arrays import Array
-from anyattn.describe import ARGUMENTS
-from anyattn.dropout import Dropout
 from anyattn.expr.functions import where
 from anyattn.expr.nodes import B, Expr, J, load
-from anyattn.expr.relocate import Relocation
 from anyattn.expr.tables import table_of
 from anyattn.masks import Mask
 from anyattn.numbers import host_integers, integer
+from anyattn.options import ARGUMENTS
 from anyattn.quantise import check_constant, quantise
 from anyattn.scores import Score
 
@@ -71,7 +69,7 @@ class Cache(ABC):
     def arguments(self, q: Array, given: tuple[Any, ...]) -> tuple[Array, Array, tuple[Any, ...]]:
         """k, v and the options of a call of `attention` for queries at the end of the sequences.
 
-        Options are in the order of `describe.ARGUMENTS`; `kv_lengths` and `q_offset` are refused, as a cache
+        Options are in the order of `options.ARGUMENTS`; `kv_lengths` and `q_offset` are refused, as a cache
         knows them.
         """
         arrays.check_plain(q, "q")
@@ -111,6 +109,8 @@ class GrowingCache(Cache):
 
 def _relocated(found: Lookup, options: dict[str, Any]) -> dict[str, Any]:
     """Masks and scores as the cache's places see them."""
+    from anyattn.expr.relocate import Relocation
+
     assert found.visible is not None
     if options["bias"] is not None:
         raise ValueError(
@@ -132,6 +132,8 @@ def _relocated(found: Lookup, options: dict[str, Any]) -> dict[str, Any]:
         score = scores.as_score(options["score_mod"])
         changed["score_mod"] = Score(at_place(score.expr, "score_mod"), repr(score))
     if options["dropout"] != 0:
+        from anyattn.dropout import Dropout
+
         changed["dropout"] = Dropout(options["dropout"], at_place)
     return changed
 

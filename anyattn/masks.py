@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from anyattn import arrays
 from anyattn.arrays import Array
-from anyattn.expr.bind import Geometry, check_same_place
 from anyattn.expr.functions import where
 from anyattn.expr.nodes import ROW, Aligned, B, Const, Deferred, Expr, I, J, Size, load
 from anyattn.expr.tables import table_of
-from anyattn.expr.trace import Read, trace_mask, words
 from anyattn.numbers import boolean, integer, is_integer
 
 if TYPE_CHECKING:
+    from anyattn.expr.bind import Geometry
+    from anyattn.expr.trace import Read
     from anyattn.picture import Picture
 
 __all__ = [
@@ -243,7 +243,7 @@ def global_tokens(tokens: int | Sequence[int] | Array, *, positions: bool = True
 
     def settle(geometry: Geometry) -> Expr:
         if not table.host:
-            check_same_place(table.value, label, geometry)
+            arrays.check_beside(table.value, label, geometry.like, "q")
         if not table.host and not arrays.is_concrete_cpu(table.value):
             entries = (load(table, (Const(n, "int"),)) for n in range(table.value.shape[0]))
             return reduce(operator.or_, ((t == i) | (t == J) for t in entries), Const(False, "bool"))
@@ -381,6 +381,8 @@ def dense(array: Array, *, _label: str = "dense: array") -> Mask:
 
 def from_function(function: Callable[..., Any]) -> Mask:
     """A mask from a Python function (b, h, i, j) -> bool, which is called once, with symbols."""
+    from anyattn.expr.trace import trace_mask, words
+
     reads: list[Read] = []
     expr = trace_mask(function, reads)
     return Mask(expr, f"from_function({words(function, expr)})", reads=tuple(reads))

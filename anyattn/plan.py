@@ -23,21 +23,17 @@ from typing import Any
 
 from anyattn import arrays, dispatch, registry, settings
 from anyattn.arrays import Array
-from anyattn.call import AttentionCall
-from anyattn.describe import ARGUMENTS
-from anyattn.dropout import key_words
-from anyattn.expr.bounds import check_integers
-from anyattn.expr.nodes import Aligned, walk
 from anyattn.expr.structure import is_given, is_read, structure
 from anyattn.forks import held_over_forks
 from anyattn.masks import Mask
+from anyattn.options import ARGUMENTS
 from anyattn.scores import Score
 
-__all__ = ["Plan", "Signature", "make", "run", "signature"]
+__all__ = ["MOST_KEYS", "Feed", "Plan", "Signature", "keep", "run", "signature"]
 
 _MOST_PLANS = 256
 # Integers of the expressions of a family are checked for so many keys.
-_MOST_KEYS = 1 << 24
+MOST_KEYS = 1 << 24
 # Integers and host data of more bytes than this are not compared, but described.
 _MOST_CONTENTS = 4096
 
@@ -96,8 +92,6 @@ class _Kinds:
 _kinds: dict[tuple[type, ...], _Kinds] = {}
 _PLAIN = (type(None), bool, int, str)
 _LAYOUT = ARGUMENTS.index("layout")
-# Arguments whose arrays may be none along the keys.
-_ANY_LENGTH = {"mask", "score_mod", "sinks", "kv_lengths", "q_offset"}
 
 
 def _find_readers(types: tuple[type, ...]) -> tuple[tuple[int, _Reader], ...] | None:
@@ -187,21 +181,25 @@ _ARRAY_READERS: dict[str, _Reader] = {
 
 # Gives one of `AttentionCall.others`, from the arrays of a call by argument, the others before it and the
 # number of keys; None where a value fails a check.
-_Feed = Callable[[dict[str, list[Array]], list[Array], int], Array | None]
+Feed = Callable[[dict[str, list[Array]], list[Array], int], Array | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How calls of one signature run."""
+    """How calls of one signature run.
+
+    `is_family` says that it makes plans of calls with other numbers of keys.
+    """
 
     backend: Any
     run: Callable[..., Any]
     record: dispatch.Record
-    feeds: tuple[_Feed, ...]
+    feeds: tuple[Feed, ...]
     k_len: int
     has_heads: bool
     swapped: bool
     return_lse: bool
+    is_family: bool
 
     def __call__(self, q: Array, k: Array, v: Array, given: dict[str, list[Array]]) -> Any:
         """What `attention` returns, or None where the values of an array need a description of the call."""
@@ -280,7 +278,7 @@ def _without_keys(key: Any) -> Hashable:
     if min(len(k[1]), len(v[1])) < -axis:
         return None
     count = k[1][axis]
-    if count != v[1][axis] or not 0 < count <= _MOST_KEYS:
+    if count != v[1][axis] or not 0 < count <= MOST_KEYS:
         return None
     return (q, arrays.without_length(k, axis), arrays.without_length(v, axis), values, *others)
 
@@ -291,147 +289,9 @@ def _keep(plans: dict[Hashable, Any], key: Hashable, plan: Any) -> None:
     plans[key] = plan
 
 
-def make(known: Signature | None, call: AttentionCall, backend: Any) -> bool:
-    """Keep a plan of a call that `backend` takes, where there can be one."""
-    if known is None or call.num_heads == 0:
-        return False
-    # Duck-typed backends may do without.
-    prepare = getattr(backend, "prepare", None)
-    feeds = _feeds(known, call)
-    prepared = None if prepare is None or feeds is None else prepare(call)
-    if prepared is None or feeds is None:
-        return False
-    plan = Plan(
-        backend=backend,
-        run=prepared,
-        record=dispatch.Record(backend.name, call.operation, call.features),
-        feeds=feeds,
-        k_len=call.k_len,
-        has_heads=call.has_heads,
-        swapped=call.layout == "blhd",
-        return_lse=call.return_lse,
-    )
-    is_family = hasattr(prepared, "resized") and _takes_any_length(known, call, backend)
+def keep(known: Signature, plan: Plan) -> None:
+    """Let calls of a signature run by a plan."""
     with _lock:
         _keep(_plans, known.key, plan)
-        if is_family and (key := _without_keys(known.key)) is not None:
+        if plan.is_family and (key := _without_keys(known.key)) is not None:
             _keep(_families, key, _Family(plan))
-    return True
-
-
-def _feeds(known: Signature, call: AttentionCall) -> tuple[_Feed, ...] | None:
-    """How `call.others` come from the arguments of a call; None where they do not."""
-    feeds: list[_Feed] = []
-    if call.kv_lengths is not None:
-        feeds.append(_lengths(call) if "kv_lengths" in known.given else _always(call.kv_lengths))
-    if {"kv_lengths", "q_offset"} & known.given.keys() and not isinstance(call.offset, int):
-        if not (arrays.is_array(call.offset) and _takes_any_offset(call)):
-            return None
-        feeds.append(_offset(call) if "q_offset" in known.given else _last)
-    elif "q_offset" in known.given:
-        return None  # the call holds the value of an array without axes as a number
-    elif arrays.is_array(call.offset):
-        feeds.append(_always(call.offset))
-    if call.sinks is not None:
-        by_array = "sinks" in known.given
-        feeds.append(_sinks(call.xp, call.sinks.dtype) if by_array else _always(call.sinks))
-    for name in ("k_scales", "v_scales", "mask", "score_mod", "bias"):
-        feeds += [_nth(name, n) for n in range(len(known.given.get(name, ())))]
-    if call.dropout_seed is not None:
-        feeds.append(_seed(call.xp, call.device))
-    return tuple(feeds)
-
-
-def _always(value: Array) -> _Feed:
-    return lambda given, before, k_len: value
-
-
-def _nth(name: str, n: int) -> _Feed:
-    return lambda given, before, k_len: given[name][n]
-
-
-def _sinks(xp: Any, dtype: Any) -> _Feed:
-    return lambda given, before, k_len: arrays.cast(xp, given["sinks"][0], dtype)
-
-
-def _seed(xp: Any, device: Any) -> _Feed:
-    return lambda given, before, k_len: key_words(given["dropout_seed"][0], xp, device)
-
-
-def _lengths(call: AttentionCall) -> _Feed:
-    assert call.kv_lengths is not None
-    return _between("kv_lengths", 0, call.kv_lengths.dtype)
-
-
-def _offset(call: AttentionCall) -> _Feed:
-    return _between("q_offset", -call.q_len, call.offset.dtype)
-
-
-def _between(name: str, least: int, dtype: Any) -> _Feed:
-    """Integers from `least` to the number of keys."""
-
-    def feed(given: dict[str, list[Array]], before: list[Array], k_len: int) -> Array | None:
-        value = given[name][0].copy()
-        within = not value.size or (value.min() >= least and value.max() <= k_len)
-        return value.astype(dtype, copy=False) if within else None
-
-    return feed
-
-
-def _last(given: dict[str, list[Array]], before: list[Array], k_len: int) -> Array:
-    """The position of the only query, from the lengths, which come first."""
-    return before[0] - 1
-
-
-def _takes_any_offset(call: AttentionCall) -> bool:
-    """Whether the description of a call holds wherever row 0 stands, from -Lq to Lk."""
-    if not all(structure(part.expr).settled for part in (call.mask, call.score_mod) if part is not None):
-        return False
-    return _are_integers_held(call, call.k_len)
-
-
-def _takes_any_length(known: Signature, call: AttentionCall, backend: Any) -> bool:
-    """Whether the description of a call, and the choice of `backend`, hold for any number of keys.
-
-    They do where nothing lies along the keys, and no list, number or expression hangs on how many there are.
-    """
-    key: Any = known.key
-    _, _, _, values, _, named, _, _ = key
-    options = dict(zip(ARGUMENTS, values, strict=False))
-    if not known.given.keys() <= _ANY_LENGTH or any(
-        options[name] is not None and name not in known.given for name in ("kv_lengths", "q_offset")
-    ):
-        return False
-    bound = [part for part in (call.visible, call.score) if part is not None]
-    if any(isinstance(node, Aligned) for part in bound for node in walk(part)):
-        return False
-    if not all(structure(part.expr).settled for part in (call.mask, call.score_mod) if part is not None):
-        return False
-    # One that comes before it may have refused for the number of keys.
-    if settings.forced_backend(named) is None and dispatch.order_for(call)[0] != backend.name:
-        return False
-    return _are_integers_held(call, _MOST_KEYS)
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Sizes of calls in which row 0 may stand anywhere."""
-
-    batch_shape: tuple[int, ...]
-    num_heads: int
-    q_len: int
-    k_len: int
-    offset_host: None = None
-
-
-def _are_integers_held(call: AttentionCall, k_len: int) -> bool:
-    """Whether the integers of a call fit its indices, with up to so many keys and wherever row 0 stands."""
-    sizes = _Sizes(call.batch_shape, call.num_heads, call.q_len, k_len)
-    bits = int(call.xp.iinfo(arrays.index_dtype(call.xp, call.device)).bits)
-    try:
-        for part in (call.visible, call.score):
-            if part is not None:
-                check_integers(part, sizes, bits, "", call.library)
-    except ValueError:
-        return False
-    return True

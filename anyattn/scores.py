@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyattn import arrays
 from anyattn.arrays import Array
-from anyattn.expr.bind import Geometry, batch_indices, check_same_place
 from anyattn.expr.functions import clip, tanh, where
 from anyattn.expr.nodes import ROW, SCORE, Deferred, Expr, H, I, J, Symbol, load, rewrite
 from anyattn.expr.tables import table_of
-from anyattn.expr.trace import Read, trace_score, words
 from anyattn.numbers import boolean, integer, is_integer, real
+
+if TYPE_CHECKING:
+    from anyattn.expr.bind import Geometry
+    from anyattn.expr.trace import Read
 
 __all__ = [
     "Score",
@@ -213,6 +215,8 @@ def relative_keys(
     )
 
     def settle(geometry: Geometry, q: Array, table: Array) -> Expr:
+        from anyattn.expr.bind import batch_indices, check_same_place
+
         xp = geometry.xp
         check_same_place(q, "relative_keys: q", geometry)
         check_same_place(table, "relative_keys: table", geometry)
@@ -249,6 +253,8 @@ def softcap(c: float) -> Score:
 
 def from_function(function: Callable[..., Any]) -> Score:
     """A score from a Python function (score, b, h, i, j) -> score, which is called once, with symbols."""
+    from anyattn.expr.trace import trace_score, words
+
     reads: list[Read] = []
     expr = trace_score(function, reads)
     return Score(expr, f"from_function({words(function, expr)})", tuple(reads))

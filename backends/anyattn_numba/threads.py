@@ -144,7 +144,7 @@ class _NativePool:
             self.threads = max(self.threads, threads)
 
     def _open(self) -> None:
-        _compile(workers.launch, 4)
+        self.launch = _compile(workers.launch, 4)
         _compile(workers.serve, 2)
         # The system gives memory when it is first touched. Workers may outlive this object, and even Python's
         # modules: it is never freed.
@@ -206,14 +206,16 @@ class _PythonPool:
         return status
 
 
-def _compile(dispatcher: Any, arguments: int) -> None:
-    """Compile a function of so many integers, or load it from the cache of kernels."""
-    if dispatcher.signatures:
-        return
+def _compile(dispatcher: Any, arguments: int) -> Any:
+    """Compile a function of so many integers, or load it from the cache of kernels.
+
+    Gives what calls it without asking for the types of its arguments, which takes longer than the call.
+    """
     # llvmlite has a lock of its own, which a fork beside this would copy held.
     with global_compiler_lock:
-        _attach(dispatcher)
-        dispatcher.compile((types.int64,) * arguments)
+        if not dispatcher.signatures:
+            _attach(dispatcher)
+        return dispatcher.compile((types.int64,) * arguments)
 
 
 def _attach(dispatcher: Any) -> None:
