@@ -8,7 +8,7 @@ import numpy as np
 from cuda_standin import Standin
 
 from anyattn.backend import Backend
-from anyattn_cupy import CupyBackend, inspect_launch, launch, listing
+from anyattn_cupy import CupyBackend, inspect_launch, launch, linear_launch, listing
 
 __all__ = ["Interpreted"]
 
@@ -42,6 +42,8 @@ class Interpreted(CupyBackend):
         return Backend.unsupported(self, call)
 
     def notes(self, call: Any) -> tuple[str, ...]:
+        if call.operation == "linear":
+            return linear_launch.remarks(call)
         return launch.remarks(call, self.make(self.capability, **self.options))
 
     def source(self, call: Any) -> str:
@@ -56,5 +58,8 @@ class Interpreted(CupyBackend):
             return np.array(inspect_launch.weights(call, self.standin))
         if call.operation == "stats":
             return {name: np.array(x) for name, x in inspect_launch.stats(call, self.standin).items()}
+        if call.operation == "linear":
+            found = linear_launch.linear(call, self.standin)
+            return tuple(None if x is None else np.array(x) for x in found)
         out, lse = launch.attend(call, self.standin)
         return np.array(out), None if lse is None else np.array(lse)

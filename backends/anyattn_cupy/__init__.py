@@ -4,7 +4,7 @@ Dispatch imports this package to read the declaration below, so it imports neith
 and `inspect_launch` do, at the first call. From there `exchange` takes arrays of torch and JAX, `variants`
 chooses a kernel and its tiles, `schedules` brings the schedule to the device, `filling` fills in what a
 kernel reads, as `arguments` lays it out, and `source` joins the text that CuPy compiles from the files in
-`kernels`.
+`kernels`. Linear attention has `linear_launch` and `linear_variants`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class CupyBackend(Backend):
             "weights",
             "stats",
             "strict_masking",
+            "linear_attention",
+            "gated_rule",
+            "delta_rule",
+            "cu_seqlens",
         }
     )
     requires = ("cupy",)
@@ -74,9 +78,12 @@ class CupyBackend(Backend):
         """How the kernel that serves a call differs from what one would expect."""
         import cupy
 
+        from anyattn_cupy import linear_launch
         from anyattn_cupy.exchange import current
         from anyattn_cupy.launch import remarks
 
+        if call.operation == "linear":
+            return linear_launch.remarks(call)  # type: ignore[arg-type]
         with current(call.q, cupy):
             return remarks(call, cupy)
 
@@ -127,8 +134,12 @@ class CupyBackend(Backend):
         from anyattn_cupy.exchange import current, given_back
         from anyattn_cupy.inspect_launch import stats, weights
         from anyattn_cupy.launch import attend
+        from anyattn_cupy.linear_launch import linear
 
         with current(call.q, cupy):
+            if call.operation == "linear":
+                found = linear(call, cupy)  # type: ignore[arg-type]
+                return tuple(given_back(x, call.library) for x in found)
             if call.operation == "weights":
                 return given_back(weights(call, cupy), call.library)
             if call.operation == "stats":
@@ -137,9 +148,11 @@ class CupyBackend(Backend):
             return given_back(out, call.library), given_back(lse, call.library)
 
 
-def _floats(call: AttentionCall) -> list[Any]:
+def _floats(call: Any) -> list[Any]:
     """The arrays of a call that may hold floats."""
-    return [x for x in (call.q, call.k, call.v, *call.others) if x is not None]
+    linear = call.operation == "linear"
+    beside = (call.decay, call.beta, call.state, call.normalizer) if linear else call.others
+    return [x for x in (call.q, call.k, call.v, *beside) if x is not None]
 
 
 backend = CupyBackend()
