@@ -17,11 +17,11 @@ from anyattn import arrays
 from anyattn.arrays import Array, Namespace
 from anyattn.expr.bind import Geometry, bind, check_same_place
 from anyattn.expr.functions import where
-from anyattn.expr.nodes import ROW, B, Const, Expr, H, J, Table, apply, load
+from anyattn.expr.nodes import ROW, Apply, B, Const, Expr, H, J, Table, apply, load
 from anyattn.expr.relocate import Relocation
 from anyattn.numbers import integer, real
 
-__all__ = ["Dropout", "dropout_of", "key_words"]
+__all__ = ["Dropout", "dropout_of", "drawn_from", "kept_scale", "key_words"]
 
 _BITS = 24
 _WORD = 1 << 32
@@ -62,6 +62,21 @@ def dropout_of(dropout: Any, seed: Any, geometry: Geometry) -> tuple[Expr | None
     keep: Expr = where(drawn >= math.ceil(probability * 2**_BITS), 1 / (1 - probability), 0.0)
     keep = keep if place is None else place(keep, "dropout")
     return bind(keep, geometry, "dropout"), words
+
+
+def kept_scale(keep: Expr) -> float:
+    """What weights that are kept are multiplied by, from what `dropout_of` gave."""
+    assert isinstance(keep, Apply)
+    assert isinstance(keep.args[1], Const)
+    return float(keep.args[1].value)
+
+
+def drawn_from(keep: Expr) -> tuple[tuple[Expr, ...], int]:
+    """The key and the counter of what `dropout_of` gave, and from which bits on a weight is kept."""
+    drawn = keep.children[0]
+    bits, least = drawn.children
+    assert isinstance(least, Const)
+    return bits.children, int(least.value)
 
 
 def _check_seed(seed: Any, geometry: Geometry) -> None:

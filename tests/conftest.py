@@ -22,3 +22,21 @@ def make_findable(monkeypatch, *backends):
 def install(monkeypatch):
     """Make backends findable under their names for one test."""
     return partial(make_findable, monkeypatch)
+
+
+@pytest.fixture
+def nvrtc():
+    """Skip where there is no NVRTC."""
+    from cuda_compile import need_nvrtc
+
+    need_nvrtc()
+
+
+@pytest.fixture
+def interpreted(install):
+    """The backend `cupy` on a stand-in for a device of compute capability 8.0."""
+    from cuda_runs import Interpreted
+
+    found = Interpreted()
+    install(found)
+    return found

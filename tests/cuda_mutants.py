@@ -7,6 +7,7 @@ A mutant is a replacement of text that occurs once in the source that is compile
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,12 @@ __all__ = [
     "MUTANTS",
     "ON_THE_HOST",
     "Mutant",
+    "arguments",
+    "conflict",
     "device_for",
     "different",
     "references",
+    "said_of",
 ]
 
 # Of the result; the logarithm of the sum is float32 always.
@@ -43,13 +47,24 @@ def with_nan(dtype):
     return q, k, v
 
 
+def int8_rows(dtype):
+    """Keys and values that a cache of int8 holds exactly, with a scale for each token and head."""
+    q, *others = tensors(dtype, 2, 20, 150, (4, 2))
+    rng = np.random.default_rng(3)
+    for x in others:
+        numbers = np.clip(np.round(60 * x), -127, 127)
+        numbers[..., 0] = 127
+        x[...] = numbers * 2.0 ** rng.integers(-8, -4, (*x.shape[:-1], 1))
+    return q, *others
+
+
 def more_channels():
     """More than a tile holds; scores of usual size."""
     q, k, v = (np.tile(x[..., :20, :], 12)[..., :260] for x in tensors("f4"))
     return q / 8, k, v
 
 
-# Arrays and options.
+# Arrays and options, by a name that begins with the dtype; of int8, keys and values go into a cache.
 CALLS = {
     "float16": lambda: (tensors("f2"), {}),
     "float16 causal": lambda: (tensors("f2"), {"causal": True}),
@@ -66,11 +81,13 @@ CALLS = {
         tensors("f2"),
         {"dropout": 0.4, "dropout_seed": 3, "mask": masks.fixed(40, 2) & masks.sliding_window(50)},
     ),
+    "float16 int8": lambda: (int8_rows("f2"), {"causal": True}),
     "float16 on 9.0": lambda: (tensors("f2", k_len=260), {}),
     "float16 on 7.5": lambda: (tensors("f2"), {"causal": True}),
     "float32": lambda: (tensors("f4"), {}),
     "float32 causal": lambda: (tensors("f4"), {"causal": True}),
     "float32 sinks": lambda: (tensors("f4"), {"sinks": [0.5, -1.0]}),
+    "float32 int8": lambda: (int8_rows("f4"), {"causal": True}),
     "float32 wide": lambda: (more_channels(), {"causal": True}),
     "float32 empty rows": lambda: (tensors("f4"), {"causal": True, "q_offset": -30}),
 }
@@ -82,13 +99,20 @@ def device_for(name: str) -> dict[str, int]:
     return {"capability": capability, "multiprocessors": 8 if "parts" in name else 1}
 
 
+def arguments(name: str, dtype: str | None = None) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call of `attention`, in a dtype of their own or another, and its options."""
+    arrays, options = CALLS[name]()
+    q, k, v = arrays if dtype is None else [x.astype(dtype) for x in arrays]
+    given = [q, aa.KVCache(k, v, quantize="int8")] if "int8" in name else [q, k, v]
+    return given, {**options, "return_lse": True}
+
+
 def references() -> dict[str, Any]:
     """Results of the reference in float64, by call."""
     found = {}
-    for name, make in CALLS.items():
-        arrays, options = make()
-        wide = (x.astype("f8") for x in arrays)
-        found[name] = aa.attention(*wide, **options, return_lse=True, backend="reference")
+    for name in CALLS:
+        given, options = arguments(name, "f8")
+        found[name] = aa.attention(*given, **options, backend="reference")
     return found
 
 
@@ -110,6 +134,31 @@ class Mutant:
     old: str
     new: str
     caught: str
+
+
+def said_of(mutant: Mutant, complaint: Callable[[Callable[[str], str]], str]) -> str:
+    """What `complaint` says of a call where the mutant is planted, once, by what it gets."""
+    planted = []
+
+    def change(source: str) -> str:
+        # A call in parts has two sources.
+        planted.append(source.count(mutant.old))
+        return source.replace(mutant.old, mutant.new)
+
+    said = complaint(change)
+    assert sum(planted) == 1, f"{mutant.old!r} occurs {sum(planted)} times"
+    return said
+
+
+def conflict(machine: Any, files: Sequence[str], kinds: Sequence[str] = ("load", "store")) -> str:
+    """Where a launch meets more bank conflicts in some files than it must, in words; empty for nowhere."""
+    for (where, space, how), traffic in machine.traffic.items():
+        if space != "shared" or how not in kinds or not any(file in where for file in files):
+            continue
+        # Rows that are no power of two long do not come in without any conflict.
+        if traffic.taken > traffic.least * (1 if how == "load" else 2):
+            return f"bank conflicts at {where}"
+    return ""
 
 
 def _mma(what: str, old: str, new: str, caught: str, case: str = "float16") -> Mutant:
@@ -228,8 +277,12 @@ MUTANTS = (
          "float32 empty rows"),
     _fma("position is the row", "row + item.position;", "row;", "wrong", "float32 causal"),
     _mma("the sum is left out", "                    part += score;\n", "", "wrong", "float16 dropout"),
-    _mma("dropout of places instead of keys", "= tile.key(a, min(8 * n + pair + e, count - 1));",
-         "= 8 * n + pair + e;", "wrong", "float16 dropout"),
+    _mma("dropout of places instead of keys", "= tile.key(a, min(8 * (n / 2) + pair + n % 2, count - 1));",
+         "= 8 * (n / 2) + pair + n % 2;", "wrong", "float16 dropout"),
+    _mma("dropout of a pair's first key", "kept >> (2 * n + e) & 1", "kept >> 2 * n & 1", "wrong",
+         "float16 dropout"),
+    _mma("what is left is not made larger", "scaled / all * float(a.kept_scale)", "scaled / all", "wrong",
+         "float16 dropout"),
     _mma("dropout of one head", "program::keep(c, item.batch, row.head,", "program::keep(c, item.batch, 0,",
          "wrong", "float16 dropout"),
     _mma("three stages, of which two are waited for", "wait_for_groups<STAGES - 2>()", "wait_for_groups<2>()",
@@ -250,6 +303,18 @@ MUTANTS = (
          "const int column = (8", "races", "float32 wide"),
     _fma("every range has an lse", "if (key_group == 0 && first_column == 0) store_lse",
          "if (key_group == 0) store_lse", "races", "float32 wide"),
+    _mma("values with the scales of keys", "item.v, a.v_row, item.v_scales, a.v_scales_row",
+         "item.v, a.v_row, item.k_scales, a.k_scales_row", "wrong", "float16 int8"),
+    _mma("scales of places instead of keys", "scales[number * scale_stride]", "scales[place * scale_stride]",
+         "wrong", "float16 int8"),
+    _mma("scales of the first head", "a.k_scales + item.kv_head * a.k_scales_head", "a.k_scales", "wrong",
+         "float16 int8"),
+    _mma("scales of the first batch entry", "item.v_scales += index * a.v_scales_batch[axis];", "", "wrong",
+         "float16 int8"),
+    _fma("numbers without a sign", "return Real(number) * Real(scale);",
+         "return Real((unsigned char)number) * Real(scale);", "wrong", "float32 int8"),
+    _fma("scales with the stride of keys", "item.k_scales, a.k_scales_row", "item.k_scales, a.k_row",
+         "beyond global memory", "float32 int8"),
     Mutant("parts weigh the same", "float16 parts", "sum += exp(lse[part * rows] - base) * out",
          "sum += out", "wrong"),
     Mutant("lse of parts is that of the last", "float16 parts", "= base + log(all);", "= base;", "wrong"),
@@ -282,6 +347,6 @@ HOST_ALONE = (
          "out of bounds"),
     _fma("values begin too far on", "keys + BLOCK_KEYS * KEY_PITCH;",
          "keys + BLOCK_KEYS * KEY_PITCH + 4096;", "heap-buffer-overflow"),
-    _mma("a shift by more bits than there are", "1u << (2 * n + e) % 32", "1u << (2 * n + e + 32)",
+    _mma("a shift by more bits than there are", "1u << (2 * n + e);", "1u << (2 * n + e + 32);",
          "shift exponent"),
 )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from cuda_compile import compiled
+from numpy.lib.array_utils import byte_bounds
 from ptx import Arena, Kernel, Machine
 
 __all__ = ["Launch", "Standin", "argument_bytes", "ndarray"]
@@ -126,7 +127,20 @@ class Standin:
         return x.__dlpack__(stream=self.where[-1][1] or 1)
 
     def asarray(self, x: Any) -> ndarray:
-        return x if isinstance(x, ndarray) else placed(self.arena, x)
+        """An array of the host with its strides; nobody has written what lies between its entries."""
+        if isinstance(x, ndarray):
+            return x
+        x = np.asarray(x)
+        if not x.size:
+            return placed(self.arena, x)
+        arena, (first, end) = self.arena, byte_bounds(x)
+        at = arena.allocate(end - first) + x.__array_interface__["data"][0] - first
+        known = (*x.shape, x.itemsize), bool, arena.known, at, (*x.strides, 1)
+        np.ndarray(*known)[...] = True
+        found = np.ndarray(x.shape, x.dtype, arena.data, at, x.strides).view(ndarray)
+        found.arena = arena
+        found[...] = x
+        return found
 
     def ascontiguousarray(self, x: ndarray) -> ndarray:
         return x if x.flags.c_contiguous else placed(self.arena, x)

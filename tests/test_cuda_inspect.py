@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_compile import need_nvrtc
 from cuda_host import Hosted, need_sanitizers
+from cuda_mutants import conflict, said_of
 from cuda_mutants_inspect import CALLS, MUTANTS, different, perform, references
 from cuda_runs import Interpreted
 from ptx import PtxError
@@ -16,6 +16,8 @@ from anyattn.testing.cases import all_cases
 from anyattn.testing.libraries import LIBRARIES
 from anyattn.testing.running import check_values
 from anyattn_cupy.variants import Device, choose_inspect, chunks_of
+
+pytestmark = pytest.mark.usefixtures("nvrtc")
 
 # Of the conformance kit.
 KIT = (
@@ -66,18 +68,6 @@ LONG = (
     long("stats, gathered, a nan is hidden", "stats", "float32", 8, mask=GATHERED, causal=True,
          plants=(Plant("k", (0, 1, 1), float("nan")), Plant("k", (0, 149, 1), float("inf")))),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _nvrtc():
-    need_nvrtc()
-
-
-@pytest.fixture
-def interpreted(install):
-    found = Interpreted()
-    install(found)
-    return found
 
 
 @pytest.mark.parametrize("case", [c for c in all_cases() if c.name in KIT], ids=lambda c: c.name)
@@ -139,10 +129,7 @@ def complaint(change, name, wanted, install):
         return str(error)
     if different(found, wanted[name]):
         return "wrong result"
-    for (where, space, how), traffic in device.standin.launches[0].machine.traffic.items():
-        if space == "shared" and how == "load" and "products" in where and traffic.taken > traffic.least:
-            return f"bank conflicts at {where}"
-    return ""
+    return conflict(device.standin.launches[0].machine, ("products",), ("load",))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -152,16 +139,7 @@ def test_the_kernel_as_it_is(name, wanted, install):
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.what)
 def test_caught(mutant, wanted, install):
-    planted = []
-
-    def change(source):
-        planted.append(source.count(mutant.old))
-        return source.replace(mutant.old, mutant.new)
-
-    said = complaint(change, mutant.case, wanted, install)
-    assert planted == [1], f"{mutant.old!r} occurs {planted} times"
-    assert said
-    assert mutant.caught in said
+    assert mutant.caught in said_of(mutant, lambda change: complaint(change, mutant.case, wanted, install))
 
 
 @pytest.mark.parametrize(

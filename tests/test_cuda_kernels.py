@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_compile import need_nvrtc
 from cuda_runs import Interpreted
 from cuda_standin import Standin
 from ptx import Arena, PtxError
@@ -12,12 +11,15 @@ from ptx import Arena, PtxError
 import anyattn as aa
 from anyattn import masks, scores
 from anyattn.describe import Options, describe
+from anyattn.reference import backend as reference
 from anyattn.testing.case import Drawn, Entry, Function, Given, Plant, call
 from anyattn.testing.cases import all_cases
 from anyattn.testing.libraries import LIBRARIES
 from anyattn.testing.running import check_values
 from anyattn_cupy import backend, launch
 from anyattn_cupy.variants import Device, choose
+
+pytestmark = pytest.mark.usefixtures("nvrtc")
 
 NAN, INF = float("nan"), float("inf")
 
@@ -47,6 +49,12 @@ KIT = (
     "dropout over several tiles",
     "dropout and gathered keys",
     "dropout, nan is hidden from some rows",
+    "caches: buffer: int8, options",
+    "caches: ring: int8, bfloat16, 2 queries",
+    "caches: ring: options",
+    "caches: pages: int8, options",
+    "caches: pages: int8, float64, 11 queries",
+    "caches: pages: float16",
 )
 
 
@@ -78,6 +86,8 @@ LONG = (
     long("float32, nan is hidden", "float32", 8, causal=True, plants=plant(100) + plant(149, value=-INF)),
     long("float16, lengths and offsets", "float16", 24, batch=(3,), q_len=20, causal=True, **LENGTHS),
     long("float16, a function", "float16", 8, q_len=20, mask=FUNCTION),
+    # A weight that is kept is more than float16 holds, once it is divided by 1 - p.
+    long("float16, nearly all is dropped", "float16", 8, v_dim=1, dropout=1 - 2**-17, dropout_seed=0),
 )
 
 
@@ -90,19 +100,6 @@ FEW = (
          score_mod=Entry("scores", "alibi", (4,)), mask=Drawn("mask", (4, 5, 600), "bool", "mostly true")),
     long("float64, gathered in parts", "float64", 8, q_len=4, heads=2, kv_heads=1, k_len=600, mask=GATHERED),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _nvrtc():
-    need_nvrtc()
-
-
-@pytest.fixture
-def interpreted(install):
-    """The backend on a stand-in for a device of compute capability 8.0."""
-    found = Interpreted()
-    install(found)
-    return found
 
 
 @pytest.mark.parametrize("case", [c for c in all_cases() if c.name in KIT], ids=lambda c: c.name)
@@ -303,8 +300,8 @@ class Preparing(Interpreted):
         self.standin = self.make(self.capability, **self.options)
         prepared = launch.prepare(call, self.standin)
 
-        def run(q, k, v):
-            out, lse = prepared(*(self.standin.asarray(x) for x in (q, k, v)))
+        def run(*arrays):
+            out, lse = prepared(*(self.standin.asarray(x) for x in arrays))
             return np.array(out), None if lse is None else np.array(lse)
 
         return None if prepared is None else run
@@ -340,9 +337,31 @@ def test_what_is_prepared_serves_arrays_that_are_aligned_otherwise():
     assert vectors == [True, False]
 
 
-@pytest.mark.parametrize(
-    "options", [{"kv_lengths": 3, "q_offset": 0}, {"bias": np.zeros((5, 20), "f4")}, {"sinks": [1.0, 0.0]}]
-)
-def test_calls_with_other_arrays_are_not_prepared(options):
+# Options of two calls of one signature.
+OTHERS = {
+    "lengths": lambda n: {"causal": True, "kv_lengths": np.array([20 - n]), "q_offset": np.array([9 * n])},
+    "bias": lambda n: {"bias": np.full((5, 20), n, "f4") * np.arange(20, dtype="f4")},
+    "sinks": lambda n: {"sinks": np.array([n, 1.0 - n])},
+    "slopes": lambda n: {"score_mod": scores.alibi(np.array([0.5, 0.25 * n])), "window": (9, 0)},
+    "mask": lambda n: {"mask": np.arange(20) % 3 == np.array([[n]] * 5)},
+    "dropout": lambda n: {"dropout": 0.5, "dropout_seed": np.array(n)},
+    "scales": lambda n: dict.fromkeys(("k_scales", "v_scales"), np.full((1, 2, 20), 0.02 + 0.02 * n, "f4")),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_prepared_serves_other_arrays(name, monkeypatch):
+    """Nothing is kept of those of the first call, whose values the host does not know on a device."""
     standin = Standin()
-    assert launch.prepare(described(*arrays(standin, "float32", 5, 20, 8)[:3], **options), standin) is None
+    q, k, v = (x[None] for x in arrays(standin, "float32", 5, 20, 8))
+    if name == "scales":
+        k, v = (standin.asarray(np.round(np.array(x) * 30).astype("i1")) for x in (k, v))
+    with monkeypatch.context() as patch:
+        patch.setattr("anyattn.arrays.is_concrete_cpu", lambda x: False)
+        prepared = launch.prepare(described(q, k, v, **OTHERS[name](0)), standin)
+        second = described(q, k, v, **OTHERS[name](1))
+    before = standin.arena.top
+    found, _ = prepared(q, k, v, *(standin.asarray(x) for x in second.others))
+    wanted, _ = reference.run(described(*(np.array(x) for x in (q, k, v)), **OTHERS[name](1)))
+    np.testing.assert_allclose(np.array(found), wanted, atol=1e-5)
+    assert standin.arena.top - before < 4096

@@ -44,6 +44,7 @@ class CupyBackend(Backend):
             "dropout",
             "grouped_heads",
             "return_lse",
+            "int8",
             "weights",
             "stats",
             "strict_masking",
@@ -88,7 +89,7 @@ class CupyBackend(Backend):
             return remarks(call, cupy)
 
     def prepare(self, call: AttentionCall) -> Callable[..., tuple[Array, Array | None]] | None:
-        """What serves calls like this one, or None where they have arrays besides q, k and v."""
+        """What serves calls like this one, or None where they have no rows."""
         import cupy
 
         from anyattn_cupy.exchange import as_cupy, current, given_back
@@ -100,9 +101,9 @@ class CupyBackend(Backend):
         if prepared is None:
             return None
 
-        def run(q: Array, k: Array, v: Array) -> tuple[Array, Array | None]:
+        def run(q: Array, *others: Array) -> tuple[Array, Array | None]:
             with current(q, cupy):
-                out, lse = prepared(*(as_cupy(x, cupy) for x in (q, k, v)))
+                out, lse = prepared(*(as_cupy(x, cupy) for x in (q, *others)))
                 return given_back(out, library), given_back(lse, library)
 
         return run

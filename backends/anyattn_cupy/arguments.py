@@ -15,6 +15,8 @@ __all__ = ["Field", "argument_dtype", "argument_source", "struct_dtype", "struct
 _POINTERS = {
     # Arrays (..., H, L, D); out has steps of 1, lse (B, Hq, Lq) is contiguous and of the accumulation type.
     "q": "const void*", "k": "const void*", "v": "const void*", "out": "void*", "lse": "void*",
+    # Of int8 k and v: (..., Hkv, Lk).
+    "k_scales": "const float*", "v_scales": "const float*",
     # (Hq,), of the accumulation type.
     "sinks": "const void*",
     # Position of row 0 of each batch entry; without it `offset` is that of all.
@@ -31,7 +33,7 @@ _POINTERS = {
 }  # fmt: skip
 _WIDE = (
     "q_head", "q_row", "q_step", "k_head", "k_row", "k_step", "v_head", "v_row", "v_step",
-    "out_head", "out_row", "offset",
+    "k_scales_head", "k_scales_row", "v_scales_head", "v_scales_row", "out_head", "out_row", "offset",
 )  # fmt: skip
 # Rows of a head, or of a group of heads that are packed; `blocks` of rows that these are, which `chunks` take
 # in turn.
@@ -39,7 +41,7 @@ _NARROW = (
     "q_len", "k_len", "head_dim", "v_head_dim", "batch_size", "num_heads", "group_size", "rows", "blocks",
     "parts", "chunks",
 )  # fmt: skip
-_PER_BATCH_AXIS = ("q_batch", "k_batch", "v_batch", "out_batch")
+_PER_BATCH_AXIS = ("q_batch", "k_batch", "v_batch", "k_scales_batch", "v_scales_batch", "out_batch")
 
 
 Field = tuple[str, str, str, int]
@@ -50,7 +52,8 @@ def _fields(axes: int) -> list[Field]:
     fields = [(name, kind, "u8", 0) for name, kind in _POINTERS.items()]
     fields += [(name, "long long", "i8", 0) for name in _WIDE]
     fields += [(name, "long long", "i8", axes) for name in _PER_BATCH_AXIS]
-    fields += [("scale", "double", "f8", 0)]
+    # Of products of queries and keys; of weights that dropout leaves.
+    fields += [(name, "double", "f8", 0) for name in ("scale", "kept_scale")]
     fields += [(name, "int", "i4", 0) for name in _NARROW]
     return [*fields, ("batch_sizes", "int", "i4", axes)]
 

@@ -6,6 +6,7 @@ CuPy comes as an argument, as in `launch`. Nothing here reads values of arrays.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ import numpy
 
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
+from anyattn.dropout import kept_scale
 from anyattn.expr.bounds import fits, index_ranges
 from anyattn.expr.print_cuda import cuda_arguments
 from anyattn.expr.program import Program
@@ -24,26 +26,40 @@ from anyattn_cupy.source import OPTIONS
 from anyattn_cupy.variants import Variant
 
 __all__ = [
+    "Captures",
     "batch_axes",
-    "captured_of",
     "compiled",
     "fill_arrays",
-    "fill_options",
+    "fill_others",
+    "fill_schedule",
     "fill_sizes",
     "index_type",
+    "numbered",
+    "tensors_of",
     "vector_loads",
 ]
 
 _SMALL_SHARED_MEMORY = 48 * 1024
 
 
-def vector_loads(*arrays: Array) -> bool:
-    """Whether rows of arrays (..., D) can be read in vectors of 16 bytes."""
-    for x in arrays:
+def tensors_of(call: AttentionCall, cupy: Any) -> dict[str, Array]:
+    """q, k and v as CuPy's where a call has them, with scales (..., Hkv, Lk, 1) of int8 k and v."""
+    named = {"q": call.q, "k": call.k, "v": call.v}
+    found = {name: as_cupy(x, cupy) for name, x in named.items() if x is not None}
+    for name, x in (("k_scales", call.k_scales), ("v_scales", call.v_scales)):
+        if x is not None:
+            found[name] = as_cupy(x, cupy)[..., None]
+    return found
+
+
+def vector_loads(tensors: dict[str, Array]) -> bool:
+    """Whether rows of q, k and v (..., D) can be read in vectors of 16 bytes, of 8 where they are int8."""
+    for x in (tensors[name] for name in "qkv" if name in tensors):
         size = x.dtype.itemsize
+        vector = 8 if size == 1 else 16
         steps = [stride for n, stride in zip(x.shape[:-1], x.strides, strict=False) if n > 1]
         contiguous = x.shape[-1] <= 1 or x.strides[-1] == size
-        if not contiguous or any(step % 16 for step in (*steps, x.shape[-1] * size, x.data.ptr)):
+        if not contiguous or any(step % vector for step in (*steps, x.shape[-1] * size, x.data.ptr)):
             return False
     return True
 
@@ -81,13 +97,14 @@ def fill_arrays(
         block[f"{name}_batch"] = batch
         head, row, step = (s // x.dtype.itemsize for s in x.strides[-3:])
         block[f"{name}_head"], block[f"{name}_row"] = head, row
-        if name != "out":
+        if f"{name}_step" in block.dtype.names:
             block[f"{name}_step"] = step
 
 
 def fill_sizes(block: Any, call: AttentionCall, variant: Variant, rows: int) -> int:
     """Fill in sizes of a call with so many rows for each head; how many items there are."""
     block["scale"] = call.scale
+    block["kept_scale"] = 1.0 if call.keep is None else kept_scale(call.keep)
     for name in ("q_len", "k_len", "head_dim", "v_head_dim", "num_heads", "group_size"):
         block[name] = getattr(call, name)
     batch, packed = math.prod(call.batch_shape), variant.packed
@@ -98,26 +115,35 @@ def fill_sizes(block: Any, call: AttentionCall, variant: Variant, rows: int) -> 
     return batch * (call.num_kv_heads if packed else call.num_heads) * blocks
 
 
-def fill_options(
-    block: Any, call: AttentionCall, variant: Variant, spans: DeviceSchedule | None, cupy: Any
-) -> list[Array | DeviceSchedule]:
-    """What a call may have or not; what must outlive the launch, with what copies were begun from."""
-    kept: list[Any] = [spans]
-    if call.sinks is not None:
-        kept.append(as_cupy(call.sinks, cupy))
-        kept.append(cupy.ascontiguousarray(kept[-1].astype(call.accumulate)))
-        block["sinks"] = kept[-1].data.ptr
-    if isinstance(call.offset, int):
-        block["offset"] = call.offset
-    else:
-        kept.append(as_cupy(call.offset, cupy))
-        offsets = cupy.broadcast_to(kept[-1].astype("int64"), call.batch_shape)
-        kept.append(cupy.ascontiguousarray(offsets))
-        block["offsets"] = kept[-1].data.ptr
+def fill_schedule(block: Any, spans: DeviceSchedule | None, packed: bool) -> None:
+    """Fill in the schedule of a call; one of blocks of `packed` rows has no order."""
     if spans is not None:
         for name, array in spans.arrays.items():
-            # The order is of blocks of one head.
-            block[name] = 0 if name == "order" and variant.packed else array.data.ptr
+            block[name] = 0 if name == "order" and packed else array.data.ptr
+
+
+def numbered(call: AttentionCall) -> dict[int, int]:
+    """Numbers of `call.others` by their ids."""
+    found: dict[int, int] = {}
+    for n, x in enumerate(call.others):
+        found.setdefault(id(x), n)
+    return found
+
+
+def fill_others(
+    block: Any, sinks: Array | None, offset: Array | int, batch_shape: tuple[int, ...], cupy: Any
+) -> list[Array]:
+    """Fill in sinks and the position of row 0, of CuPy; what must outlive the launch."""
+    kept = []
+    if sinks is not None:
+        kept.append(cupy.ascontiguousarray(sinks))
+        block["sinks"] = kept[-1].data.ptr
+    if isinstance(offset, int):
+        block["offset"] = offset
+    else:
+        offsets = cupy.broadcast_to(offset.astype("int64"), batch_shape)
+        kept.append(cupy.ascontiguousarray(offsets))
+        block["offsets"] = kept[-1].data.ptr
     return kept
 
 
@@ -126,25 +152,43 @@ def index_type(program: Program, call: AttentionCall) -> str:
     return "int" if fits(program, index_ranges(call)) else "long long"
 
 
-def captured_of(
-    call: AttentionCall, program: Program, variant: Variant, index: str, cupy: Any
-) -> tuple[Any, list[Array]]:
-    """What masks and scores read, as the second argument of a kernel; what must outlive the launch."""
-    given = [as_cupy(x, cupy) for x in (*program.tables, *program.aligned)]
-    tables, aligned = given[: len(program.tables)], given[len(program.tables) :]
-    program = replace(program, tables=tuple(cupy.ascontiguousarray(x) for x in tables))
-    sizes = call.batch_shape, call.num_heads, call.q_len, call.k_len
-    views = tuple(
-        aligned_view(cupy, x, slot.block, *sizes)
-        for x, slot in zip(aligned, aligned_slots(program), strict=True)
-    )
-    read = [*program.tables, *views]
-    addresses = tuple(x.data.ptr for x in read)
-    # CuPy passes an array of NumPy by value, and knows no scalar of a struct.
-    return numpy.asarray(cuda_arguments(program, variant.accumulate, views, addresses, index)), [
-        *read,
-        *given,
-    ]
+class Captures:
+    """What masks and scores read, as the second argument of a kernel.
+
+    Arrays of `call.others` are those of each call. What else there is was made for the call, and is kept.
+    """
+
+    def __init__(self, call: AttentionCall, program: Program, variant: Variant, index: str, cupy: Any):
+        numbers, read = numbered(call), (*program.tables, *program.aligned)
+        self._numbers = [numbers.get(id(x)) for x in read]
+        self._own = [
+            None if n is not None else as_cupy(x, cupy) for x, n in zip(read, self._numbers, strict=True)
+        ]
+        self._tables = len(program.tables)
+        self._program = replace(program, tables=(), aligned=())
+        self._sizes = call.batch_shape, call.num_heads, call.q_len, call.k_len
+        self._how = variant.accumulate, index
+        self._cupy = cupy
+        self._made = None if any(n is not None for n in self._numbers) else self._make(())
+
+    def __call__(self, others: Sequence[Array]) -> tuple[Any, list[Array]]:
+        """The argument for a call with these arrays of CuPy; what must outlive the launch."""
+        return self._made or self._make(others)
+
+    def _make(self, others: Sequence[Array]) -> tuple[Any, list[Array]]:
+        cupy = self._cupy
+        given = [own if n is None else others[n] for own, n in zip(self._own, self._numbers, strict=True)]
+        tables = tuple(cupy.ascontiguousarray(x) for x in given[: self._tables])
+        views = tuple(
+            aligned_view(cupy, x, slot.block, *self._sizes)
+            for x, slot in zip(given[self._tables :], aligned_slots(self._program), strict=True)
+        )
+        read = [*tables, *views]
+        addresses = tuple(x.data.ptr for x in read)
+        accumulate, index = self._how
+        program = replace(self._program, tables=tables)
+        # CuPy passes an array of NumPy by value, and knows no scalar of a struct.
+        return numpy.asarray(cuda_arguments(program, accumulate, views, addresses, index)), [*given, *read]
 
 
 @cache

@@ -14,13 +14,15 @@ from anyattn_cupy.arguments import argument_dtype
 from anyattn_cupy.devices import current_device
 from anyattn_cupy.exchange import as_cupy, hold
 from anyattn_cupy.filling import (
+    Captures,
     batch_axes,
-    captured_of,
     compiled,
     fill_arrays,
-    fill_options,
+    fill_others,
+    fill_schedule,
     fill_sizes,
     index_type,
+    tensors_of,
     vector_loads,
 )
 from anyattn_cupy.launch import Choice
@@ -30,10 +32,10 @@ from anyattn_cupy.variants import choose_inspect, chunks_of
 __all__ = ["chosen", "stats", "weights"]
 
 
-def chosen(call: AttentionCall, arrays: tuple[Array, ...], cupy: Any) -> Choice:
-    """The kernel for a call of "weights" or "stats" with these q and k of CuPy."""
-    axes, _ = batch_axes(call.batch_shape, arrays)
-    vectors = vector_loads(*arrays)
+def chosen(call: AttentionCall, tensors: dict[str, Array], cupy: Any) -> Choice:
+    """The kernel for a call of "weights" or "stats" with these `tensors_of` it."""
+    axes, _ = batch_axes(call.batch_shape, tuple(tensors.values()))
+    vectors = vector_loads(tensors)
     variant = choose_inspect(current_device(cupy), call.dtype, call.head_dim, vectors, len(axes))
     # The schedule is one of all rows; chosen ones look at every key.
     spans = None if call.rows is not None else device_schedule(call, variant.rows, variant.keys, cupy)
@@ -43,19 +45,18 @@ def chosen(call: AttentionCall, arrays: tuple[Array, ...], cupy: Any) -> Choice:
 
 def weights(call: AttentionCall, cupy: Any) -> Array:
     """Softmax weights (..., Hq, R, Lk) of a call of "weights", in its dtype, as an array of CuPy."""
-    q, k = (as_cupy(x, cupy) for x in (call.q, call.k))
+    tensors = tensors_of(call, cupy)
     rows = None if call.rows is None else as_cupy(call.rows, cupy)
     shape = (*call.batch_shape, call.num_heads, call.q_len if rows is None else rows.shape[0], call.k_len)
     # Tiles that the schedule leaves out are not written.
-    out = (cupy.empty if call.visible is None else cupy.zeros)(shape, q.dtype)
+    out = (cupy.empty if call.visible is None else cupy.zeros)(shape, tensors["q"].dtype)
     if math.prod(shape):
-        _launch(call, {"q": q, "k": k, "out": out}, {}, rows, cupy)
+        _launch(call, tensors, {"out": out}, {}, rows, cupy)
     return out
 
 
 def stats(call: AttentionCall, cupy: Any) -> dict[str, Array]:
     """The statistics that a call of "stats" asks for, in the accumulation dtype, as arrays of CuPy."""
-    q, k = (as_cupy(x, cupy) for x in (call.q, call.k))
     heads, chunks = (*call.batch_shape, call.num_heads), 1
     found = {}
     if "key_mass" in call.stats:
@@ -67,7 +68,7 @@ def stats(call: AttentionCall, cupy: Any) -> dict[str, Array]:
         if name in call.stats:
             found[field] = cupy.empty((*heads, call.q_len), call.accumulate)
     if math.prod(heads) * call.q_len:
-        _launch(call, {"q": q, "k": k}, found, None, cupy)
+        _launch(call, tensors_of(call, cupy), {}, found, None, cupy)
     if "key_mass" in found:
         mass = found["key_mass"]
         found["key_mass"] = mass[0] if chunks == 1 else mass.sum(axis=0)
@@ -75,18 +76,28 @@ def stats(call: AttentionCall, cupy: Any) -> dict[str, Array]:
 
 
 def _launch(
-    call: AttentionCall, arrays: dict[str, Array], sums: dict[str, Array], rows: Array | None, cupy: Any
+    call: AttentionCall,
+    tensors: dict[str, Array],
+    written: dict[str, Array],
+    sums: dict[str, Array],
+    rows: Array | None,
+    cupy: Any,
 ) -> None:
-    """Launch `inspect` on q, k and, for weights, out; with memory for sums, by their names as arguments."""
+    """Launch `inspect` on q and k, and for weights out; with memory for sums, by their names as arguments."""
+    arrays = tensors | written
     sizes, strides = batch_axes(call.batch_shape, tuple(arrays.values()))
-    choice = chosen(call, (arrays["q"], arrays["k"]), cupy)
+    choice = chosen(call, tensors, cupy)
     variant = choice.variant
-    captured, kept = captured_of(call, choice.program, variant, choice.index, cupy)
+    others = [as_cupy(x, cupy) for x in call.others]
+    captured, kept = Captures(call, choice.program, variant, choice.index, cupy)(others)
 
     block = numpy.zeros((), argument_dtype(len(sizes)))
     fill_arrays(block, arrays, sizes, strides)
     items = fill_sizes(block, call, variant, call.q_len if rows is None else rows.shape[0])
-    kept += fill_options(block, call, variant, choice.spans, cupy)
+    fill_schedule(block, choice.spans, variant.packed)
+    sinks = None if call.sinks is None else as_cupy(call.sinks, cupy)
+    offset = call.offset if isinstance(call.offset, int) else as_cupy(call.offset, cupy)
+    kept += fill_others(block, sinks, offset, call.batch_shape, cupy)
     for name, x in sums.items():
         block[name] = x.data.ptr
     if rows is not None:
@@ -102,4 +113,4 @@ def _launch(
     inspect = compiled(cupy, number, "inspect", choice.source, variant.shared_memory)
     grid = (items // blocks * chunks,)
     inspect(grid, (variant.threads,), (block, captured), shared_mem=variant.shared_memory)
-    hold(call.library, [*arrays.values(), *sums.values(), *kept], cupy)
+    hold(call.library, [*arrays.values(), *sums.values(), *others, *kept, choice.spans], cupy)

@@ -20,13 +20,16 @@ from anyattn_cupy.arguments import argument_dtype
 from anyattn_cupy.devices import current_device
 from anyattn_cupy.exchange import as_cupy, hold
 from anyattn_cupy.filling import (
+    Captures,
     batch_axes,
-    captured_of,
     compiled,
     fill_arrays,
-    fill_options,
+    fill_others,
+    fill_schedule,
     fill_sizes,
     index_type,
+    numbered,
+    tensors_of,
     vector_loads,
 )
 from anyattn_cupy.schedules import DeviceSchedule, device_schedule
@@ -35,7 +38,6 @@ from anyattn_cupy.variants import Variant, choose, parts_of
 
 __all__ = ["Choice", "Prepared", "attend", "chosen", "prepare", "remarks"]
 
-_ARRAYS = ("q", "k", "v", "out")
 # A warp of `combine` has a row.
 _COMBINE_THREADS = 128
 _ROWS_OF_COMBINE = _COMBINE_THREADS // 32
@@ -77,12 +79,13 @@ class Choice:
         return kernel_source(self.variant, self.program, self.index)
 
 
-def chosen(call: AttentionCall, arrays: tuple[Array, ...], cupy: Any) -> Choice:
-    """The kernel for a call of "attention" with these q, k and v of CuPy."""
+def chosen(call: AttentionCall, tensors: dict[str, Array], cupy: Any) -> Choice:
+    """The kernel for a call of "attention" with these `tensors_of` it."""
     # The result is contiguous and joins whatever axes its inputs join.
-    axes, _ = batch_axes(call.batch_shape, arrays)
+    axes, _ = batch_axes(call.batch_shape, tuple(tensors.values()))
     sizes = call.dtype, call.head_dim, call.v_head_dim
-    variant = choose(current_device(cupy), *sizes, vector_loads(*arrays), len(axes))
+    scaled = call.k_scales is not None
+    variant = choose(current_device(cupy), *sizes, vector_loads(tensors), len(axes), scaled)
     variant, spans = _scheduled(call, variant, cupy)
     program = lower(call.visible, call.score, call.keep)
     return Choice(variant, program, index_type(program, call), spans)
@@ -119,75 +122,96 @@ def _results(call: AttentionCall, dtype: Any) -> Results:
 
 
 class Prepared:
-    """All that a launch needs but memory: it serves calls like one.
+    """All that a launch needs but memory and the call's own arrays: it serves calls like one.
 
     Parameters
     ----------
     call : AttentionCall
         Of "attention", with rows; it is not kept.
-    arrays : tuple of array
-        Its q, k and v as CuPy's; they are not kept.
+    tensors : dict of str to array
+        `tensors_of` it; they are not kept.
+    cupy : module
     """
 
-    def __init__(self, call: AttentionCall, arrays: tuple[Array, ...], cupy: Any):
+    def __init__(self, call: AttentionCall, tensors: dict[str, Array], cupy: Any):
         self.cupy = cupy
         self.device = cupy.cuda.Device().id
         self.library, self.accumulate = call.library, call.accumulate
-        self.results = _results(call, arrays[0].dtype)
-        self.choice = chosen(call, arrays, cupy)
-        variant = self.choice.variant
-        self.captured, self.kept = captured_of(call, self.choice.program, variant, self.choice.index, cupy)
-        named = dict(zip(_ARRAYS, (*arrays, self.results.make(cupy)[0]), strict=True))
+        self.batch_shape = call.batch_shape
+        self.results = _results(call, tensors["q"].dtype)
+        choice = chosen(call, tensors, cupy)
+        variant = choice.variant
+        self.captures = Captures(call, choice.program, variant, choice.index, cupy)
+        self.choice = replace(choice, program=replace(choice.program, tables=(), aligned=()))
+        numbers = numbered(call)
+        self.numbers = {
+            name: numbers[id(getattr(call, name))]
+            for name in ("k_scales", "v_scales", "sinks", "offset")
+            if id(getattr(call, name)) in numbers
+        }
+        self.offset = call.offset if isinstance(call.offset, int) else None
+        named = {**tensors, "out": self.results.make(cupy)[0]}
         sizes, strides = batch_axes(call.batch_shape, tuple(named.values()))
         self.block = numpy.zeros((), argument_dtype(len(sizes)))
         fill_arrays(self.block, named, sizes, strides)
         items = fill_sizes(self.block, call, variant, call.q_len)
-        self.kept += fill_options(self.block, call, variant, self.choice.spans, cupy)
+        fill_schedule(self.block, choice.spans, variant.packed)
         # Blocks of a wide call have a range of columns each.
         ranges = max(1, -(-call.v_head_dim // variant.v_head_dim)) if variant.wide else 1
         self.parts = parts_of(current_device(cupy), items * ranges, -(-call.k_len // variant.keys))
         self.block["parts"] = self.parts
         self.grid = (items * self.parts, ranges)
 
-    def __call__(self, q: Array, k: Array, v: Array) -> tuple[Array, Array | None]:
+    def __call__(self, q: Array, k: Array, v: Array, *others: Array) -> tuple[Array, Array | None]:
         """(out, lse) of arrays of CuPy like those of the call, which may be aligned otherwise."""
         out, lse = self.results.make(self.cupy)
-        block, used = self.block.copy(), [q, k, v, *self.kept]
-        for name, x in zip(_ARRAYS, (q, k, v, out), strict=True):
+        block, own = self.block.copy(), {name: others[n] for name, n in self.numbers.items()}
+        tensors = {"q": q, "k": k, "v": v}
+        for name, x in (*tensors.items(), ("out", out)):
             block[name] = x.data.ptr
+        for name in ("k_scales", "v_scales"):
+            if name in own:
+                block[name] = own[name].data.ptr
         block["lse"] = 0 if lse is None else lse.data.ptr
+        offset = own["offset"] if self.offset is None else self.offset
+        kept: list[Any] = fill_others(block, own.get("sinks"), offset, self.batch_shape, self.cupy)
+        captured, read = self.captures(others)
         if self.parts > 1:
             shape = (self.parts, *self.results.shape)
             made = [self.cupy.empty(shape, self.accumulate), self.cupy.empty(shape[:-1], self.accumulate)]
             block["part_out"], block["part_lse"] = (x.data.ptr for x in made)
-            used += made
+            kept += made
         choice = self.choice
-        if choice.variant.vector_loads and not vector_loads(q, k, v):
+        if choice.variant.vector_loads and not vector_loads(tensors):
             choice = replace(choice, variant=replace(choice.variant, vector_loads=False))
         memory, threads = choice.variant.shared_memory, choice.variant.threads
         forward = compiled(self.cupy, self.device, "forward", choice.source, memory)
-        forward(self.grid, (threads,), (block, self.captured), shared_mem=memory)
+        forward(self.grid, (threads,), (block, captured), shared_mem=memory)
         if self.parts > 1:
             combine = compiled(self.cupy, self.device, "combine", combine_source(choice.variant), 0)
             combine((-(-self.results.rows // _ROWS_OF_COMBINE),), (_COMBINE_THREADS,), (block,))
         # CuPy's pool gives memory of temporary arrays to nobody before what was launched has run here.
-        hold(self.library, used, self.cupy)
+        hold(self.library, [q, k, v, *others, *kept, *read, self.choice.spans], self.cupy)
         return out, lse
 
 
 def attend(call: AttentionCall, cupy: Any) -> tuple[Array, Array | None]:
     """(out, lse) of a call of "attention", as CuPy's arrays."""
-    q, k, v = (as_cupy(x, cupy) for x in (call.q, call.k, call.v))
-    results = _results(call, q.dtype)
-    return Prepared(call, (q, k, v), cupy)(q, k, v) if results.rows else results.make(cupy)
+    tensors = tensors_of(call, cupy)
+    results = _results(call, tensors["q"].dtype)
+    if not results.rows:
+        return results.make(cupy)
+    others = (as_cupy(x, cupy) for x in call.others)
+    return Prepared(call, tensors, cupy)(tensors["q"], tensors["k"], tensors["v"], *others)
 
 
 def prepare(call: AttentionCall, cupy: Any) -> Prepared | None:
-    """What serves calls like this one on arrays of CuPy; None where they have other arrays, or no rows."""
-    q, k, v = (as_cupy(x, cupy) for x in (call.q, call.k, call.v))
-    if call.others or not _results(call, q.dtype).rows:
-        return None
-    return Prepared(call, (q, k, v), cupy)
+    """What serves calls like this one on arrays of CuPy; None where they have no rows.
+
+    Its schedule is that of the call: the host knows no value of an array on a device that it might hang on.
+    """
+    tensors = tensors_of(call, cupy)
+    return Prepared(call, tensors, cupy) if _results(call, tensors["q"].dtype).rows else None
 
 
 def _scheduled(call: AttentionCall, variant: Variant, cupy: Any) -> tuple[Variant, DeviceSchedule | None]:

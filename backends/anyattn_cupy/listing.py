@@ -8,16 +8,15 @@ from anyattn.call import AttentionCall
 from anyattn.kernels.key import KernelKey, code_digest, common_versions
 from anyattn_cupy import inspect_launch, launch
 from anyattn_cupy.devices import current_device
-from anyattn_cupy.exchange import as_cupy
+from anyattn_cupy.filling import tensors_of
 from anyattn_cupy.source import OPTIONS
 
 __all__ = ["key_of", "source_of"]
 
 
 def _choice(call: AttentionCall, cupy: Any) -> launch.Choice:
-    arrays = tuple(as_cupy(x, cupy) for x in (call.q, call.k, call.v) if x is not None)
     choose = launch.chosen if call.operation == "attention" else inspect_launch.chosen
-    return choose(call, arrays, cupy)
+    return choose(call, tensors_of(call, cupy), cupy)
 
 
 def source_of(call: AttentionCall, cupy: Any) -> str:
@@ -29,7 +28,12 @@ def key_of(call: AttentionCall, cupy: Any) -> KernelKey:
     """The complete key of that kernel."""
     choice = _choice(call, cupy)
     variant = choice.variant
-    flags = {"packed": variant.packed, "wide": variant.wide, "vectors": variant.vector_loads}
+    flags = {
+        "packed": variant.packed,
+        "wide": variant.wide,
+        "scaled": variant.scaled,
+        "vectors": variant.vector_loads,
+    }
     nvrtc = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
     return KernelKey(
         backend="cupy",

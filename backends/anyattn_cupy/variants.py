@@ -52,6 +52,8 @@ class Variant:
     wide : bool
         Whether arrays have more channels than `head_dim` or more columns than `v_head_dim`, which are then
         how many a tile holds at a time.
+    scaled : bool
+        Whether keys and values are int8, each row of them times a scale.
     """
 
     kernel: str
@@ -65,6 +67,7 @@ class Variant:
     stages: int = 1
     packed: bool = False
     wide: bool = False
+    scaled: bool = False
 
     @property
     def accumulate(self) -> str:
@@ -109,25 +112,40 @@ class Variant:
             "STAGES": self.stages,
             "PACKED": int(self.packed),
             "WIDE": int(self.wide),
+            "SCALED": int(self.scaled),
         }
 
 
 def choose(
-    device: Device, dtype: str, head_dim: int, v_head_dim: int, vector_loads: bool, batch_axes: int = 1
+    device: Device,
+    dtype: str,
+    head_dim: int,
+    v_head_dim: int,
+    vector_loads: bool,
+    batch_axes: int = 1,
+    scaled: bool = False,
 ) -> Variant:
     """The kernel for a call of "attention"."""
+    kind = Variant("", dtype, head_dim, v_head_dim, 0, 0, vector_loads, batch_axes, scaled=scaled)
     # A thread has no registers for more columns of the result.
     if max(head_dim, v_head_dim) <= _MOST_CHANNELS:
         if device.capability >= _TENSOR_CORES.get(dtype, math.inf):
-            found = _mma(device, dtype, head_dim, v_head_dim, vector_loads, batch_axes)
+            found = _mma(device, kind)
             if found is not None:
                 return found
-        padded = _rounded(head_dim, 8), _rounded(v_head_dim, _vectors_of_lanes(dtype))
-        found = _fma(device, Variant("forward_fma", dtype, *padded, 0, 0, vector_loads, batch_axes))
+        found = _fma(
+            device,
+            replace(
+                kind,
+                kernel="forward_fma",
+                head_dim=_rounded(head_dim, 8),
+                v_head_dim=_rounded(v_head_dim, _vectors_of_lanes(dtype)),
+            ),
+        )
         if found is not None:
             return found
     at_once = min(_rounded(v_head_dim, _vectors_of_lanes(dtype)), _WIDE_COLUMNS[dtype == "float64"])
-    wide = Variant("forward_fma", dtype, _WIDE_CHANNELS, at_once, 0, 0, vector_loads, batch_axes, wide=True)
+    wide = replace(kind, kernel="forward_fma", head_dim=_WIDE_CHANNELS, v_head_dim=at_once, wide=True)
     return _surely(_fma(device, wide))
 
 
@@ -172,13 +190,18 @@ _TENSOR_CORES = {"float16": 75, "bfloat16": 80}
 _MMA_TILES = ((4, 64), (4, 32), (4, 16))
 
 
-def _mma(
-    device: Device, dtype: str, head_dim: int, v_head_dim: int, vector_loads: bool, batch_axes: int
-) -> Variant | None:
-    padded = _rounded(head_dim, 16), _rounded(v_head_dim, 16)
+def _mma(device: Device, kind: Variant) -> Variant | None:
+    """The tile of a kind on tensor cores."""
+    padded = replace(
+        kind,
+        kernel="forward_mma",
+        head_dim=_rounded(kind.head_dim, 16),
+        v_head_dim=_rounded(kind.v_head_dim, 16),
+        stages=2,
+    )
     # The smallest is for devices of 64 KiB.
     tiles = [
-        Variant("forward_mma", dtype, *padded, warps, keys, vector_loads, batch_axes, stages=2)
+        replace(padded, warps=warps, keys=keys)
         for warps, keys in (_MMA_TILES if device.capability < 80 else _MMA_TILES[:-1])
     ]
     for room in (device.shared_memory // 2, device.shared_memory):
@@ -196,7 +219,8 @@ def _deeper(device: Device, tile: Variant) -> Variant:
     """With one more tile on its way, if shared memory then holds as many blocks as registers allow."""
     blocks = 3 if max(tile.head_dim, tile.v_head_dim) <= 64 else 2
     found = replace(tile, stages=3)
-    copies = device.capability >= 80
+    # What is converted on its way does not come by copies.
+    copies = device.capability >= 80 and not tile.scaled
     room = (device.shared_memory + _RESERVED) // blocks - _RESERVED
     return found if copies and found.shared_memory <= room else tile
 

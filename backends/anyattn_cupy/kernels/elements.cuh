@@ -1,7 +1,8 @@
 // What arrays hold (Element) and what is computed with (Real), and the way from one to the other.
 //
 // Given: ELEMENT_FLOAT16, ELEMENT_BFLOAT16, ELEMENT_FLOAT32 or ELEMENT_FLOAT64. 16-bit floats are kept as
-// their bits: cuda_fp16.h is found only where the toolkit's headers are installed.
+// their bits: cuda_fp16.h is found only where the toolkit's headers are installed. SCALED: whether keys and values
+// are int8, each row of them times a float32 scale.
 
 #if defined(ELEMENT_FLOAT64)
 typedef double Element;
@@ -60,6 +61,16 @@ __device__ __forceinline__ unsigned pair_of(Real first, Real second) {
 __device__ __forceinline__ Real real_of(Element value) { return value; }
 __device__ __forceinline__ Element element_of(Real value) { return value; }
 #endif
+
+// What keys and values are kept as.
+#if SCALED
+typedef signed char Stored;
+#else
+typedef Element Stored;
+#endif
+
+__device__ __forceinline__ Real value_of(Element value, float) { return real_of(value); }
+__device__ __forceinline__ Real value_of(signed char number, float scale) { return Real(number) * Real(scale); }
 
 __device__ __forceinline__ bool is_finite(Real value) { return value - value == 0; }
 

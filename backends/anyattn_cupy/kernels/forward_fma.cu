@@ -68,8 +68,8 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
         Real score[ROWS][KEYS] = {};
         multiply_tile(score, a, item, tile, queries, keys, query_place_of, [&] {
             load_rows<BLOCK_KEYS, V_HEAD_DIM, V_HEAD_DIM>(
-                values, (const Element*)a.v, a.v_step, first_column, a.v_head_dim,
-                [&](int r) { return tile.key_place(a, r, item.v, a.v_row); }
+                values, (const Stored*)a.v, a.v_step, first_column, a.v_head_dim,
+                [&](int r) { return tile.key_place(a, r, item.v, a.v_row, item.v_scales, a.v_scales_row); }
             );
         });
 
@@ -107,8 +107,8 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
                 const Real weight = exp(score[r][m] - base);
                 part += weight;
                 const int place = key_group + 8 * m, number = tile.key(a, min(place, count - 1));
-                weights[(row_group + 4 * r) * WEIGHT_PITCH + place] =
-                    strict && hidden[m] ? Real(-1) : weight * kept_of(c, item, row, position, number);
+                const Real kept = is_kept(c, item, row, position, number) ? weight : Real(0);
+                weights[(row_group + 4 * r) * WEIGHT_PITCH + place] = strict && hidden[m] ? Real(-1) : kept;
             }
 #pragma unroll
             for (int lane = 1; lane < 8; lane *= 2) part += __shfl_xor_sync(~0u, part, lane);
@@ -132,7 +132,7 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
         const Real sink = sink_of(a, item, row);
         const Real base = base_of(larger(sink, top[r])), scaled = exp(top[r] - base);
         const Real all = total[r] * scaled + exp(sink - base);
-        const Real factor = all == 0 ? Real(0) : scaled / all;
+        const Real factor = all == 0 ? Real(0) : scaled / all * Real(a.kept_scale);
 #pragma unroll
         for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll

@@ -4,7 +4,7 @@
 // its scores and its result a lane holds two neighbouring columns of rows g and g + 8 in every block of 8 columns
 // (g = lane / 4). What is the result of one product in registers is in the right places for the left side of the
 // next, so weights go from scores to P V without shared memory (Dao 2023). Keys and values come STAGES - 1 tiles
-// ahead by cp.async, which 7.5 has not.
+// ahead by cp.async, which 7.5 has not, nor what is SCALED: int8 times its scale is rounded to an element on the way.
 //
 // Shared memory holds rows in vectors of 16 bytes, vector n of row r at n ^ (r % 8): the eight rows of a matrix that
 // ldmatrix reads lie in different banks. Rows are a whole number of 128 bytes apart.
@@ -19,9 +19,15 @@ constexpr int KEY_BLOCKS = BLOCK_KEYS / 8;
 constexpr int COLUMN_BLOCKS = V_HEAD_DIM / 8;
 constexpr float LOG2_E = 1.4426950408889634f;
 
-struct alignas(16) Elements {
-    Element x[VECTOR];
+template <class Source>
+struct alignas(VECTOR * sizeof(Source)) Vector {
+    Source x[VECTOR];
 };
+
+__device__ __forceinline__ Element converted(Element value, float) { return value; }
+__device__ __forceinline__ Element converted(signed char number, float scale) {
+    return element_of(value_of(number, scale));
+}
 
 template <int PITCH>
 __device__ __forceinline__ Element* at(Element* rows, int row, int vector) {
@@ -29,22 +35,30 @@ __device__ __forceinline__ Element* at(Element* rows, int row, int vector) {
 }
 
 // Rows of an array begin to come into shared memory, zeros where there are none: `place_of(r)` is where row r begins.
-template <int COUNT, int DIM, int PITCH, class PlaceOf>
+template <int COUNT, int DIM, int PITCH, class Source, class PlaceOf>
 __device__ __forceinline__ void begin_rows(
-    Element* to, const Element* from, long long step, int dim, const PlaceOf& place_of
+    Element* to, const Source* from, long long step, int dim, const PlaceOf& place_of
 ) {
     for (int n = threadIdx.x; n < COUNT * (DIM / VECTOR); n += THREADS) {
         const int r = n / (DIM / VECTOR), vector = n % (DIM / VECTOR), column = vector * VECTOR;
         const Place place = place_of(r);
         const bool there = place.there && column < dim;
-        const Element* source = from + (there ? place.offset + column * step : 0);
+        const Source* source = from + (there ? place.offset + column * step : 0);
         Element* target = at<PITCH>(to, r, vector);
-        if (VECTOR_LOADS) {
+        if constexpr (VECTOR_LOADS && sizeof(Source) == sizeof(Element)) {
             copy_async(target, source, there);
+        } else if constexpr (VECTOR_LOADS) {
+            Vector<Element> elements = {};
+            if (there) {
+                const Vector<Source> loaded = *(const Vector<Source>*)source;
+#pragma unroll
+                for (int e = 0; e < VECTOR; ++e) elements.x[e] = converted(loaded.x[e], place.scale);
+            }
+            *(Vector<Element>*)target = elements;
         } else {
 #pragma unroll
             for (int e = 0; e < VECTOR; ++e)
-                target[e] = there && column + e < dim ? source[e * step] : Element(0);
+                target[e] = there && column + e < dim ? converted(source[e * step], place.scale) : Element(0);
         }
     }
 }
@@ -90,12 +104,12 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
     const auto begin_tile = [&](int stage) {
         if (coming.valid(item)) {
             begin_rows<BLOCK_KEYS, HEAD_DIM, PITCH>(
-                all_keys + stage * BLOCK_KEYS * PITCH, (const Element*)a.k, a.k_step, a.head_dim,
-                [&](int r) { return coming.key_place(a, r, item.k, a.k_row); }
+                all_keys + stage * BLOCK_KEYS * PITCH, (const Stored*)a.k, a.k_step, a.head_dim,
+                [&](int r) { return coming.key_place(a, r, item.k, a.k_row, item.k_scales, a.k_scales_row); }
             );
             begin_rows<BLOCK_KEYS, V_HEAD_DIM, V_PITCH>(
-                all_values + stage * BLOCK_KEYS * V_PITCH, (const Element*)a.v, a.v_step, a.v_head_dim,
-                [&](int r) { return coming.key_place(a, r, item.v, a.v_row); }
+                all_values + stage * BLOCK_KEYS * V_PITCH, (const Stored*)a.v, a.v_step, a.v_head_dim,
+                [&](int r) { return coming.key_place(a, r, item.v, a.v_row, item.v_scales, a.v_scales_row); }
             );
             coming.advance(a, item);
         }
@@ -142,7 +156,7 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
             bool odd = false;
             constexpr int VECTORS = V_HEAD_DIM / VECTOR;
             for (int n = threadIdx.x; n < BLOCK_KEYS * VECTORS; n += THREADS) {
-                const Elements value = *(const Elements*)at<V_PITCH>(values, n / VECTORS, n % VECTORS);
+                const Vector<Element> value = *(const Vector<Element>*)at<V_PITCH>(values, n / VECTORS, n % VECTORS);
 #pragma unroll
                 for (int e = 0; e < VECTOR; ++e) odd |= !is_finite_element(value.x[e]);
             }
@@ -154,7 +168,9 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
         for (int half = 0; half < 2; ++half) {
             const Row row = row_of(a, item, min(item.first_row + 16 * warp + group + 8 * half, a.rows - 1));
             const long long position = row.row + item.position;
-            unsigned hidden[(KEY_BLOCKS + 15) / 16] = {};
+            // A bit for each key of a lane.
+            static_assert(KEY_BLOCKS <= 16);
+            unsigned hidden = 0, kept = ~0u;
             float now = top[half];
 #pragma unroll
             for (int n = 0; n < KEY_BLOCKS; ++n)
@@ -168,7 +184,7 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
                         score = logit_of(score, c, item, row, position, number);
                         if (place >= count || (masked && !is_seen(c, item, row, position, number))) {
                             score = -INFINITE;
-                            hidden[n / 16] |= 1u << (2 * n + e) % 32;
+                            hidden |= 1u << (2 * n + e);
                         }
                     }
                     now = larger(score, now);
@@ -176,6 +192,15 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
             now = larger(__shfl_xor_sync(~0u, now, 1), now);
             now = larger(__shfl_xor_sync(~0u, now, 2), now);
             const float base = base_of(now), scaled = power_of_2((top[half] - base) * LOG2_E);
+            if (ANYATTN_KEEP) {
+                kept = 0;
+                // Of more keys at once, the compiler spills what Philox computes.
+#pragma unroll 4
+                for (int n = 0; n < 2 * KEY_BLOCKS; ++n) {
+                    const int number = tile.key(a, min(8 * (n / 2) + pair + n % 2, count - 1));
+                    kept |= (unsigned)is_kept(c, item, row, position, number) << n;
+                }
+            }
             float part = 0;
 #pragma unroll
             for (int n = 0; n < KEY_BLOCKS; ++n)
@@ -184,9 +209,8 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
                     float& score = weight[n][2 * half + e];
                     score = power_of_2((score - base) * LOG2_E);
                     part += score;
-                    const int number = tile.key(a, min(8 * n + pair + e, count - 1));
-                    score *= kept_of(c, item, row, position, number);
-                    if (strict && hidden[n / 16] >> (2 * n + e) % 32 & 1) score = -1;
+                    if (!(kept >> (2 * n + e) & 1)) score = 0;
+                    if (strict && hidden >> (2 * n + e) & 1) score = -1;
                 }
             total[half] = total[half] * scaled + part;
             top[half] = now;
@@ -229,7 +253,7 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
         const float sink = sink_of(a, item, row);
         const float base = base_of(larger(sink, top[half])), scaled = exp(top[half] - base);
         all = all * scaled + exp(sink - base);
-        const float factor = all == 0 ? 0.0f : scaled / all;
+        const float factor = all == 0 ? 0.0f : scaled / all * float(a.kept_scale);
 #pragma unroll
         for (int m = 0; m < COLUMN_BLOCKS; ++m)
 #pragma unroll

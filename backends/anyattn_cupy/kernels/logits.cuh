@@ -23,13 +23,14 @@ __device__ __forceinline__ bool is_seen(
 #endif
 }
 
-// What a weight is multiplied by, after the sum of its row.
-__device__ __forceinline__ Real kept_of(
+// Whether dropout leaves a weight, after the sum of its row. What is left is times `kept_scale`, in the end: a weight of
+// 16 bits might not hold the product.
+__device__ __forceinline__ bool is_kept(
     const program::Captured& c, const Item& item, Row row, long long position, int key
 ) {
 #if ANYATTN_KEEP
-    return program::keep(c, item.batch, row.head, row.row, (program::Index)position, key);
+    return program::keep(c, item.batch, row.head, row.row, (program::Index)position, key) != 0;
 #else
-    return 1;
+    return true;
 #endif
 }

@@ -17,30 +17,31 @@ struct alignas(16) Vector {
     Real x[VECTOR];
 };
 
-struct alignas(VECTOR_LOADS ? VECTOR * sizeof(Element) : sizeof(Element)) Elements {
-    Element x[VECTOR];
+template <class Source>
+struct alignas(VECTOR_LOADS ? VECTOR * sizeof(Source) : sizeof(Source)) Loaded {
+    Source x[VECTOR];
 };
 
 // DIM channels, `first` and on, of rows of an array into shared memory, zeros where there are none: `place_of(r)` is
 // where row r begins.
-template <int COUNT, int DIM, int PITCH, class PlaceOf>
+template <int COUNT, int DIM, int PITCH, class Source, class PlaceOf>
 __device__ __forceinline__ void load_rows(
-    Real* to, const Element* from, long long step, int first, int dim, const PlaceOf& place_of
+    Real* to, const Source* from, long long step, int first, int dim, const PlaceOf& place_of
 ) {
     for (int n = threadIdx.x; n < COUNT * (DIM / VECTOR); n += THREADS) {
         const int r = n / (DIM / VECTOR), column = n % (DIM / VECTOR) * VECTOR, channel = first + column;
         const Place place = place_of(r);
         Vector values = {};
         if (place.there && channel < dim) {
-            const Element* source = from + place.offset;
+            const Source* source = from + place.offset;
             if (VECTOR_LOADS) {
-                const Elements elements = *(const Elements*)(source + channel);
+                const Loaded<Source> loaded = *(const Loaded<Source>*)(source + channel);
 #pragma unroll
-                for (int e = 0; e < VECTOR; ++e) values.x[e] = real_of(elements.x[e]);
+                for (int e = 0; e < VECTOR; ++e) values.x[e] = value_of(loaded.x[e], place.scale);
             } else {
 #pragma unroll
                 for (int e = 0; e < VECTOR; ++e)
-                    if (channel + e < dim) values.x[e] = real_of(source[(channel + e) * step]);
+                    if (channel + e < dim) values.x[e] = value_of(source[(channel + e) * step], place.scale);
             }
         }
         *(Vector*)(to + r * PITCH + column) = values;
@@ -62,8 +63,8 @@ __device__ __forceinline__ void multiply_tile(
                 queries, (const Element*)a.q, a.q_step, first, a.head_dim, query_place_of
             );
         load_rows<BLOCK_KEYS, HEAD_DIM, KEY_PITCH>(
-            keys, (const Element*)a.k, a.k_step, first, a.head_dim,
-            [&](int r) { return tile.key_place(a, r, item.k, a.k_row); }
+            keys, (const Stored*)a.k, a.k_step, first, a.head_dim,
+            [&](int r) { return tile.key_place(a, r, item.k, a.k_row, item.k_scales, a.k_scales_row); }
         );
         if (first == 0) load_more();
         __syncthreads();

@@ -10,7 +10,8 @@ constexpr int MASKED = 1, GATHERED = 2;
 struct Item {
     int batch, head, kv_head, first_row, part;
     long long q, k, v, out;  // where the batch entry begins (q, out), and the head (k, v), in elements
-    long long position;      // of row 0
+    const float *k_scales, *v_scales;  // of the head, if SCALED
+    long long position;                // of row 0
     long long first_span, last_span;
 };
 
@@ -41,6 +42,8 @@ __device__ __forceinline__ Item item_of(const Arguments& a, unsigned number) {
     item.q = item.out = 0;
     item.k = item.kv_head * a.k_head;
     item.v = item.kv_head * a.v_head;
+    item.k_scales = SCALED ? a.k_scales + item.kv_head * a.k_scales_head : nullptr;
+    item.v_scales = SCALED ? a.v_scales + item.kv_head * a.v_scales_head : nullptr;
     int rest = item.batch;
 #pragma unroll
     for (int axis = BATCH_AXES - 1; axis >= 0; --axis) {
@@ -50,6 +53,10 @@ __device__ __forceinline__ Item item_of(const Arguments& a, unsigned number) {
         item.k += index * a.k_batch[axis];
         item.v += index * a.v_batch[axis];
         item.out += index * a.out_batch[axis];
+        if (SCALED) {
+            item.k_scales += index * a.k_scales_batch[axis];
+            item.v_scales += index * a.v_scales_batch[axis];
+        }
     }
     item.position = a.offsets ? a.offsets[item.batch] : a.offset;
     item.first_span = 0;
@@ -63,10 +70,11 @@ __device__ __forceinline__ Item item_of(const Arguments& a, unsigned number) {
     return item;
 }
 
-// Where a row of an array begins, if there is one.
+// Where a row of an array begins, if there is one, and what its numbers are times.
 struct Place {
     bool there;
     long long offset;
+    float scale = 1;
 };
 
 __device__ __forceinline__ Place query_place(const Arguments& a, const Item& item, int r) {
@@ -129,9 +137,13 @@ struct Tile {
     // Parts take turns, so that each has as much to do whatever the mask leaves.
     __device__ __forceinline__ void advance(const Arguments& a, const Item& item) { skip(a, item, a.parts); }
 
-    __device__ __forceinline__ Place key_place(const Arguments& a, int place, long long head, long long stride) const {
+    // Of keys or values, which begin at `head` and lie `stride` apart, as their scales do.
+    __device__ __forceinline__ Place key_place(
+        const Arguments& a, int place, long long head, long long stride, const float* scales, long long scale_stride
+    ) const {
         if (place >= count()) return {false, 0};
-        return {true, head + key(a, place) * stride};
+        const long long number = key(a, place);
+        return {true, head + number * stride, SCALED ? scales[number * scale_stride] : 1.0f};
     }
 };
 
