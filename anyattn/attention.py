@@ -11,7 +11,7 @@ from typing import Any
 
 from anyattn import dispatch, masks, plan, scores
 from anyattn.arrays import Array
-from anyattn.kv_cache import Cache
+from anyattn.lookup import Cache
 from anyattn.masks import Mask
 from anyattn.options import Options, check_names
 from anyattn.scores import Score

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyattn import dispatch, registry, settings
 from anyattn.arrays import Array
-from anyattn.kv_cache import Cache
+from anyattn.lookup import Cache
 from anyattn.options import ARGUMENTS, Options, check_names
 
 if TYPE_CHECKING:

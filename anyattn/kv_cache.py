@@ -1,141 +1,30 @@
 """Keys and values of past tokens, in arrays of any library: one buffer that grows, or a ring.
 
-`attention` asks a cache for arrays and options. Tokens of a buffer lie where masks count them. A ring keeps
-the last tokens and the first ones, and the mask is moved to where they lie; positions remain those of the
-whole sequence.
+A ring keeps the last tokens and the first ones; positions remain those of the whole sequence.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from anyattn import arrays, masks, scores
+from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.expr.functions import where
-from anyattn.expr.nodes import B, Expr, J, load
+from anyattn.expr.nodes import B, J, load
 from anyattn.expr.tables import table_of
-from anyattn.masks import Mask
+from anyattn.lookup import GrowingCache, Lookup
 from anyattn.numbers import host_integers, integer
-from anyattn.options import ARGUMENTS
 from anyattn.quantise import check_constant, quantise
-from anyattn.scores import Score
 
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["Cache", "GrowingCache", "KVCache", "Lookup", "stored_rows", "write"]
+__all__ = ["KVCache", "stored_rows", "write"]
 
 _KEPT = ", as a cache keeps them there"
-
-
-@dataclass(frozen=True, eq=False)
-class Lookup:
-    """What a cache tells `attention`.
-
-    Attributes
-    ----------
-    k, v : arrays (..., Hkv, L, D) and (..., Hkv, L, Dv)
-        Floats, or int8 with scales.
-    lengths : integer array (B,), or an integer
-        Tokens of each sequence.
-    visible : Expr or None
-        Which places of the key axis hold a token of the sequence; None: the first `lengths` ones.
-    token : Expr or None
-        Number of the token that lies at place j; None: j itself.
-    k_scales, v_scales : float32 arrays (..., Hkv, L), or None
-        What the int8 rows of k and v are times.
-    """
-
-    k: Array
-    v: Array
-    lengths: Any
-    visible: Expr | None = None
-    token: Expr | None = None
-    k_scales: Array | None = None
-    v_scales: Array | None = None
-
-
-class Cache(ABC):
-    """What `attention` takes in the place of `k`."""
-
-    @abstractmethod
-    def lookup(self) -> Lookup:
-        """Where the tokens are."""
-
-    def arguments(self, q: Array, given: tuple[Any, ...]) -> tuple[Array, Array, tuple[Any, ...]]:
-        """k, v and the options of a call of `attention` for queries at the end of the sequences.
-
-        Options are in the order of `options.ARGUMENTS`; `kv_lengths` and `q_offset` are refused, as a cache
-        knows them.
-        """
-        arrays.check_plain(q, "q")
-        options = dict(zip(ARGUMENTS, given, strict=True))
-        for name in ("kv_lengths", "q_offset"):
-            if options[name] is not None:
-                raise ValueError(f"{name}: wanted None with a cache, which knows it")
-        found = self.lookup()
-        changed = dict(options)
-        blhd = options["layout"] == "blhd"
-        q_len = int(q.shape[-3 if blhd and q.ndim > 2 else -2])
-        changed["q_offset"] = found.lengths - q_len
-        changed["k_scales"], changed["v_scales"] = found.k_scales, found.v_scales
-        if found.visible is None:
-            changed["kv_lengths"] = found.lengths
-        else:
-            changed |= _relocated(found, options)
-        k, v = found.k, found.v
-        if blhd:
-            xp = arrays.namespace(k)
-            k, v = xp.moveaxis(k, -2, -3), xp.moveaxis(v, -2, -3)
-        return k, v, tuple(changed.values())
-
-
-class GrowingCache(Cache):
-    """A cache that tokens are added to."""
-
-    @property
-    @abstractmethod
-    def lengths(self) -> numpy.ndarray[Any, Any]:
-        """Tokens of each sequence, (...)."""
-
-    @abstractmethod
-    def extend(self, k: Array, v: Array) -> None:
-        """Add (..., Hkv, n, D) and (..., Hkv, n, Dv) at the end of all sequences."""
-
-
-def _relocated(found: Lookup, options: dict[str, Any]) -> dict[str, Any]:
-    """Masks and scores as the cache's places see them."""
-    from anyattn.expr.relocate import Relocation
-
-    assert found.visible is not None
-    if options["bias"] is not None:
-        raise ValueError(
-            "bias: an array along keys, which lie elsewhere in this cache; write it as score_mod, "
-            "s + table[h, i - j]"
-        )
-    at_place = Relocation({} if found.token is None else {"j": found.token})
-    parts = [masks.causal()] if options["causal"] else []
-    if options["window"] is not None:
-        parts.append(masks.sliding_window(*masks.window_bounds(options["window"], "window")))
-    if options["mask"] is not None:
-        parts.append(masks.as_mask(options["mask"], "mask"))
-    visible = found.visible
-    for part in parts:
-        visible = visible & at_place(part.expr, "mask")
-    changed: dict[str, Any] = {"causal": False, "window": None}
-    changed["mask"] = Mask(visible, " & ".join(["in the cache", *map(repr, parts)]), "&")
-    if options["score_mod"] is not None:
-        score = scores.as_score(options["score_mod"])
-        changed["score_mod"] = Score(at_place(score.expr, "score_mod"), repr(score))
-    if options["dropout"] != 0:
-        from anyattn.dropout import Dropout
-
-        changed["dropout"] = Dropout(options["dropout"], at_place)
-    return changed
 
 
 def write(buffer: Array, place: tuple[Any, ...], values: Array) -> Array:
@@ -337,9 +226,10 @@ class KVCache(GrowingCache):
 
     def lookup(self) -> Lookup:
         lengths = self._lengths_beside()
-        scales = [None if x is None else x[..., 0] for x in (self.k_scales, self.v_scales)]
+        k_scales, v_scales = (None if x is None else x[..., 0] for x in (self.k_scales, self.v_scales))
+        found = Lookup(self.k, self.v, lengths, k_scales=k_scales, v_scales=v_scales)
         if self.window is None:
-            return Lookup(self.k, self.v, lengths, None, None, *scales)
+            return replace(found, longest=int(self.lengths.max(initial=0)))
         length: Any = lengths
         if self.lengths.ndim:
             flat = arrays.namespace(self.k).reshape(lengths, (-1,))
@@ -348,7 +238,7 @@ class KVCache(GrowingCache):
         in_ring = last - (last - J) % self.window
         is_first = self.sink_tokens > J
         kept = where(is_first, length > J, in_ring >= self.sink_tokens)
-        return Lookup(self.k, self.v, lengths, kept, where(is_first, J, in_ring), *scales)
+        return replace(found, visible=kept, token=where(is_first, J, in_ring))
 
     def _lengths_beside(self) -> Any:
         if not self.lengths.ndim:

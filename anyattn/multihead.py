@@ -16,7 +16,7 @@ from typing import Any, Literal
 from anyattn import arrays
 from anyattn.arrays import Array, Namespace
 from anyattn.attention import attention, attention_weights
-from anyattn.kv_cache import GrowingCache
+from anyattn.lookup import GrowingCache
 from anyattn.numbers import boolean, integer
 from anyattn.options import OPTIONS
 from anyattn.rope import as_positions, check_options, rope, sequence_length

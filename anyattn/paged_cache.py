@@ -18,7 +18,8 @@ from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.expr.nodes import B, J, load
 from anyattn.expr.tables import table_of
-from anyattn.kv_cache import GrowingCache, Lookup, stored_rows, write
+from anyattn.kv_cache import stored_rows, write
+from anyattn.lookup import GrowingCache, Lookup
 from anyattn.numbers import integer
 
 __all__ = ["PagedKVCache", "PagedSequences", "in_pages"]

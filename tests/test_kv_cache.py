@@ -8,6 +8,12 @@ import numpy as np
 import pytest
 
 import anyattn as aa
+from anyattn.testing.case import CACHES
+from anyattn.testing.cases.cached import case
+from anyattn.testing.cases.vocabulary import COMBINED, SCORES
+from anyattn.testing.cases.vocabulary import MASKS as MASKS_OF_THE_KIT
+from anyattn.testing.libraries import LIBRARIES
+from anyattn.testing.running import check_values
 
 HEADS, KV_HEADS, DIM, V_DIM = 4, 2, 8, 5
 TOKENS = 23
@@ -79,6 +85,54 @@ def test_decoding_equals_the_whole_sequence(name, kind):
         append(cache, k[:, :, first:last], v[:, :, first:last])
         found = aa.attention(q[:, :, first:last], cache, backend="reference", **options)
         close(found, whole[:, :, first:last])
+
+
+EVERYTHING = {
+    **{f"masks.{name}": {"mask": entry} for name, entry in (MASKS_OF_THE_KIT | COMBINED).items()},
+    **{f"scores.{name}": {"score_mod": entry} for name, entry in SCORES.items()},
+}
+# Arrays along rows and keys, or along rows, and what hangs on the number of keys.
+OF_A_BUFFER = ("block_sparse", "dense", "random_blocks", "relative_keys", "not of an array", "big bird")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("kind", CACHES)
+def test_decoding_with_every_mask_and_score_there_is(kind, backend):
+    """Backends that compile take one of each kind, in the family `caches` of the kit."""
+    library = LIBRARIES["numpy" if backend == "reference" else pytest.importorskip(backend).__name__]
+    refused = []
+    for name, options in EVERYTHING.items():
+        one = case(f"{kind}: {name}, once more", "every argument there is", kind, **options)
+        if kind != "buffer" and any(word in name for word in OF_A_BUFFER):
+            with pytest.raises(
+                ValueError, match=r"lie elsewhere in this call|depends on the sizes of a call"
+            ):
+                check_values(one, library, backend)
+            refused.append(name)
+        else:
+            check_values(one, library, backend)
+    assert len(EVERYTHING) == 71
+    assert len(refused) == (0 if kind == "buffer" else 17)
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+def test_what_counts_keys_counts_tokens_not_the_room_for_more(backend):
+    q, k, v = sequences()
+    last = q[:, :, -1:]
+    cache = aa.KVCache(k[:, :, :20], v[:, :, :20])
+    cache.append(k[:, :, 20:], v[:, :, 20:])
+    assert cache.capacity == 40
+    bias = np.linspace(-1, 1, TOKENS)[None]
+    chosen = {
+        "random": {"mask": aa.masks.random_blocks(2, 4, 7)},
+        "top": {"mask": aa.masks.top_blocks(last, k, 4, 2)},
+        "top of the cache": {"mask": aa.masks.top_blocks(last, cache.k[:, :, :TOKENS], 4, 2)},
+        "array": {"mask": bias < 0.5, "bias": bias},
+    }
+    for options in chosen.values():
+        found = aa.attention(last, cache, backend=backend, **options)
+        close(found, aa.attention(last, k, v, backend="reference", **options))
+    assert not np.allclose(found, aa.attention(last, k, v, backend="reference"))
 
 
 def test_on_numba():

@@ -133,7 +133,8 @@ def _cache(case: Case, k: Array, v: Array) -> Any:
     parts = [tuple(x[..., start:stop, :] for x in (k, v)) for start, stop in edges]
     quantize = "int8" if "int8" in case.needs else None
     if case.operation != "pages":
-        kept: dict[str, Any] = {"capacity": case.k[-2]}
+        # Room that nothing has been written to.
+        kept: dict[str, Any] = {"capacity": case.k[-2] + 5}
         if case.operation == "ring":
             kept = {"window": 6, "sink_tokens": 2}
         cache = anyattn.KVCache(*parts[0], quantize=quantize, **kept)

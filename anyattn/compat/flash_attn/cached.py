@@ -12,7 +12,8 @@ from anyattn.compat.flash_attn.arguments import NAMES, alibi, window_bounds
 from anyattn.compat.renaming import renaming
 from anyattn.expr.nodes import B, Expr, J, load
 from anyattn.expr.tables import table_of
-from anyattn.kv_cache import Cache, Lookup, write
+from anyattn.kv_cache import write
+from anyattn.lookup import Cache, Lookup
 from anyattn.masks import Mask
 from anyattn.numbers import boolean, integer
 from anyattn.paged_cache import in_pages

@@ -48,29 +48,28 @@ def cases() -> Iterator[Case]:
         if kind == "buffer":
             chosen |= {name: MASKS[name] for name in ALONG_KEYS}
         for name, entry in chosen.items():
-            yield _case(
-                f"{kind}: masks.{name}", "the mask counts tokens, wherever they lie", kind, mask=entry
-            )
+            yield case(f"{kind}: masks.{name}", "the mask counts tokens, wherever they lie", kind, mask=entry)
         for name in SCORED:
-            yield _case(f"{kind}: scores.{name}", "so does the score", kind, score_mod=SCORES[name])
+            yield case(f"{kind}: scores.{name}", "so does the score", kind, score_mod=SCORES[name])
         options: dict[str, Any] = {"causal": True, "window": (5, 0), "softcap": 1.5, "layout": "blhd"}
         options |= {"heads": 6, "kv_heads": 2, "sinks": Drawn("sinks", (6,)), "dim": 16, "v_dim": 32}
-        yield _case(f"{kind}: options", "each is handed on", kind, **options)
+        yield case(f"{kind}: options", "each is handed on", kind, **options)
         for dtype in ("float16", "bfloat16", "float64"):
-            yield _case(f"{kind}: {dtype}", "every dtype", kind, dtype=dtype, causal=True)
+            yield case(f"{kind}: {dtype}", "every dtype", kind, dtype=dtype, causal=True)
         exact = {"recipes": {"k": "int8 rows", "v": "int8 rows"}, "also": {"int8"}}
-        yield _case(f"{kind}: int8, options", "scales go where keys go", kind, **options, **exact)
+        yield case(f"{kind}: int8, options", "scales go where keys go", kind, **options, **exact)
         # Each dtype has kernels of its own for int8, which take seconds to compile.
         for dtype in ("float32", "bfloat16", "float64"):
             # With 16 channels and one or all queries kernels for few and for many queries read int8.
             for q_len in (1, 2) if kind == "ring" else (1, K_LEN):
-                yield _case(
+                yield case(
                     f"{kind}: int8, {dtype}, {q_len} queries", "a scale for each token and head", kind,
                     dtype=dtype, q_len=q_len, causal=True, heads=4, kv_heads=2, dim=16, v_dim=16, **exact,
                 )  # fmt: skip
 
 
-def _case(name: str, why: str, kind: str, also: Any = (), **options: Any) -> Case:
+def case(name: str, why: str, kind: str, also: Any = (), **options: Any) -> Case:
+    """A call through a cache of a kind; of a ring, one that asks for nothing that it has forgotten."""
     sizes: dict[str, Any] = {"batch": (B,), "heads": HEADS, "q_len": Q_LEN, "k_len": K_LEN}
     needs = {"kv_lengths", "q_offset", *also}
     if kind == "ring":
