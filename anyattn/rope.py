@@ -111,7 +111,7 @@ def rope(
         raise ValueError(f"dims: wanted at most the {head_dim} features of x, got {dims}")
     xp = arrays.namespace(x)
     at = as_positions("positions", positions, x)
-    _check_positions_fit(at, x, layout)
+    _check_positions_fit("positions", at, x, layout)
     if scaling is not None and needs_sequence_length(scaling):
         scaling = {**scaling, "seq_len": sequence_length(positions)}
     with arrays.exactly(x):
@@ -156,7 +156,11 @@ def rope_2d(
         raise ValueError(f"x: wanted a number of features that 4 divides, got shape {tuple(x.shape)}")
     half = features // 2
     options: dict[str, Any] = {"base": base, "interleaved": interleaved, "layout": layout}
-    turned = [rope(x[..., :half], rows, **options), rope(x[..., half:], columns, **options)]
+    turned = []
+    for name, given, part in (("rows", rows, x[..., :half]), ("columns", columns, x[..., half:])):
+        at = as_positions(name, given, x)
+        _check_positions_fit(name, at, x, layout)
+        turned.append(rope(part, at, **options))
     return arrays.namespace(x).concat(turned, axis=-1)
 
 
@@ -265,7 +269,7 @@ def _check_array(x: Array, layout: str) -> int:
     return int(x.shape[-1])
 
 
-def _check_positions_fit(positions: Array, x: Array, layout: str) -> None:
+def _check_positions_fit(name: str, positions: Array, x: Array, layout: str) -> None:
     length = x.shape[-3] if layout == "blhd" and x.ndim > 2 else x.shape[-2]
     rows = (*x.shape[:-3], length)
     shape = tuple(positions.shape)
@@ -274,7 +278,7 @@ def _check_positions_fit(positions: Array, x: Array, layout: str) -> None:
     )
     if not fits:
         raise ValueError(
-            f"positions: wanted a shape that broadcasts to {rows}, the batch axes and L of x "
+            f"{name}: wanted a shape that broadcasts to {rows}, the batch axes and L of x "
             f"{tuple(x.shape)} with layout {layout!r}, got {shape}"
         )
 

@@ -492,3 +492,5 @@ def test_images_turn_by_row_and_column(layout):
     assert product[0] == pytest.approx(product[1])
     with pytest.raises(ValueError, match="x: wanted a number of features that 4 divides"):
         aa.rope_2d(x[..., :6], rows, columns)
+    with pytest.raises(ValueError, match=r"columns: wanted a shape that broadcasts to \(2, 12\).*got \(5,\)"):
+        aa.rope_2d(x, rows, columns[:5])
