@@ -57,6 +57,9 @@ CHEAP_XLA = {
     "--xla_cpu_parallel_codegen_split_count=1"
 }
 
+# Kernels differ by target and code alone: every session and run finds those of the ones before.
+KERNELS = {"ANYATTN_CACHE_DIR": str(ROOT / ".nox" / "kernels")}
+
 # More workers than this would each import torch and JAX and start threads of their own.
 PARALLEL = ["-n=auto", "--maxprocesses=4"]
 
@@ -140,7 +143,7 @@ def cuda(session: nox.Session) -> None:
     session.run("pytest", "tests/test_printers.py", "-k", "nvrtc", *session.posargs)
     found = [path for name in ("ptx", "cuda") for path in sorted(ROOT.glob(f"tests/test_{name}_*.py"))]
     files = [str(path.relative_to(ROOT)) for path in found]
-    session.run("pytest", *PARALLEL, *files, *session.posargs)
+    session.run("pytest", *PARALLEL, *files, *session.posargs, env=KERNELS)
 
 
 @nox.session(default=False)
@@ -148,7 +151,7 @@ def cuda_full(session: nox.Session) -> None:
     """All of the conformance kit through the launch code of `cupy`, on the PTX interpreter."""
     install_cuda(session)
     kit = ["-p", "cuda_full", "--pyargs", "anyattn.testing", "--anyattn-backend=interpreted"]
-    env = {"PYTHONPATH": str(ROOT / "tests")}
+    env = {"PYTHONPATH": str(ROOT / "tests"), **KERNELS}
     session.run("pytest", *PARALLEL, *kit, "--anyattn-library=numpy", *session.posargs, env=env)
 
 
@@ -223,8 +226,7 @@ def run_kit(
     if backend == "numba" and not session.name.startswith("conformance_full"):
         # Each drawn call has a mask or score of its own, which takes a second to compile.
         chosen.append("--anyattn-examples=40")
-    # Kernels differ by processor and code alone: every session and run finds those of the ones before.
-    env = {"ANYATTN_CACHE_DIR": str(ROOT / ".nox" / "kernels"), **CHEAP_XLA}
+    env = {**KERNELS, **CHEAP_XLA}
     if processor:
         # Without the second Numba adds the features of this machine.
         env |= {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}

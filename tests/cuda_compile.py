@@ -1,10 +1,19 @@
-"""NVRTC through the bindings that CuPy brings: source to PTX and machine code, and what the latter needs."""
+"""NVRTC through the bindings that CuPy brings: source to PTX and machine code, and what the latter needs.
+
+Compiling takes more than half of the time of most tests. Where ANYATTN_CACHE_DIR is set, what came of it is
+kept there, and found by other processes and later runs.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
+import pickle
 import re
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -45,14 +54,33 @@ def compiled(source: str, architecture: str, options: tuple[str, ...] = ("-std=c
     """Compile for `compute_80` (PTX alone) or `sm_80` (machine code too)."""
     from cupy.cuda import nvrtc
 
-    unit = nvrtc.createProgram(source, "kernel.cu", (), ())
     flags = (f"-arch={architecture}", "-lineinfo", "-default-device", "--ptxas-options=-v", *options)
+    folder = os.environ.get("ANYATTN_CACHE_DIR")
+    if folder is None:
+        return _compile(source, flags)
+    key = hashlib.sha256(repr((nvrtc.getVersion(), flags, source)).encode()).hexdigest()
+    kept = Path(folder) / "nvrtc" / key
+    if kept.exists():
+        return pickle.loads(kept.read_bytes())
+    found = _compile(source, flags)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+        file.write(pickle.dumps(found))
+    # Others that compile the same write the same.
+    Path(file.name).replace(kept)
+    return found
+
+
+def _compile(source: str, flags: tuple[str, ...]) -> Compiled:
+    from cupy.cuda import nvrtc
+
+    unit = nvrtc.createProgram(source, "kernel.cu", (), ())
     try:
         try:
             nvrtc.compileProgram(unit, flags)
         except nvrtc.NVRTCError as error:
             raise RuntimeError(f"{error}\n{nvrtc.getProgramLog(unit)}") from None
-        real = architecture.startswith("sm_")
+        real = flags[0].startswith("-arch=sm_")
         log = nvrtc.getProgramLog(unit)
         code = nvrtc.getCUBIN(unit) if real else b""
         ptx = nvrtc.getPTX(unit)
