@@ -50,6 +50,22 @@ def test_no_route_drops_by_itself():
     assert "not on SDPA: it draws what it drops from a generator, not from the seed of the call" in text
 
 
+def test_numba_and_torch_draw_the_same():
+    """In tiles of both, on two threads; `explain` tells which of them draws."""
+    pytest.importorskip("numba", reason="numba is not installed")
+    x = tensors(150, 300, 300)
+    wanted = results(dropped, *x, 5)
+    with aa.use(threads=2):
+        threaded = results(dropped, *x, 5)
+    assert "note: Numba draws dropout" in str(explain(*x, dropout=RATE, dropout_seed=5))
+    with aa.use(order=["torch"]):
+        assert "note: dropout not drawn by Numba" in str(explain(*x, dropout=RATE, dropout_seed=5))
+        alone = results(dropped, *x, 5)
+    for one, other, without in zip(wanted, threaded, alone, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, without, rtol=1e-4, atol=1e-5)
+
+
 def test_functorch():
     q, k, v = tensors(6, 7, 7, requires_grad=False)
     seeds = torch.tensor([1, 2])

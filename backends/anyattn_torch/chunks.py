@@ -18,6 +18,7 @@ import torch
 
 from anyattn.call import AttentionCall
 from anyattn.expr.nodes import Aligned, depends_on, walk
+from anyattn_torch import routes
 from anyattn_torch.visits import Visits
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Work:
         The dtype in which tiles are computed.
     readable : bool
         Whether the host may look at values.
+    drops_on_numba : bool
+        Whether Numba tells which weights dropout keeps.
     """
 
     def __init__(self, call: AttentionCall):
@@ -63,6 +66,7 @@ class Work:
         self.visits = Visits(call, self.rows, self.keys)
         self.buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self.masks: dict[tuple[int, int, int], Tensor] = {}
+        self.drops_on_numba = routes.drops_on_numba(call)
 
     def _arrays(self) -> list[tuple[Tensor, int]]:
         """The arrays with batch axes, and how many axes stand behind these."""

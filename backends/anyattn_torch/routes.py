@@ -18,7 +18,18 @@ from anyattn.arrays import Array
 from anyattn.call import AttentionCall
 from anyattn_torch.tensors import has_tangents
 
-__all__ = ["ROUTES", "Route", "choose", "forward", "notes", "only", "run", "transformed", "unordered"]
+__all__ = [
+    "ROUTES",
+    "Route",
+    "choose",
+    "drops_on_numba",
+    "forward",
+    "notes",
+    "only",
+    "run",
+    "transformed",
+    "unordered",
+]
 
 ROUTES = ("sdpa", "flex", "tiles")
 _NAMES = {"sdpa": "SDPA", "flex": "FlexAttention", "tiles": "own tiles"}
@@ -78,6 +89,9 @@ def notes(call: AttentionCall) -> tuple[str, ...]:
 
         reason = _not_on_numba(call) or joined.refusal(call)
         found.append("Numba computes the forward" if reason is None else f"forward not on Numba: it {reason}")
+    if route.name == "tiles" and call.keep is not None:
+        reason = _not_drawn_by_numba(call)
+        found.append("Numba draws dropout" if reason is None else f"dropout not drawn by Numba: it {reason}")
     found += _memory(route.name, call)
     found += [f"not on {_NAMES[name]}: it {reason}" for name, reason in route.passed]
     return tuple(found)
@@ -99,6 +113,20 @@ def forward(call: AttentionCall, described: AttentionCall) -> tuple[Array, Array
     return pair
 
 
+def drops_on_numba(call: AttentionCall) -> bool:
+    """Whether Numba tells the tiles of a call which weights dropout keeps."""
+    return call.keep is not None and _not_drawn_by_numba(call) is None
+
+
+def _not_drawn_by_numba(call: AttentionCall) -> str | None:
+    """Why tiles draw from Philox by torch's operations, which take 45 ns a weight, where Numba takes 2."""
+    from anyattn_torch import joined
+
+    if not call.readable:
+        return "takes tensors with values on CPU"
+    return _not_in_order() or joined.missing()
+
+
 def _not_on_numba(call: AttentionCall) -> str | None:
     """Why the forward of tiles is not left to Numba although it could compute it.
 
@@ -108,6 +136,10 @@ def _not_on_numba(call: AttentionCall) -> str | None:
     """
     if "gradients" not in call.features:
         return "gets calls without gradients by its own name"
+    return _not_in_order()
+
+
+def _not_in_order() -> str | None:
     order = settings.current().order
     if order is not None and "numba" not in order:
         return "is not in the order that use(order=) gives"

@@ -14,6 +14,7 @@ import torch
 
 from anyattn import arrays
 from anyattn.expr.evaluate import Tile, evaluate
+from anyattn_torch import joined
 from anyattn_torch.chunks import Chunk
 from anyattn_torch.visits import Span, Visit
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Hidden", "Scores", "all_finite", "cleaned", "hide"]
 
-# Words of Philox at once for each thread of a CPU: some 70 operations on each, whose results stay in its second
-# level cache.
+# Words of Philox at once for each thread of a CPU: some 70 operations on each, whose results stay in its
+# second level cache.
 DRAWN_TOGETHER = 1 << 15
 # Keys of a tile, counted from its first, and which of them are hidden from its rows.
 Hidden = list[tuple[slice, "Tensor"]]
@@ -90,6 +91,9 @@ class Scores:
         kept = self.work.buffer("kept", self.chunk.shape(rows, keys))
         if kept is None:
             return evaluate(self.call.keep, self.tile(visit, span.start, span.end))
+        if self.work.drops_on_numba:
+            joined.fill_kept(kept, self.call.keep, self.tile(visit, span.start, span.end))
+            return kept
         step = max(DRAWN_TOGETHER * torch.get_num_threads() * rows // kept.numel(), 1)
         for first in range(visit.first, visit.last, step):
             part = Visit(first, min(first + step, visit.last), ())
