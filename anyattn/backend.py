@@ -48,6 +48,10 @@ CAPABILITIES: dict[str, str] = {
 class Backend:
     """Base class of backends; a duck type with the same attributes will do.
 
+    Calls are of `anyattn.call.AttentionCall`; who declares "linear_attention" gets those of
+    `anyattn.linear.call.LinearCall` too, told apart by `operation`. Each backend types its methods by what it
+    takes.
+
     Attributes
     ----------
     name : str
@@ -73,7 +77,7 @@ class Backend:
     requires: tuple[str, ...] = ()
     extra: str | None = None
 
-    def unsupported(self, call: AttentionCall) -> tuple[str, ...]:
+    def unsupported(self, call: Any) -> tuple[str, ...]:
         """Why this backend does not take the call, a sentence each; empty if it does.
 
         The base class answers from the declarations; a backend with further limits adds to its answer.
@@ -89,7 +93,7 @@ class Backend:
         reasons += [f"has no {name} ({CAPABILITIES[name]})" for name in CAPABILITIES if name in missing]
         return tuple(reasons)
 
-    def notes(self, call: AttentionCall) -> tuple[str, ...]:
+    def notes(self, call: Any) -> tuple[str, ...]:
         """What the caller should know of how the call would run: copies, quadratic memory, approximations."""
         return ()
 
@@ -101,7 +105,7 @@ class Backend:
         declared = "deterministic_backward" in self.capabilities
         return None if declared else "does not declare deterministic_backward"
 
-    def run(self, call: AttentionCall) -> Any:
+    def run(self, call: Any) -> Any:
         """Run a call that `unsupported` has no reason against.
 
         Returns

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from anyattn import arrays
 from anyattn.arrays import Array, Namespace
@@ -18,7 +18,9 @@ from anyattn.expr.structure import is_given, structure
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["AttentionCall"]
+__all__ = ["AttentionCall", "Operation"]
+
+Operation = Literal["attention", "weights", "stats"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ class AttentionCall:
         The capabilities (`anyattn.backend.CAPABILITIES`) that the call uses.
     """
 
-    operation: str
+    operation: Operation
     q: Array
     k: Array
     v: Array | None

@@ -13,7 +13,7 @@ from typing import Any
 
 from anyattn import arrays, masks, scores
 from anyattn.arrays import FLOAT_DTYPES, Array
-from anyattn.call import AttentionCall, canonical
+from anyattn.call import AttentionCall, Operation, canonical
 from anyattn.dropout import dropout_of
 from anyattn.expr.bind import Geometry, batch_indices, bind, captured_arrays, check_same_place
 from anyattn.expr.nodes import SCORE, Aligned, Expr, J, Table, depends_on, load
@@ -22,7 +22,8 @@ from anyattn.options import STATS, Options
 
 __all__ = ["Options", "check_shapes", "check_tensors", "describe"]
 
-def describe(operation: str, q: Array, k: Array, v: Array | None, options: Options) -> AttentionCall:
+
+def describe(operation: Operation, q: Array, k: Array, v: Array | None, options: Options) -> AttentionCall:
     """The description of a call, or the error that says what is wrong with it."""
     tensors = {"q": q, "k": k} if operation != "attention" else {"q": q, "k": k, "v": v}
     scaled = options.k_scales is not None

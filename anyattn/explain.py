@@ -11,7 +11,7 @@ from anyattn.lookup import Cache
 from anyattn.options import ARGUMENTS, Options, check_names
 
 if TYPE_CHECKING:
-    from anyattn.call import AttentionCall
+    from anyattn.call import AttentionCall, Operation
     from anyattn.linear.call import LinearCall
 
 __all__ = ["Explanation", "explain"]
@@ -139,6 +139,6 @@ def _described(
         given = Options(**options)
         k, v, own = k.arguments(q, tuple(getattr(given, name) for name in ARGUMENTS))
         return describe("attention", q, k, v, Options(*own))
-    operation = "attention" if v is not None else "stats" if "stats" in options else "weights"
+    operation: Operation = "attention" if v is not None else "stats" if "stats" in options else "weights"
     check_names("explain", operation, options)
     return describe(operation, q, k, v, Options(**options))

@@ -184,22 +184,27 @@ _ARRAY_READERS: dict[str, _Reader] = {
 Feed = Callable[[dict[str, list[Array]], list[Array], int], Array | None]
 
 
+# What `Backend.prepare` gives.
+Prepared = Callable[..., tuple[Array, Array | None]]
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How calls of one signature run.
 
-    `is_family` says that it makes plans of calls with other numbers of keys.
+    `resize` gives, from keys and values, what runs calls with as many of these, or None; it is None itself
+    where the plan says nothing of them.
     """
 
     backend: Any
-    run: Callable[..., Any]
+    run: Prepared
     record: dispatch.Record
     feeds: tuple[Feed, ...]
     k_len: int
     has_heads: bool
     swapped: bool
     return_lse: bool
-    is_family: bool
+    resize: Callable[[Array, Array], Prepared | None] | None
 
     def __call__(self, q: Array, k: Array, v: Array, given: dict[str, list[Array]]) -> Any:
         """What `attention` returns, or None where the values of an array need a description of the call."""
@@ -225,11 +230,13 @@ class Plan:
 
     def resized(self, k: Array, v: Array) -> Plan | None:
         """The plan of calls with another number of keys, where the backend can tell."""
+        if self.resize is None:
+            return None
         if not self.has_heads:
             k, v = k[None], v[None]
         elif self.swapped:
             k, v = k.swapaxes(-3, -2), v.swapaxes(-3, -2)
-        prepared = self.run.resized(k, v)  # type: ignore[attr-defined]
+        prepared = self.resize(k, v)
         return None if prepared is None else replace(self, run=prepared, k_len=int(k.shape[-2]))
 
 
@@ -293,5 +300,5 @@ def keep(known: Signature, plan: Plan) -> None:
     """Let calls of a signature run by a plan."""
     with _lock:
         _keep(_plans, known.key, plan)
-        if plan.is_family and (key := _without_keys(known.key)) is not None:
+        if plan.resize is not None and (key := _without_keys(known.key)) is not None:
             _keep(_families, key, _Family(plan))

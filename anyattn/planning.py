@@ -35,6 +35,7 @@ def plan_of(known: Signature | None, call: AttentionCall, backend: Any) -> Plan 
     prepared = None if prepare is None or feeds is None else prepare(call)
     if prepared is None or feeds is None:
         return None
+    resized = getattr(prepared, "resized", None)
     return Plan(
         backend=backend,
         run=prepared,
@@ -44,7 +45,7 @@ def plan_of(known: Signature | None, call: AttentionCall, backend: Any) -> Plan 
         has_heads=call.has_heads,
         swapped=call.layout == "blhd",
         return_lse=call.return_lse,
-        is_family=hasattr(prepared, "resized") and _takes_any_length(known, call, backend),
+        resize=resized if resized is not None and _takes_any_length(known, call, backend) else None,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from anyattn import arrays, feature_maps
 from anyattn.arrays import Array, Namespace
@@ -79,7 +79,7 @@ class LinearCall:
     batch_shape: tuple[int, ...]
     features: frozenset[str]
 
-    operation = "linear"
+    operation: ClassVar[Literal["linear"]] = "linear"
     # Dispatch asks every call what hides keys from rows; here order in time alone does.
     visible = None
 

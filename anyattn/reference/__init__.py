@@ -31,7 +31,7 @@ class ReferenceBackend(Backend):
 
     def notes(self, call: AttentionCall | LinearCall) -> tuple[str, ...]:
         if call.operation == "linear":
-            return _linear_notes(call)  # type: ignore[arg-type]
+            return _linear_notes(call)
         found = ["makes a scaled copy of q in " + call.accumulate]
         stored = "int8" if "int8" in call.features else call.dtype
         if stored != call.accumulate:
@@ -42,13 +42,13 @@ class ReferenceBackend(Backend):
             found.append("holds the scores of all rows asked for")
         return tuple(found)
 
-    def run(self, call: AttentionCall) -> Any:
+    def run(self, call: AttentionCall | LinearCall) -> Any:
         with exactly(call.q):
             if call.operation == "linear":
                 # Most programs never call it: 3 ms of the first call of `attention`.
                 from anyattn.reference.linear import linear
 
-                return linear(call)  # type: ignore[arg-type]
+                return linear(call)
             return {"attention": forward, "weights": weights, "stats": stats}[call.operation](call)
 
 

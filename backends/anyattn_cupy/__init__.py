@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from anyattn.arrays import Array
     from anyattn.kernels.key import KernelKey
+    from anyattn.linear.call import LinearCall
 
 __all__ = ["backend"]
 
@@ -57,7 +58,7 @@ class CupyBackend(Backend):
     requires = ("cupy",)
     extra = "cupy"
 
-    def unsupported(self, call: AttentionCall) -> tuple[str, ...]:
+    def unsupported(self, call: AttentionCall | LinearCall) -> tuple[str, ...]:
         """Why this backend does not take the call."""
         from anyattn_cupy.devices import absent
 
@@ -75,7 +76,7 @@ class CupyBackend(Backend):
             reasons = ("reads memory as it is, not tensors that are negated lazily (Tensor.resolve_neg)",)
         return reasons
 
-    def notes(self, call: AttentionCall) -> tuple[str, ...]:
+    def notes(self, call: AttentionCall | LinearCall) -> tuple[str, ...]:
         """How the kernel that serves a call differs from what one would expect."""
         import cupy
 
@@ -84,7 +85,7 @@ class CupyBackend(Backend):
         from anyattn_cupy.launch import remarks
 
         if call.operation == "linear":
-            return linear_launch.remarks(call)  # type: ignore[arg-type]
+            return linear_launch.remarks(call)
         with current(call.q, cupy):
             return remarks(call, cupy)
 
@@ -128,7 +129,7 @@ class CupyBackend(Backend):
         with current(call.q, cupy):
             return key_of(call, cupy)
 
-    def run(self, call: AttentionCall) -> Any:
+    def run(self, call: AttentionCall | LinearCall) -> Any:
         """Run a call on the device of its arrays, on the current stream."""
         import cupy
 
@@ -139,7 +140,7 @@ class CupyBackend(Backend):
 
         with current(call.q, cupy):
             if call.operation == "linear":
-                found = linear(call, cupy)  # type: ignore[arg-type]
+                found = linear(call, cupy)
                 return tuple(given_back(x, call.library) for x in found)
             if call.operation == "weights":
                 return given_back(weights(call, cupy), call.library)

@@ -36,7 +36,7 @@ class NumbaBackend(Backend):
     requires = ("numba",)
     extra = "numba"
 
-    def unsupported(self, call: AttentionCall) -> tuple[str, ...]:
+    def unsupported(self, call: AttentionCall | LinearCall) -> tuple[str, ...]:
         """Why this backend does not take the call."""
         reasons = super().unsupported(call)
         if not reasons and not hasattr(call.q, "__dlpack__"):
@@ -56,14 +56,14 @@ class NumbaBackend(Backend):
         mapped = call.feature_map != "identity" or call.q.dtype != call.v.dtype
         return (f"holds features of q and k, and v, of all tokens in {call.accumulate}",) if mapped else ()
 
-    def run(self, call: AttentionCall) -> Any:
+    def run(self, call: AttentionCall | LinearCall) -> Any:
         """Run a call."""
         from anyattn_numba import engine, inspect_engine
 
         if call.operation == "linear":
             from anyattn_numba.linear_engine import linear
 
-            return linear(call)  # type: ignore[arg-type]
+            return linear(call)
         run = {"attention": engine.attend, "weights": inspect_engine.weights, "stats": inspect_engine.stats}
         return run[call.operation](call)
 

@@ -8,10 +8,13 @@ Numba's; `linear` is linear attention, `inspect` weights and statistics. What `t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyattn.backend import CAPABILITIES, Backend
 from anyattn.call import AttentionCall
+
+if TYPE_CHECKING:
+    from anyattn.linear.call import LinearCall
 
 __all__ = ["backend"]
 
@@ -26,19 +29,19 @@ class TorchBackend(Backend):
     requires = ("torch",)
     extra = "torch"
 
-    def unsupported(self, call: AttentionCall) -> tuple[str, ...]:
+    def unsupported(self, call: AttentionCall | LinearCall) -> tuple[str, ...]:
         """Why this backend does not take the call."""
         reasons = super().unsupported(call)
         if not reasons and "int8" in call.features and call.features & {"gradients", "traced"}:
             reasons = ("reads int8 keys and values of plain tensors alone, without gradients or tracing",)
         return reasons
 
-    def notes(self, call: AttentionCall) -> tuple[str, ...]:
+    def notes(self, call: AttentionCall | LinearCall) -> tuple[str, ...]:
         """The route of the call, what it keeps in memory, and why other routes do not take it."""
         if call.operation == "linear":
             from anyattn_torch import linear
 
-            return linear.notes(call)  # type: ignore[arg-type]
+            return linear.notes(call)
         if call.operation != "attention":
             from anyattn_torch import inspect
 
@@ -55,12 +58,12 @@ class TorchBackend(Backend):
 
         return routes.unordered(call)
 
-    def run(self, call: AttentionCall) -> Any:
+    def run(self, call: AttentionCall | LinearCall) -> Any:
         """Run a call."""
         if call.operation == "linear":
             from anyattn_torch import linear
 
-            return linear.attend(call)  # type: ignore[arg-type]
+            return linear.attend(call)
         if call.operation != "attention":
             from anyattn_torch import inspect
 
