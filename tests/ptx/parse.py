@@ -6,6 +6,7 @@ is an error, not a guess.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -224,17 +225,23 @@ class _Reader:
             elif statement.startswith(".loc"):
                 number, line = statement.split()[1:3]
                 self.where = f"{self.files.get(int(number), '?')}:{line}"
-            elif declared := re.fullmatch(r"\.(?:reg|param)\s+\.(\w+)\s+(.*)", statement, re.S):
-                for name in _names(declared[2]):
-                    self._declare(name, declared[1], scopes)
-            elif found := re.fullmatch(_VARIABLE, statement):
-                kernel.variables.append(_variable(found))
-            elif called := re.fullmatch(_CALL, statement):
+            elif statement.startswith("."):
+                self._read_declaration(statement, scopes)
+            elif called := statement.startswith("call") and re.fullmatch(_CALL, statement):
                 self._call(*called.groups(), scopes)
             elif end is not None and statement == "ret":
                 kernel.instructions.append(_instruction(f"bra {end}", scopes, self.where))
-            elif not statement.startswith(".pragma"):
+            else:
                 kernel.instructions.append(self._moved(_instruction(statement, scopes, self.where)))
+
+    def _read_declaration(self, statement: str, scopes: list[dict[str, str]]) -> None:
+        if declared := re.fullmatch(r"\.(?:reg|param)\s+\.(\w+)\s+(.*)", statement, re.S):
+            for name in _names(declared[2]):
+                self._declare(name, declared[1], scopes)
+        elif found := re.fullmatch(_VARIABLE, statement):
+            self.kernel.variables.append(_variable(found))
+        elif not statement.startswith(".pragma"):
+            raise PtxError(f"no meaning is known of {statement} ({self.where})")
 
     def _declare(self, name: str, kind: str, scopes: list[dict[str, str]]) -> None:
         """A register; those of the kernel itself keep their names."""
@@ -301,9 +308,30 @@ def _inside(text: str, start: int) -> str:
 
 def _statements(body: str) -> Iterator[str]:
     """Statements without their semicolons; braces that open and close scopes; labels with their colons."""
-    body = re.sub(r"^(\s*\.loc\b[^\n]*)$", r"\1;", body, flags=re.M)
+    several = ""
+    for line in body.splitlines():
+        one = " ".join(line.split())
+        if not one:
+            continue
+        if several or one[0] in "{}":
+            several += one + " "
+        elif one.startswith(".loc"):
+            yield one
+        elif one.find(";") == len(one) - 1 and ":" not in one:
+            # Most lines are a statement.
+            yield one[:-1].rstrip()
+        else:
+            several = one + " "
+        if several and one[-1] in ";{}:":
+            yield from _statements_within(several)
+            several = ""
+    yield from _statements_within(several)
+
+
+def _statements_within(text: str) -> Iterator[str]:
+    """The statements of a text that ends between two."""
     current, depth = "", 0
-    for part in re.split("([;{}:])", body):
+    for part in re.split("([;{}:])", text):
         blank = not current.strip()
         if blank and part in ("{", "}"):
             yield part
@@ -324,6 +352,8 @@ def _statements(body: str) -> Iterator[str]:
 
 def _split(text: str) -> list[str]:
     """The parts between commas that stand in no brackets."""
+    if "{" not in text and "(" not in text:
+        return [part.strip() for part in text.split(",") if part]
     parts = re.split(r",(?![^{\[(]*[}\])])", text)
     return [part.strip() for part in parts if part.strip()]
 
@@ -346,6 +376,8 @@ def _instruction(text: str, scopes: list[dict[str, str]], where: str) -> Instruc
 
 
 def _operand(text: str, scopes: list[dict[str, str]]) -> Operand:
+    if text.startswith("%") and "|" not in text:
+        return _named(_resolved(text, scopes))
     if text.startswith("{"):
         return Vector(tuple(_operand(part, scopes) for part in _split(text[1:-1])))
     if text.startswith("["):
@@ -358,7 +390,12 @@ def _operand(text: str, scopes: list[dict[str, str]]) -> Operand:
         return Pair(_operand(value.strip(), scopes), _operand(predicate.strip(), scopes))
     if text[0].isdigit() or text[0] == "-":
         return Literal(text)
-    return Name(_resolved(text, scopes))
+    return _named(_resolved(text, scopes))
+
+
+@functools.cache
+def _named(name: str) -> Name:
+    return Name(name)
 
 
 def _resolved(name: str, scopes: list[dict[str, str]]) -> str:
