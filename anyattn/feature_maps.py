@@ -40,6 +40,9 @@ def relu(x: Array) -> Array:
 
 def softmax(x: Array) -> Array:
     """exp(x) / sum over the features of exp(x): each token's features are positive and add up to 1."""
+    if 0 in x.shape:
+        # Dask has no maximum of an array of nothing along an axis that is not empty.
+        return x
     xp = arrays.namespace(x)
     e = xp.exp(x - arrays.stop_gradient(xp.max(x, axis=-1, keepdims=True)))
     return e / xp.sum(e, axis=-1, keepdims=True)

@@ -139,6 +139,10 @@ def _feature_maps() -> Iterator[Case]:
         "relu, a query without features", "a row that weighs nothing is 0", feature_map="relu",
         normalize=True, plants=(Plant("q", (0, 3), -1.0), Plant("q", (1, 0), 0.0)),
     )  # fmt: skip
+    yield _case(
+        "softmax, no tokens", "nothing has a largest feature", length=0, feature_map="softmax",
+        normalize=True, return_state=True,
+    )  # fmt: skip
     yield _case("softmax, delta", "features of the delta rule", "delta", feature_map="softmax")
 
 
