@@ -18,7 +18,7 @@ from anyattn import philox
 from anyattn.kernels.cache import user_store
 from anyattn.kernels.key import KernelKey, code_digest
 from anyattn.kernels.numba_store import attach, numba_settings, numba_target, numba_versions
-from anyattn_numba import atomics, jit, memory, parts, threads
+from anyattn_numba import atomics, jit, memory, threads
 from anyattn_numba.atomics import fetch_add
 from anyattn_numba.hostarrays import address_of
 from anyattn_numba.jit import OPTIONS, carray, compiled, inlined
@@ -119,7 +119,7 @@ def _address(dtype: str) -> int:
         target=numba_target(),
         settings=numba_settings(OPTIONS),
         versions=numba_versions(),
-        code=code_digest("", [philox, atomics, jit, memory, parts, sys.modules[__name__]]),
+        code=code_digest("", [philox, atomics, jit, memory, sys.modules[__name__]]),
     )
     dispatcher = kept_kernel(dtype)
     # llvmlite has a lock of its own, which a fork beside this would copy held.
