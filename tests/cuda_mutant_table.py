@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cuda_mutants
 import cuda_mutants_inspect
+import cuda_mutants_linear
 
 __all__ = ["PAGE", "table"]
 
@@ -34,12 +35,13 @@ RUNGS = {
 def table() -> str:
     """The defects as a table of Markdown."""
     lines = ["| defect | call | caught by |", "| --- | --- | --- |"]
-    for mutant in cuda_mutants.MUTANTS:
-        caught = RUNGS[mutant.caught]
-        if mutant.what in cuda_mutants.ON_THE_HOST:
-            host = RUNGS[cuda_mutants.ON_THE_HOST[mutant.what][1]]
-            caught += f"; {host.replace('the result', 'host: the result')}"
-        lines.append(_row(mutant, caught))
+    for module in (cuda_mutants, cuda_mutants_linear):
+        for mutant in module.MUTANTS:
+            caught = RUNGS[mutant.caught]
+            if mutant.what in module.ON_THE_HOST:
+                host = RUNGS[module.ON_THE_HOST[mutant.what][1]]
+                caught += f"; {host.replace('the result', 'host: the result')}"
+            lines.append(_row(mutant, caught))
     others = (*cuda_mutants_inspect.MUTANTS, *cuda_mutants.HOST_ALONE)
     lines += [_row(mutant, RUNGS[mutant.caught]) for mutant in others]
     return "\n".join(lines) + "\n"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 
-from anyattn.arrays import Array, cast, dtype_name, exactly
+from anyattn.arrays import Array, cast, exactly
 from anyattn.linear.call import LinearCall
 from anyattn_cupy.arguments import struct_dtype, struct_source
 from anyattn_cupy.devices import current_device
@@ -93,10 +93,11 @@ def _tensors(call: LinearCall, cupy: Any) -> tuple[dict[str, Array], bool]:
         wide = getattr(call.xp, call.accumulate)
         with exactly(call.v):
             q, k = (call.mapped(cast(call.xp, x, wide)) for x in (q, k))
-    given = {"q": q, "k": k, "v": call.v, "decay": call.decay}
-    given["beta"] = None if call.beta is None else call.beta[..., None]
+    given = {"q": q, "k": k, "v": call.v, "decay": call.decay, "beta": call.beta}
     found = {name: as_cupy(x, cupy) for name, x in given.items() if x is not None}
-    return found, dtype_name(q) != call.dtype
+    if call.beta is not None:
+        found["beta"] = found["beta"][..., None]
+    return found, q.dtype != call.v.dtype
 
 
 def _out(call: LinearCall, dtype: Any, cupy: Any) -> Array:
