@@ -140,10 +140,10 @@ def _read_seed(value: int, given: list[Array]) -> Hashable:
 
 
 def _read_integers(value: Any, given: list[Array]) -> Hashable:
-    """Lengths and offsets, whose values have checks: those that the host reads at once."""
+    """Lengths and offsets, whose values have checks: those that the host reads at once, or never."""
     given.append(value)
     found = arrays.signature(value)
-    return found if found is not None and arrays.library(value) == "numpy" else None
+    return found if found is not None and arrays.library(value) in ("numpy", "cupy") else None
 
 
 def _read_expression(value: Any, given: list[Array]) -> Hashable:

@@ -90,11 +90,26 @@ def _seed(xp: Any, device: Any) -> Feed:
 
 def _lengths(call: AttentionCall) -> Feed:
     assert call.kv_lengths is not None
-    return _between("kv_lengths", 0, call.kv_lengths.dtype)
+    dtype = call.kv_lengths.dtype
+    return _clamped(call.xp, dtype) if call.library == "cupy" else _between("kv_lengths", 0, dtype)
 
 
 def _offset(call: AttentionCall) -> Feed:
-    return _between("q_offset", -call.q_len, call.offset.dtype)
+    xp, dtype = call.xp, call.offset.dtype
+    if call.library == "cupy":
+        return lambda given, before, k_len: arrays.cast(xp, given["q_offset"][0], dtype)
+    return _between("q_offset", -call.q_len, dtype)
+
+
+def _clamped(xp: Any, dtype: Any) -> Feed:
+    """Lengths on a device, whose values the host does not see."""
+
+    def feed(given: dict[str, list[Array]], before: list[Array], k_len: int) -> Array | None:
+        value = given["kv_lengths"][0]
+        # Before the cast, as where calls are described: an unsigned length must not wrap.
+        return arrays.cast(xp, xp.clip(value, 0, min(k_len, int(xp.iinfo(value.dtype).max))), dtype)
+
+    return feed
 
 
 def _between(name: str, least: int, dtype: Any) -> Feed:

@@ -77,6 +77,10 @@ CALLS = {
     "float16 gathered": lambda: (tensors("f2"), {"mask": masks.fixed(40, 2) & masks.sliding_window(50)}),
     "float16 packed": lambda: (tensors("f2", 1, 3, 70, (6, 2)), {"causal": True}),
     "float16 parts": lambda: (tensors("f2", 2, 2, 600), {"sinks": [3.0, 4.0]}),
+    "float16 parts of nothing": lambda: (
+        tensors("f2", 1, 2, 600),
+        {"sinks": [np.inf, 0.0], "mask": np.array([[True], [False]]) & np.ones(600, bool)},
+    ),
     "float16 dropout": lambda: (
         tensors("f2"),
         {"dropout": 0.4, "dropout_seed": 3, "mask": masks.fixed(40, 2) & masks.sliding_window(50)},
@@ -254,7 +258,11 @@ MUTANTS = (
     _mma("every part has all keys", "{ skip(a, item, a.parts); }", "{ skip(a, item, 1); }", "wrong",
          "float16 parts"),
     _mma("parts begin at one key", "    tile.skip(a, item, item.part);\n", "", "wrong", "float16 parts"),
-    _mma("a sink in every part", "a.sinks && item.part == 0", "a.sinks", "wrong", "float16 parts"),
+    _mma("a sink in every part", "a.parts > 1 ? -INFINITE : sink_of(a, row.head)", "sink_of(a, row.head)",
+         "wrong", "float16 parts"),
+    Mutant("no sink in parts", "float16 parts", "Real all = exp(sink - base);", "Real all = 0;", "wrong"),
+    Mutant("an infinite sink in parts of nothing", "float16 parts of nothing",
+           "element_of(empty ? Real(0) : sum / all)", "element_of(sum / all)", "wrong"),
     _mma("parts lie on each other", "        ((Real*)a.part_out)[(head * a.q_len + row.row)",
          "        ((Real*)a.part_out)[(row.head * a.q_len + row.row)", "races", "float16 parts"),
     _fma("no barrier before loading", "        __syncthreads();\n        if (WIDE)", "        if (WIDE)",
@@ -271,9 +279,8 @@ MUTANTS = (
          "weights + (4 * row_group + r) * WEIGHT_PITCH + j", "wrong"),
     _fma("sink joins unscaled by the maximum", "total[r] * scaled + exp(sink - base)",
          "total[r] * scaled + exp(sink)", "wrong", "float32 sinks"),
-    _fma("lse without the maximum", "store_lse(a, item, row, base + log(all))",
-         "store_lse(a, item, row, log(all))", "wrong"),
-    _fma("a row that sees nothing divides by 0", "all == 0 ? Real(0) : scaled / all", "scaled / all", "wrong",
+    _fma("lse without the maximum", ": base + log(all));", ": log(all));", "wrong"),
+    _fma("a row that sees nothing divides by 0", "empty ? Real(0) : scaled / all", "scaled / all", "wrong",
          "float32 empty rows"),
     _fma("position is the row", "row + item.position;", "row;", "wrong", "float32 causal"),
     _mma("the sum is left out", "                    part += score;\n", "", "wrong", "float16 dropout"),
@@ -317,7 +324,7 @@ MUTANTS = (
          "beyond global memory", "float32 int8"),
     Mutant("parts weigh the same", "float16 parts", "sum += exp(lse[part * rows] - base) * out",
          "sum += out", "wrong"),
-    Mutant("lse of parts is that of the last", "float16 parts", "= base + log(all);", "= base;", "wrong"),
+    Mutant("lse of parts is that of the last", "float16 parts", ": base + log(all);", ": base;", "wrong"),
 )  # fmt: skip
 
 # Names of mutants above: the sanitizer that the program has, and a part of what is said.

@@ -8,9 +8,24 @@ import numpy as np
 from cuda_standin import Standin
 
 from anyattn.backend import Backend
+from anyattn.describe import Options, describe
 from anyattn_cupy import CupyBackend, inspect_launch, launch, linear_launch, listing
 
-__all__ = ["Interpreted"]
+__all__ = ["Interpreted", "described", "placed_arrays"]
+
+
+def placed_arrays(standin: Standin, dtype: str, q_len: int, k_len: int, dim: int) -> list[Any]:
+    """q, k and v of two heads on a device."""
+    rng = np.random.default_rng(1)
+    return [standin.asarray(rng.standard_normal((2, n, dim)).astype(dtype)) for n in (q_len, k_len, k_len)]
+
+
+def described(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    """The description of a call with arrays of a device."""
+    made = describe("attention", *(np.array(x) for x in (q, k, v)), Options(**options))
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        object.__setattr__(made, name, x)
+    return made
 
 
 class Interpreted(CupyBackend):

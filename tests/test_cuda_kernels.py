@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_runs import Interpreted
+from cuda_runs import Interpreted, described, placed_arrays
 from cuda_standin import Standin
 from ptx import Arena, PtxError
 
 import anyattn as aa
 from anyattn import masks, scores
 from anyattn.describe import Options, describe
-from anyattn.reference import backend as reference
 from anyattn.testing.case import Drawn, Entry, Function, Given, Plant, call
 from anyattn.testing.cases import all_cases
 from anyattn.testing.libraries import LIBRARIES
@@ -43,6 +42,7 @@ KIT = (
     "logits of 1e4 with sinks and causal, bfloat16",
     "a cache, score_mod",
     "reversed arrays, bhld, float16",
+    "sinks that are not finite and no key",
     "dropout, float64",
     "dropout and everything, float16",
     "dropout and a decoding step, bfloat16",
@@ -169,28 +169,13 @@ def test_more_channels_than_a_tile_holds(dtype, dim, v_dim, interpreted):
     assert f"Dv = {v_dim} columns" in note
 
 
-def arrays(standin, dtype, q_len, k_len, dim):
-    rng = np.random.default_rng(1)
-    return [standin.asarray(rng.standard_normal((2, n, dim)).astype(dtype)) for n in (q_len, k_len, k_len)]
-
-
-def described(q, k, v, **options):
-    """The description of a call with arrays of the stand-in."""
-    host = [np.array(x) for x in (q, k, v)]
-    made = describe("attention", *host, Options(**options))
-    object.__setattr__(made, "q", q)
-    object.__setattr__(made, "k", k)
-    object.__setattr__(made, "v", v)
-    return made
-
-
 @pytest.mark.parametrize(("dtype", "mask"), [
     ("float32", masks.sliding_window(10)), ("float16", masks.sliding_window(10)),
     ("float16", masks.fixed(64, 2) & masks.causal()),
 ])  # fmt: skip
 def test_empty_tiles_are_never_read(dtype, mask):
     standin = Standin()
-    q, k, v = arrays(standin, dtype, 100, 400, 16)
+    q, k, v = placed_arrays(standin, dtype, 100, 400, 16)
     made = described(q, k, v, mask=mask)
     spans = aa.schedule.schedule(made, rows=64, keys=64 if dtype == "float16" else 32).spans
     read = np.zeros(400, bool)
@@ -215,7 +200,7 @@ def test_empty_tiles_are_never_read(dtype, mask):
 )
 def test_main_loops_have_no_bank_conflicts(dtype, files, loads):
     standin = Standin(count=True)
-    launch.attend(described(*arrays(standin, dtype, 64, 128, 64)), standin)
+    launch.attend(described(*placed_arrays(standin, dtype, 64, 128, 64)), standin)
     traffic = standin.launches[0].machine.traffic
     shared = [
         t
@@ -291,77 +276,3 @@ def test_compile_shows_the_kernel_and_its_key(interpreted):
     assert dict(key.tiles) == {"rows": 64, "keys": 64, "stages": 2}
     assert aa.compile(mask=masks.sliding_window(30), **options).cache_key == key
     assert aa.compile(mask=masks.sliding_window(30), softcap=2.0, **options).cache_key != key
-
-
-class Preparing(Interpreted):
-    """All calls of a signature on one device."""
-
-    def prepare(self, call):
-        self.standin = self.make(self.capability, **self.options)
-        prepared = launch.prepare(call, self.standin)
-
-        def run(*arrays):
-            out, lse = prepared(*(self.standin.asarray(x) for x in arrays))
-            return np.array(out), None if lse is None else np.array(lse)
-
-        return None if prepared is None else run
-
-
-@pytest.mark.parametrize("options", [{"causal": True, "layout": "blhd"}, {"mask": masks.sliding_window(20)}])
-def test_calls_of_one_signature_are_described_once(options, install, monkeypatch):
-    device = Preparing(multiprocessors=8)
-    install(device)
-    monkeypatch.setattr(device, "run", None)
-    rng = np.random.default_rng(0)
-    for _ in range(2):
-        q, k, v = (rng.standard_normal((2, n, 2, 12)).astype("f4") for n in (2, 300, 300))
-        if "layout" not in options:
-            q, k, v = (np.swapaxes(x, 1, 2) for x in (q, k, v))
-        found = aa.attention(q, k, v, **options, return_lse=True, backend="interpreted")
-        wanted = aa.attention(q, k, v, **options, return_lse=True, backend="reference")
-        for x, y in zip(found, wanted, strict=True):
-            np.testing.assert_allclose(x, y, atol=1e-5)
-    # Both in parts, whose results are merged.
-    assert len(device.standin.launches) == 4
-
-
-def test_what_is_prepared_serves_arrays_that_are_aligned_otherwise():
-    standin = Standin()
-    q, k, v = arrays(standin, "float16", 5, 20, 8)
-    call = described(q, k, v)
-    prepared = launch.prepare(call, standin)
-    wanted = np.array(prepared(q, k, v)[0])
-    moved = standin.asarray(np.concatenate([np.zeros(1, "f2"), np.array(k).reshape(-1)]))
-    np.testing.assert_array_equal(np.array(prepared(q, moved[1:].reshape(k.shape), v)[0]), wanted)
-    vectors = ["#define VECTOR_LOADS 1" in x.source for x in standin.launches]
-    assert vectors == [True, False]
-
-
-# Options of two calls of one signature.
-OTHERS = {
-    "lengths": lambda n: {"causal": True, "kv_lengths": np.array([20 - n]), "q_offset": np.array([9 * n])},
-    "bias": lambda n: {"bias": np.full((5, 20), n, "f4") * np.arange(20, dtype="f4")},
-    "sinks": lambda n: {"sinks": np.array([n, 1.0 - n])},
-    "slopes": lambda n: {"score_mod": scores.alibi(np.array([0.5, 0.25 * n])), "window": (9, 0)},
-    "mask": lambda n: {"mask": np.arange(20) % 3 == np.array([[n]] * 5)},
-    "dropout": lambda n: {"dropout": 0.5, "dropout_seed": np.array(n)},
-    "scales": lambda n: dict.fromkeys(("k_scales", "v_scales"), np.full((1, 2, 20), 0.02 + 0.02 * n, "f4")),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_what_is_prepared_serves_other_arrays(name, monkeypatch):
-    """Nothing is kept of those of the first call, whose values the host does not know on a device."""
-    standin = Standin()
-    q, k, v = (x[None] for x in arrays(standin, "float32", 5, 20, 8))
-    if name == "scales":
-        k, v = (standin.asarray(np.round(np.array(x) * 30).astype("i1")) for x in (k, v))
-    with monkeypatch.context() as patch:
-        patch.setattr("anyattn.arrays.is_concrete_cpu", lambda x: False)
-        prepared = launch.prepare(described(q, k, v, **OTHERS[name](0)), standin)
-        second = described(q, k, v, **OTHERS[name](1))
-    before = standin.arena.top
-    found, _ = prepared(q, k, v, *(standin.asarray(x) for x in second.others))
-    wanted, _ = reference.run(described(*(np.array(x) for x in (q, k, v)), **OTHERS[name](1)))
-    np.testing.assert_allclose(np.array(found), wanted, atol=1e-5)
-    assert standin.arena.top - before < 4096

@@ -129,10 +129,12 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
         const int number = first_row + row_group + 4 * r;
         if (number >= a.rows) continue;
         const Row row = row_of(a, item, number);
-        const Real sink = sink_of(a, item, row);
+        const Real sink = a.parts > 1 ? -INFINITE : sink_of(a, row.head);
         const Real base = base_of(larger(sink, top[r])), scaled = exp(top[r] - base);
         const Real all = total[r] * scaled + exp(sink - base);
-        const Real factor = all == 0 ? Real(0) : scaled / all * Real(a.kept_scale);
+        // The largest weight is 1, so a row whose sum is 0 has seen nothing, whatever its sink is.
+        const bool empty = total[r] == 0;
+        const Real factor = empty ? Real(0) : scaled / all * Real(a.kept_scale);
 #pragma unroll
         for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
@@ -140,6 +142,6 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
                 const int column = first_column + (8 * n + key_group) * VECTOR + e;
                 if (column < a.v_head_dim) store_out(a, item, row, column, sum[r][n].x[e] * factor);
             }
-        if (key_group == 0 && first_column == 0) store_lse(a, item, row, base + log(all));
+        if (key_group == 0 && first_column == 0) store_lse(a, item, row, empty ? sink : base + log(all));
     }
 }

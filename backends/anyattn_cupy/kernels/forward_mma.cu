@@ -250,16 +250,18 @@ forward(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
         const int number = item.first_row + 16 * warp + group + 8 * half;
         if (number >= a.rows) continue;
         const Row row = row_of(a, item, number);
-        const float sink = sink_of(a, item, row);
+        const float sink = a.parts > 1 ? -INFINITE : sink_of(a, row.head);
         const float base = base_of(larger(sink, top[half])), scaled = exp(top[half] - base);
+        // The largest weight is 1, so a row whose sum is 0 has seen nothing, whatever its sink is.
+        const bool empty = all == 0;
         all = all * scaled + exp(sink - base);
-        const float factor = all == 0 ? 0.0f : scaled / all * float(a.kept_scale);
+        const float factor = empty ? 0.0f : scaled / all * float(a.kept_scale);
 #pragma unroll
         for (int m = 0; m < COLUMN_BLOCKS; ++m)
 #pragma unroll
             for (int e = 0; e < 2; ++e)
                 if (8 * m + pair + e < a.v_head_dim)
                     store_out(a, item, row, 8 * m + pair + e, sum[m][2 * half + e] * factor);
-        if (pair == 0) store_lse(a, item, row, base + log(all));
+        if (pair == 0) store_lse(a, item, row, empty ? sink : base + log(all));
     }
 }

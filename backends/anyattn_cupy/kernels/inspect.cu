@@ -90,7 +90,7 @@ inspect(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
         Real factor[ROWS], log_all[ROWS], entropy[ROWS] = {}, peak[ROWS] = {};
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            const Real sink = sink_of(a, item, row[r]);
+            const Real sink = sink_of(a, item.head);
             Real now = larger(sink, top[r]);
 #pragma unroll
             for (int lane = 1; lane < 8; lane *= 2) now = larger(__shfl_xor_sync(~0u, now, lane), now);
@@ -98,10 +98,12 @@ inspect(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
             Real all = total[r] * exp(top[r] - base);
 #pragma unroll
             for (int lane = 1; lane < 8; lane *= 2) all += __shfl_xor_sync(~0u, all, lane);
+            // A row that has seen nothing has no weights, whatever its sink is.
+            const bool empty = all == 0;
             all += exp(sink - base);
             top[r] = base;
-            factor[r] = all == 0 ? Real(0) : 1 / all;
-            log_all[r] = all == 0 ? Real(0) : log(all);
+            factor[r] = empty ? Real(0) : 1 / all;
+            log_all[r] = empty ? Real(0) : log(all);
         }
 
         for (Tile tile = first_tile(a, item); tile.valid(item); tile.advance(a, item)) {

@@ -100,9 +100,9 @@ __device__ __forceinline__ void store_lse(const Arguments& a, const Item& item, 
     if (to) to[head * a.q_len + row.row] = value;
 }
 
-// The logit that joins the sum without a value, in one part only.
-__device__ __forceinline__ Real sink_of(const Arguments& a, const Item& item, Row row) {
-    return a.sinks && item.part == 0 ? ((const Real*)a.sinks)[row.head] : -INFINITE;
+// The logit that joins the sum without a value; that of parts joins when they are merged.
+__device__ __forceinline__ Real sink_of(const Arguments& a, int head) {
+    return a.sinks ? ((const Real*)a.sinks)[head] : -INFINITE;
 }
 
 // A walk over the tiles of an item: valid until `span` has reached the last.
