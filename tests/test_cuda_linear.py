@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from cuda_runs import Interpreted
 from cuda_standin import SHARED_MEMORY, Standin
+from test_cuda_linear_budget import RULES, chosen
 
 import anyattn as aa
 from anyattn.linear.describe import LinearOptions, describe
@@ -16,7 +17,7 @@ from anyattn.testing.cases import all_cases
 from anyattn.testing.libraries import LIBRARIES
 from anyattn.testing.running import check_values
 from anyattn_cupy import linear_launch, linear_variants
-from anyattn_cupy.linear_variants import choose, parts_of
+from anyattn_cupy.linear_variants import parts_of
 from anyattn_cupy.variants import Device
 
 pytestmark = pytest.mark.usefixtures("nvrtc")
@@ -102,33 +103,24 @@ def test_long_sequences_of_few_heads_run_in_parts(one, install, monkeypatch):
 
 def test_parts_are_made_where_they_help():
     device = Device(80, SHARED_MEMORY[80], 108)
-    linear = chosen("float32", 64, 64)
-    assert parts_of(device, linear, 8, 65536) == 27
-    assert parts_of(device, linear, 8, 1000) == 4
-    assert parts_of(device, linear, 100, 65536) == 1
+    variant = chosen("float32", 64, 64)
+    assert parts_of(device, variant, 8, 65536) == 27
+    assert parts_of(device, variant, 8, 1000) == 4
+    assert parts_of(device, variant, 100, 65536) == 1
     for name in ("delta", "wide"):
-        assert parts_of(device, SimpleNamespace(**{**vars(linear), name: True}), 8, 65536) == 1
-
-
-def chosen(dtype, dim, v_dim, *, channels=0, delta=False, capability=80, multiprocessors=1, length=1000):
-    """The variant for a call."""
-    decay = SimpleNamespace(shape=(length, 1 if channels == 1 else dim)) if channels else None
-    one = SimpleNamespace(
-        dtype=dtype, head_dim=dim, v_head_dim=v_dim, decay=decay, beta=1 if delta else None, normalize=False,
-        causal=True, feature_map="identity", k_len=length, q_len=length,
-    )  # fmt: skip
-    return choose(Device(capability, SHARED_MEMORY[capability], multiprocessors), one, 1, False)
+        assert parts_of(device, replace(variant, **{name: True}), 8, 65536) == 1
+    assert parts_of(device, replace(variant, causal=False), 8, 65536) == 1
 
 
 def test_tiles_fit_every_device():
     for capability, room in SHARED_MEMORY.items():
         for dtype in ("float16", "float32", "float64"):
             for dim in (1, 64, 128, 256, 257, 2000):
-                for channels in (0, 1, 2):
-                    found = chosen(dtype, dim, 64, channels=channels, delta=True, capability=capability)
+                for rule in RULES:
+                    found = chosen(dtype, dim, 64, rule=rule, capability=capability)
                     assert found.shared_memory <= room
                     assert found.wide == (found.head_dim < dim)
-    assert not chosen("float32", 256, 64, channels=2).wide
+    assert not chosen("float32", 256, 64, rule="gated, a decay a channel").wide
     assert chosen("float32", 64, 64).columns == 64
     assert chosen("float32", 64, 64, multiprocessors=4).columns == 32
     assert chosen("float32", 64, 64, length=16).rows == 16

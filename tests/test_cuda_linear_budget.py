@@ -1,0 +1,96 @@
+"""The kernels of linear attention compile for every architecture, within a committed budget.
+
+`python tests/test_cuda_linear_budget.py` writes the budget anew, as `test_cuda_budget.py` does.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from cuda_compile import compiled, need_nvrtc
+from cuda_standin import SHARED_MEMORY
+
+from anyattn_cupy.linear_launch import linear_source
+from anyattn_cupy.linear_variants import choose
+from anyattn_cupy.source import OPTIONS
+from anyattn_cupy.variants import Device
+
+BUDGET = Path(__file__).with_name("cuda_budget_linear.csv")
+COLUMNS = ("rule", "dtype", "head_dim", "architecture")
+HELD = ("channels", "rows", "columns", "registers", "shared_memory", "spilled")
+
+# Decays of a token, whether there is beta.
+RULES = {
+    "linear": (0, False),
+    "gated, a decay a channel": (2, False),
+    "delta": (0, True),
+    "gated delta, a decay a head": (1, True),
+    "gated delta, a decay a channel": (2, True),
+}
+# What is lightest and what takes most; of 512 channels some are held at a time.
+KERNELS = (
+    ("linear", "float16", 64),
+    ("gated delta, a decay a channel", "float32", 128),
+    ("delta", "float64", 128),
+    ("gated, a decay a channel", "bfloat16", 512),
+)
+
+
+def chosen(dtype, dim, v_dim, *, rule="linear", capability=80, multiprocessors=1, length=1000, heads=1):
+    """The variant for a call of so many tokens of some heads."""
+    channels, delta = RULES[rule]
+    one = SimpleNamespace(
+        dtype=dtype, head_dim=dim, v_head_dim=v_dim, normalize=False, causal=True, feature_map="identity",
+        decay=SimpleNamespace(shape=(length, 1 if channels == 1 else dim)) if channels else None,
+        beta=1 if delta else None, k_len=length, q_len=length,
+    )  # fmt: skip
+    return choose(Device(capability, SHARED_MEMORY[capability], multiprocessors), one, heads, False)
+
+
+def needs(rule, dtype, dim, capability):
+    """What a kernel takes on an architecture, as a row of the budget."""
+    variant = chosen(dtype, dim, dim, rule=rule, capability=capability)
+    [found] = compiled(linear_source(variant), f"sm_{capability}", OPTIONS).resources.values()
+    shared = variant.shared_memory + found.shared_memory
+    values = variant.head_dim, variant.rows, variant.columns, found.registers, shared, found.spilled
+    return dict(zip(HELD, map(str, values), strict=True))
+
+
+def keyed(rule, dtype, dim, capability):
+    return dict(zip(COLUMNS, map(str, (rule, dtype, dim, f"sm_{capability}")), strict=True))
+
+
+@pytest.fixture(scope="module")
+def budget():
+    with BUDGET.open(newline="") as file:
+        return {tuple(row[c] for c in COLUMNS): row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: "-".join(map(str, k)))
+def test_within_the_budget(kernel, budget):
+    need_nvrtc()
+    for capability in SHARED_MEMORY:
+        row, found = budget[tuple(keyed(*kernel, capability).values())], needs(*kernel, capability)
+        assert all(row[name] == found[name] for name in HELD if name not in ("registers", "spilled")), found
+        for name in ("registers", "spilled"):
+            assert int(found[name]) <= int(row[name]), (kernel, capability, name, found)
+
+
+def test_nothing_is_spilled(budget):
+    assert {row["spilled"] for row in budget.values()} == {"0"}
+
+
+def test_the_budget_lists_what_is_compiled(budget):
+    assert set(budget) == {tuple(keyed(*kernel, c).values()) for kernel in KERNELS for c in SHARED_MEMORY}
+
+
+if __name__ == "__main__":
+    writer = csv.DictWriter(sys.stdout, [*COLUMNS, *HELD], lineterminator="\n")
+    writer.writeheader()
+    for kernel in KERNELS:
+        for capability in SHARED_MEMORY:
+            writer.writerow(keyed(*kernel, capability) | needs(*kernel, capability))
