@@ -15,6 +15,8 @@ from cuda_standin import Standin
 
 import anyattn as aa
 from anyattn.describe import Options, describe
+from anyattn.linear.describe import LinearOptions
+from anyattn.linear.describe import describe as describe_linear
 from anyattn_cupy import backend, devices, exchange
 
 STREAM = 0xABC0
@@ -176,3 +178,38 @@ def test_what_is_refused_says_why(standin, monkeypatch):
     assert "resolve_neg" in reason
     reasons = refused(described(standin, Tensor)[0], monkeypatch, features=frozenset({"gradients"}))
     assert any("gradients" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(("kind", "stream"), [(Tensor, STREAM + 1), (ArrayImpl, 0)])
+def test_linear_attention(kind, stream, standin, monkeypatch):
+    rng = np.random.default_rng(0)
+    host = [rng.standard_normal((2, 12, 8)).astype("f4") for _ in range(3)]
+    options = {
+        "rule": "gated_delta",
+        "decay": -rng.uniform(0, 1, (2, 12)).astype("f4"),
+        "beta": rng.uniform(0, 0.2, (2, 12)).astype("f4"),
+        "state": rng.standard_normal((2, 8, 8)).astype("f4"),
+        "cu_seqlens": np.array([0, 5, 12], np.int32),
+    }
+    call = describe_linear(*host, LinearOptions(**options))
+    arrays = {
+        name: kind(standin.asarray(getattr(call, name))) for name in ("q", "k", "v", *list(options)[1:])
+    }
+    for name, x in (arrays | {"library": {Tensor: "torch", ArrayImpl: "jax"}[kind]}).items():
+        object.__setattr__(call, name, x)
+    found = backend.run(call)
+    assert [launch.where for launch in standin.launches] == [(1, stream)]
+    wanted = aa.linear_attention(*host, **options, return_state=True, backend="reference")
+    for x, y in zip(found, wanted, strict=False):
+        assert type(x) is kind
+        np.testing.assert_allclose(np.array(x.memory), y, atol=1e-5)
+    assert found[2] is None
+    if kind is ArrayImpl:
+        held = exchange._held[-1][1]
+        missing = [n for n, x in arrays.items() if not any(np.shares_memory(x.memory, y) for y in held)]
+        assert missing == []
+    else:
+        assert refused(call, monkeypatch) == ()
+        monkeypatch.setattr(arrays["beta"], "is_neg", lambda: True)
+        [reason] = refused(call, monkeypatch)
+        assert "resolve_neg" in reason

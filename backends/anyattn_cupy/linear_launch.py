@@ -134,7 +134,9 @@ class _Launch:
         self.block["batch_size"], self.block["sequences"] = math.prod(call.batch_shape), call.num_sequences
         self.block["vectors"] = _whole_vectors(self.out, self.variant)
         if call.cu_seqlens is not None:
-            self.put(bounds=self.ready(as_cupy(call.cu_seqlens, cupy).astype("int64")))
+            bounds = as_cupy(call.cu_seqlens, cupy)
+            self.used.append(bounds)
+            self.put(bounds=self.ready(bounds.astype("int64")))
 
     def empty(self, *shape: int) -> Array:
         """Memory of the accumulation type."""
