@@ -221,7 +221,8 @@ def _numbered(recipe: Any, tensors: list[Any]) -> Any:
     """A recipe with numbers of tensors in their place."""
     if isinstance(recipe, tuple):
         return tuple([_numbered(x, tensors) for x in recipe])
-    if hasattr(recipe, "shape"):
+    # Numbers first: of one that stays open in the graph, Dynamo does not say what attributes it has.
+    if not isinstance(recipe, (bool, int, float, str)) and hasattr(recipe, "shape"):
         tensors.append(recipe)
         return ("tensor", len(tensors) - 1)
     return recipe

@@ -6,6 +6,7 @@ import pytest
 
 import anyattn as aa
 from anyattn import masks, scores
+from anyattn.compat.torch import scaled_dot_product_attention
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -154,6 +155,46 @@ def test_other_lengths_and_masks_compile_nothing():
         torch.testing.assert_close(found, wanted)
         torch.testing.assert_close(*(torch.autograd.grad(x.sum(), q)[0] for x in (found, wanted)))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+OPEN = {
+    "plain": lambda q, k: attend(q, k, k, scale=0.5),
+    "causal": lambda q, k: attend(q, q, q, causal=True),
+    "an array of keys": lambda q, k: attend(q, k, k, mask=k[:1, :1, None, :, 0] > -1),
+    "a bias": lambda q, k: attend(q, k, k, bias=k[:, :1, None, :, 0].detach()),
+    "layout, grouped": lambda q, k: attend(
+        *(x.transpose(1, 2) for x in (q, k[:, :2], k[:, 2:])), layout="blhd"
+    ),
+    "three axes": lambda q, k: attend(q[0], k[0], k[0]),
+    "torch's function": lambda q, k: scaled_dot_product_attention(q, k, k),
+    "causal order elsewhere": lambda q, k: attend(q, k, k, causal=True),
+    "with dropout": lambda q, k: attend(q, k, k, dropout=0.2, dropout_seed=5),
+}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_open_sizes_stay_open_and_sdpa_is_in_the_graph(name):
+    """Where SDPA means the same whatever the sizes are; the rest is the operation."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def kept(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(OPEN[name], fullgraph=True, backend=aot_autograd(fw_compiler=kept), dynamic=True)
+    for length in (11, 15, 20):  # sizes that are the same at first are taken to stay so
+        q, k = draw(2, 4, length, 8).requires_grad_(), draw(2, 4, length + 3, 8)
+        found, wanted = compiled(q, k), OPEN[name](q, k)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(x.sin().sum(), q)[0] for x in (found, wanted)))
+    forward, _ = graphs
+    kernels = [str(node.target) for node in forward.graph.nodes if "attention" in str(node.target)]
+    operations = [node for node in forward.graph.nodes if "anyattn.attend" in str(node.target)]
+    other = name in ("causal order elsewhere", "with dropout")
+    assert (len(kernels), len(operations)) == ((0, 1) if other else (1, 0))
 
 
 def test_a_mask_made_before_is_told_from_another():

@@ -20,7 +20,7 @@ from anyattn.arrays import FLOAT_DTYPES
 from anyattn.call import AttentionCall, canonical
 from anyattn.describe import Options, describe
 from anyattn.varlen import packed_options
-from anyattn_torch import recipes, routes
+from anyattn_torch import recipes, routes, sdpa
 from anyattn_torch.backward import gradients
 from anyattn_torch.tensors import differentiable
 
@@ -35,7 +35,13 @@ def attention_in_graph(tensors: list[Tensor], recipe: tuple[Any, ...]) -> Any:
     forced = settings.forced_backend(options.get("backend"))
     # Inside a graph that is only recorded, not compiled, tensors have values.
     direct = not any(arrays.is_tracer(x) for x in tensors) or (forced and forced[0] != "torch")
-    if direct or recipes.makes_arrays(recipe) or _is_for_sdpa(tensors, text):
+    if direct or recipes.makes_arrays(recipe):
+        return _call(tensors, recipes.options_of(text, tensors))
+    if any(isinstance(n, torch.SymInt) for x in tensors[:3] for n in x.shape):
+        out = _on_open_sdpa(tensors, text)
+        if out is not None:
+            return out
+    elif _is_for_sdpa(tensors, text):
         return _call(tensors, recipes.options_of(text, tensors))
     _check(tensors)
     out, lse = _attend(tensors, text)
@@ -56,16 +62,48 @@ def _call(tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
     return function(*tensors[:3], **options)
 
 
-def _is_for_sdpa(tensors: Sequence[Tensor], text: str) -> bool:
-    """Whether SDPA takes a call; where an option says that it does not, sizes may stay open."""
-    exporting = getattr(torch.compiler, "is_exporting", None)  # not in torch 2.6
-    is_open = any(isinstance(n, torch.SymInt) for x in tensors[:3] for n in x.shape)
-    if is_open and exporting is not None and exporting():
-        return False  # to ask would fix the sizes
+# Options that SDPA has nothing for.
+_FOREIGN = ("window", "score_mod", "softcap", "sinks", "kv_lengths", "return_lse", "cu_seqlens_q")
+
+
+def _is_foreign(text: str) -> bool:
+    """Whether an option of a recipe says that SDPA does not take the call."""
     options = recipes.read(text)
-    foreign = ("window", "score_mod", "softcap", "sinks", "kv_lengths", "return_lse", "cu_seqlens_q")
     mask = options.get("mask")
-    if any(options.get(name) for name in foreign) or not (mask is None or mask[0] == "tensor"):
+    return any(options.get(name) for name in _FOREIGN) or not (mask is None or mask[0] == "tensor")
+
+
+def _on_open_sdpa(tensors: Sequence[Tensor], text: str) -> Tensor | None:
+    """What SDPA gives where sizes are open, of which none is asked for; None if that is not sure."""
+    exporting = getattr(torch.compiler, "is_exporting", None)  # not in torch 2.6
+    # Whether two sizes that are declared apart agree may not be asked there.
+    if _is_foreign(text) or (exporting is not None and exporting()):
+        return None
+    options = recipes.options_of(text, tensors)
+    causal, mask, bias = (options.get(name) for name in ("causal", "mask", "bias"))
+    array = bias if mask is None else mask
+    others = options.get("dropout", 0) or options.get("q_offset") not in (None, 0)
+    wrong = (mask is not None and mask.dtype != torch.bool) or (bias is not None and bias.dtype == torch.bool)
+    if others or wrong or [causal, mask is not None, bias is not None].count(True) > 1:
+        return None
+    if routes.breaks_promise(arrays.device_kind(tensors[0]), bool(causal or mask is not None)):
+        return None
+    lead = [x.ndim for x in tensors[:3]]
+    if lead not in ([3] * 3, [4] * 3) or not routes.allows("sdpa"):
+        return None
+    swapped = options.get("layout") == "blhd"
+    q, k, v = (x.reshape(1, *x.shape) if x.ndim == 3 else x for x in tensors[:3])
+    q, k, v = (x.transpose(1, 2) if swapped else x for x in (q, k, v))
+    out = sdpa.attend_open(q, k, v, causal=bool(causal), array=array, scale=options.get("scale"))
+    if out is None:
+        return None
+    out = out.transpose(1, 2) if swapped else out
+    return out[0] if lead[0] == 3 else out
+
+
+def _is_for_sdpa(tensors: Sequence[Tensor], text: str) -> bool:
+    """Whether SDPA takes a call of known sizes."""
+    if _is_foreign(text):
         return False
     options = recipes.options_of(text, tensors)
     options.pop("backend", None)

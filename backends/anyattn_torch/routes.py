@@ -21,6 +21,8 @@ from anyattn_torch.tensors import has_tangents
 __all__ = [
     "ROUTES",
     "Route",
+    "allows",
+    "breaks_promise",
     "choose",
     "drops_on_numba",
     "forward",
@@ -160,20 +162,16 @@ def _memory(name: str, call: AttentionCall) -> tuple[str, ...]:
 
 
 def _order(call: AttentionCall) -> tuple[str, ...]:
-    allowed = _allowed.get()
-    return tuple(name for name in ROUTES if name != "tiles" and (allowed is None or name in allowed))
+    return tuple(name for name in ROUTES if name != "tiles" and allows(name))
 
 
 def _left_out(name: str, call: AttentionCall) -> str | None:
     """Why a route is not taken although it means the same."""
-    import torch
-
     if call.k_scales is not None:
         return "takes no int8 keys"
-    if settings.current().strict and call.visible is not None:
-        return "lets a NaN at a hidden key through, and use(strict=True) asks for strict masking"
-    if call.device_kind != "cpu" and torch.are_deterministic_algorithms_enabled():
-        return "sums gradients in any order there, and torch.use_deterministic_algorithms(True) is on"
+    reason = breaks_promise(call.device_kind, call.visible is not None)
+    if reason is not None:
+        return reason
     if name == "flex" and _allowed.get() is None:
         reason = _not_worth_compiling(call)
         if reason is not None:
@@ -183,6 +181,23 @@ def _left_out(name: str, call: AttentionCall) -> str | None:
     if "gradients" in call.features and has_tangents(call):
         return "has no forward mode"
     return None
+
+
+def breaks_promise(device_kind: str, hides: bool) -> str | None:
+    """What a kernel of torch's own, for a call that hides keys or not, would break that was asked for."""
+    import torch
+
+    if settings.current().strict and hides:
+        return "lets a NaN at a hidden key through, and use(strict=True) asks for strict masking"
+    if device_kind != "cpu" and torch.are_deterministic_algorithms_enabled():
+        return "sums gradients in any order there, and torch.use_deterministic_algorithms(True) is on"
+    return None
+
+
+def allows(name: str) -> bool:
+    """Whether `only` leaves a route in."""
+    allowed = _allowed.get()
+    return allowed is None or name in allowed
 
 
 def _not_worth_compiling(call: AttentionCall) -> str | None:

@@ -16,7 +16,7 @@ from anyattn.call import AttentionCall
 from anyattn.expr.nodes import Aligned
 from anyattn_torch.axes import four_axes, one_batch_axis
 
-__all__ = ["attend", "memory", "refusal"]
+__all__ = ["attend", "attend_open", "memory", "refusal"]
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -33,6 +33,38 @@ def attend(call: AttentionCall) -> tuple[Array, None]:
         # Not by its public name, in whose place users put that of anyattn.compat.torch.
         out = torch.ops.aten.scaled_dot_product_attention(q, k, v, **_options(call))
     return out.reshape(*call.batch_shape, *out.shape[1:]), None
+
+
+def attend_open(
+    q: Array, k: Array, v: Array, *, causal: bool, array: Array | None, scale: float | None
+) -> Array | None:
+    """Attention (batch, heads, length, dim) of sizes that torch's compiler leaves open; asks for none.
+
+    None where SDPA may mean something else, or have no fused kernel. `array` is a boolean mask, or a bias.
+    """
+    import torch
+
+    tensors = (q, k, v)
+    heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[3]
+    fits = (
+        all(x.shape[0] == q.shape[0] and x.shape[3] == head_dim and x.dtype == q.dtype for x in tensors)
+        and k.shape[1:3] == v.shape[1:3]
+        and kv_heads > 0
+        and heads % kv_heads == 0
+        and all(x.stride(-1) == 1 for x in tensors)
+        and (not causal or q.shape[2] == k.shape[2])
+        and (scale is None or scale > 0)
+        and (array is None or array.dtype in (torch.bool, q.dtype))
+        and (array is None or (array.ndim in (2, 4) and not array.requires_grad))
+    )
+    kind = arrays.device_kind(q)
+    if not fits or _may_lack_kernel(
+        kind, arrays.dtype_name(q), head_dim, heads > kv_heads, array is not None
+    ):
+        return None
+    return torch.ops.aten.scaled_dot_product_attention(
+        q, k, v, attn_mask=array, is_causal=causal, scale=scale, enable_gqa=heads > kv_heads
+    )
 
 
 def memory(call: AttentionCall) -> tuple[str, ...]:
@@ -114,22 +146,31 @@ def _no_kernel(call: AttentionCall) -> str | None:
     import torch
 
     if call.traced:
-        if call.device_kind == "cuda" and (call.head_dim % 8 or call.head_dim > 256):
-            return "may have no fused kernel for so many channels"
-        if call.device_kind == "cuda" and call.dtype == "float64":
-            return "has no fused kernel for float64"
-        grouped = call.group_size > 1 and (call.dtype == "float32" or _array(call) is not None)
-        if call.device_kind == "cuda" and grouped:
-            return "may have no fused kernel for grouped heads in float32 or with an array"
-        return (
-            None if call.device_kind in ("cpu", "cuda") else f"may have no fused kernel on {call.device_kind}"
-        )
+        has_array = _array(call) is not None
+        return _may_lack_kernel(call.device_kind, call.dtype, call.head_dim, call.group_size > 1, has_array)
     choose = getattr(torch, "_fused_sdp_choice", None)
     if choose is None:
         return "does not tell which kernel it would run"
     q, k, v = four_axes(call)
     # 0 is SDPBackend.MATH.
     return "has no fused kernel for this call" if choose(q, k, v, **_options(call)) == 0 else None
+
+
+def _may_lack_kernel(
+    device_kind: str, dtype: str, head_dim: int, grouped: bool, has_array: bool
+) -> str | None:
+    """Why torch may choose its plain kernel, from what is known before tensors have values."""
+    if device_kind == "cpu":
+        return None
+    if device_kind != "cuda":
+        return f"may have no fused kernel on {device_kind}"
+    if head_dim % 8 or head_dim > 256:
+        return "may have no fused kernel for so many channels"
+    if dtype == "float64":
+        return "has no fused kernel for float64"
+    if grouped and (dtype == "float32" or has_array):
+        return "may have no fused kernel for grouped heads in float32 or with an array"
+    return None
 
 
 def _options(call: AttentionCall) -> dict[str, Any]:
