@@ -216,6 +216,27 @@ class TestSkips:
         assert chunks.lacks(replace(plain(dtype="float64"), family="pairs")) is None
         assert "float64 whole" in chunks.lacks(plain(dtype="float64"))
 
+    def test_a_case_that_another_variant_of_the_session_runs(self):
+        eager, both = LIBRARIES["jax"], ("jax", "jax-jit")
+        if eager.missing() is not None:
+            pytest.skip(eager.missing())
+        written = plain(mask=Entry("masks", "causal"))
+        tracing = reference(dtypes=frozenset({"float16", "float32"}), capabilities=EVERYTHING | {"traced"})
+        assert running.run_instead(written, tracing, eager, both) == "jax-jit runs the same operations"
+        assert running.run_instead(replace(plain(), dtype="float16"), tracing, eager, both)
+        for library, case, backend, chosen in (
+            (eager, plain(mask=Given("mask", ((True,),), "bool")), tracing, both),
+            (eager, replace(written, family="pairs"), tracing, both),
+            (eager, replace(written, operation="ring"), tracing, both),
+            (eager, written, tracing, ("jax",)),
+            (eager, written, reference(), both),
+            (LIBRARIES["jax-jit"], written, tracing, both),
+            (LIBRARIES["jax-x64"], written, tracing, both),
+            (NUMPY, written, tracing, ("numpy", *both)),
+        ):
+            assert running.run_instead(case, backend, library, chosen) is None
+        assert not any(running.run_instead(bad, tracing, eager, both) for bad in bad_calls())
+
     def test_what_a_library_adds_to_the_needs(self):
         jit, eager = LIBRARIES["jax-jit"], LIBRARIES["jax"]
         assert jit.needs(plain(causal=True)) == {"causal", "traced"}

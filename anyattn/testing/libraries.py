@@ -15,7 +15,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 
 from anyattn.testing.bad_input import BadCall
-from anyattn.testing.case import CACHES, Case, Value, arrays_in
+from anyattn.testing.case import CACHES, Case, Combined, Entry, Function, Value, arrays_in
 from anyattn.testing.memory import MEMORIES, lay_out
 
 Array = Any
@@ -23,6 +23,8 @@ Results = dict[str, Any]
 Program = Callable[[Mapping[str, Any]], Results]
 ALL_DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 INTEGERS = frozenset({"int32", "int64"})
+EXAMPLES_AGAIN = 100
+"""Drawn calls of a variant whose calls are the first of those of another one."""
 
 
 class Library:
@@ -61,6 +63,8 @@ class Library:
     def __init__(self, name: str, memory: str = "plain") -> None:
         self.name = name
         self.memory = memory
+        if memory != "plain":
+            self.examples = EXAMPLES_AGAIN
 
     def __repr__(self) -> str:
         return f"<anyattn.testing library {self.name}>"
@@ -95,6 +99,13 @@ class Library:
             return f"no library beside {self.name} is installed"
         if bad.elsewhere is not None and self.elsewhere(Value(np.zeros(1, np.float32), "float32")) is None:
             return f"{self.name} has one device here"
+        return None
+
+    def instead(self, case: Case) -> str | None:
+        """The variant in which the case makes the same operations on the same values, or None.
+
+        A session that runs it there need not run it here.
+        """
         return None
 
     def needs(self, case: Case | BadCall) -> frozenset[str]:
@@ -182,6 +193,8 @@ class Strict(Library):
         super().__init__(name)
         self.device = "cpu" if device == "CPU_DEVICE" else device
         self._device = device
+        if self.device != "cpu":
+            self.examples = EXAMPLES_AGAIN
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -293,6 +306,8 @@ class Jax(Library):
 
     # Families in which all options, or positions, meet integers of 64 bits.
     WIDE: ClassVar[tuple[str, ...]] = ("pairs", "drawn", "positions", "long")
+    # Families in which each mask, score and dtype meets values that the host reads.
+    EAGERLY: ClassVar[tuple[str, ...]] = ("pairs", "drawn", "each option", "long")
 
     def __init__(self, name: str, *, jit: bool = False, x64: bool = False) -> None:
         super().__init__(name)
@@ -308,6 +323,15 @@ class Jax(Library):
         if self._x64 and case.family not in self.WIDE and not named & {"int", "int64", "float64"}:
             return f"64-bit numbers are in no array, and the family is none of {', '.join(self.WIDE)}"
         return super().lacks(case)
+
+    def instead(self, case: Case) -> str | None:
+        # Eagerly JAX compiles each operation for each shape, four times the time of a jitted call. A mask or
+        # score function, and 16 bits, change what is done in a block and not which blocks there are.
+        if self.traced or self._x64 or case.operation in CACHES or case.family in self.EAGERLY:
+            return None
+        functions = (case.options.get(name) for name in ("mask", "score_mod"))
+        written = any(isinstance(function, Entry | Function | Combined) for function in functions)
+        return "jax-jit" if written or case.dtype != "float32" else None
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -390,16 +414,24 @@ class Dask(NumPy):
 
         def run(arrays: Mapping[str, Array]) -> Results:
             with dask.config.set(scheduler=refuse):
-                return program(arrays)
+                results = program(arrays)
+            # Results share most of their tasks.
+            with self._computing() as how:
+                return dict(zip(results, cast(Any, dask).persist(*results.values(), **how), strict=True))
 
         return run
 
     def numpy(self, array: Array) -> Array:
+        with self._computing() as how:
+            return super().numpy(array.compute(**how))
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[dict[str, Any]]:
+        """Arguments with which dask computes."""
         # What is lazy warns when it is computed, long after the call.
         with np.errstate(all="ignore"):
-            # Fused tasks of many little chunks are put in order again in every run: 1.7 times the time.
-            whole = self._pieces == 1
-            return super().numpy(array.compute(scheduler="synchronous", optimize_graph=whole))
+            # To fuse the tasks of many little chunks takes longer than it saves: 0.27 s a case for 0.21 s.
+            yield {"scheduler": _one_by_one, "optimize_graph": self._pieces == 1}
 
     def owns(self, array: Array) -> bool:
         import dask.array
@@ -438,6 +470,13 @@ class CuPy(Library):
         import cupy
 
         return isinstance(array, cupy.ndarray)
+
+
+def _one_by_one(graph: Any, keys: list[Any], **_kwargs: Any) -> Any:
+    """A scheduler of dask without its bookkeeping, which takes several times as long as little tasks."""
+    from dask.core import get
+
+    return get(dict(graph.__dask_graph__()), keys)
 
 
 def _contiguous(values: Array) -> Array:

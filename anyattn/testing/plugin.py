@@ -231,11 +231,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def anyattn_run(request: pytest.FixtureRequest) -> Run:
-    """A case to run, or a skip where declarations say that library or backend lack what it needs."""
-    from anyattn.testing.running import skip_reason
+    """A case to run, or a skip where declarations say that library or backend lack what it needs.
+
+    Also where another variant of the session makes the same operations.
+    """
+    from anyattn.testing.running import run_instead, skip_reason
 
     run: Run = request.param
     missing = skip_reason(run.case, run.backend, run.library)
+    chosen = request.config.getoption("anyattn_library") or ()
+    if missing is None and (sentence := run_instead(run.case, run.backend, run.library, chosen)):
+        missing = "library", sentence
     noted = {
         "library": run.library.name,
         "needs": sorted(run.library.needs(run.case)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ from anyattn.testing.expected import (
     expected_gradients,
     mismatch,
 )
-from anyattn.testing.libraries import Library
+from anyattn.testing.libraries import LIBRARIES, Library
 
 Array = Any
 
@@ -46,6 +46,14 @@ def skip_reason(case: Case | BadCall, backend: Any, library: Library) -> tuple[s
         return "backend", f"{backend.name} does not take {case.dtype}"
     undeclared = sorted(library.needs(case) - backend.capabilities)
     return ("backend", f"{backend.name} does not declare {', '.join(undeclared)}") if undeclared else None
+
+
+def run_instead(case: Case | BadCall, backend: Any, library: Library, chosen: Collection[str]) -> str | None:
+    """A sentence that names the variant, of those `chosen`, that makes a case's operations, or None."""
+    name = None if isinstance(case, BadCall) else library.instead(case)
+    if name is None or name not in chosen or skip_reason(case, backend, LIBRARIES[name]) is not None:
+        return None
+    return f"{name} runs the same operations"
 
 
 def perform(case: Case, arrays: Mapping[str, Array], backend: str) -> dict[str, Array]:
