@@ -135,12 +135,14 @@ def _finish(logits: Logits, state: State, acc: Array) -> tuple[Array, Array]:
 
 def _merged_chunks(logits: Logits) -> tuple[Array, Array]:
     """Partial attention over each chunk of the keys, merged: a chain of blocks would hold them all."""
-    xp, plain = logits.xp, Logits(replace(logits.call, sinks=None))
-    out, lse = _finish(plain, *_zero(plain))
-    for start, size in _chunks(logits.call):
-        part = _finish(plain, *_step(plain, _zero(plain), start, size))
+    plain = Logits(replace(logits.call, sinks=None))
+    parts = (_finish(plain, *_step(plain, _zero(plain), start, size)) for start, size in _chunks(logits.call))
+    out, lse = next(parts)
+    for part in parts:
         out, lse = merge([out, part[0]], [lse, part[1]])
-    return _finish(logits, (lse, xp.astype(lse != -xp.inf, logits.dtype)), out)
+    if logits.call.sinks is None:
+        return out, lse
+    return _finish(logits, (lse, logits.xp.astype(lse != -logits.xp.inf, logits.dtype)), out)
 
 
 def _chunks(call: AttentionCall) -> Iterator[tuple[int, int]]:
