@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def importable(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     # What the benchmarks change of the environment is put back.
     for name in ("OPENBLAS_CORETYPE", "ANYATTN_CACHE_DIR"):
-        monkeypatch.setenv(name, "")
+        monkeypatch.setenv(name, os.environ.get(name, ""))
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
         del sys.modules[name]
@@ -148,8 +149,6 @@ def test_first_calls_run_in_processes_of_their_own():
 
 
 def test_blas_chooses_its_own_code(monkeypatch):
-    import os
-
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Prescott")
     module("common")
     assert "OPENBLAS_CORETYPE" not in os.environ

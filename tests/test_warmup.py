@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from anyattn import cli, warmup_command
 from anyattn.backend import Backend
+from anyattn.kernels.cache import cache_folder, user_store
+from anyattn.kernels.key import KernelKey
 
 needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="needs numba")
 
@@ -20,6 +26,7 @@ class Compiler(Backend):
 
     def warm_up(self, dtypes):
         for dtype in dtypes:
+            user_store().write(KernelKey("compiler", "kernel", "", dtype, dtype, 8, 8, "here"), b"code")
             yield f"kernel, {dtype}", 1.25
 
 
@@ -28,6 +35,13 @@ class Plain:
 
     name = "plain"
     dtypes = frozenset({"float32"})
+
+
+@pytest.fixture
+def kept():
+    """The environment with the cache that other tests compile into."""
+    variables = {name: value for name, value in os.environ.items() if name != "ANYATTN_CACHE"}
+    return {**variables, "ANYATTN_CACHE_DIR": str(cache_folder())}
 
 
 @pytest.fixture
@@ -48,7 +62,7 @@ def test_prints_what_each_backend_made(folder, monkeypatch, capsys):
         ["compiler", "2.50", "s", "in", "all"],
         ["plain", "has", "nothing", "to", "compile"],
         ["has", "nothing", "to", "compile"],
-        f"0 kernels compiled; 0, 0.0 MB, lie in {folder}".split(),
+        f"2 kernels compiled; 2, 0.0 MB, lie in {folder}".split(),
     ]
 
 
@@ -127,17 +141,44 @@ assert len(files()) > len(before), "a mask that nobody warmed up must be compile
 """
 
 
+WARM_UP = """
+import json
+from anyattn import cli
+from anyattn.kernels.cache import Store
+
+asked_for = set()
+
+def noting(method):
+    def call(store, key, *rest):
+        asked_for.add(key.name)
+        return method(store, key, *rest)
+    return call
+
+for name in ("read", "write", "write_source"):
+    setattr(Store, name, noting(getattr(Store, name)))
+assert cli.main(["warmup", "--backend=numba", "--dtype=float32"]) == 0
+print(json.dumps(sorted(asked_for)))
+"""
+
+
 @needs_numba
-def test_later_processes_compile_nothing(folder):
-    command = [sys.executable, "-m", "anyattn", "warmup", "--backend=numba", "--dtype=float32"]
-    first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_later_processes_compile_nothing(kept, folder):
+    """A folder with what a warm-up asks for holds what it makes where there is nothing yet."""
+    first = subprocess.run(
+        [sys.executable, "-c", WARM_UP], capture_output=True, text=True, check=True, env=kept
+    )
+    *printed, names = first.stdout.splitlines()
+    assert any(line.endswith("forward, float32") for line in printed)
+    assert "float64" not in first.stdout
+    folder.mkdir(mode=0o700)
+    for path in Path(kept["ANYATTN_CACHE_DIR"]).iterdir():
+        if path.stem in json.loads(names):
+            shutil.copy(path, folder)
     kernels = len(list(folder.glob("*.kernel")))
     assert kernels >= 10, "threads, forward, and eight kinds of masks and scores"
-    assert "forward, float32" in first
-    assert "float64" not in first
-    assert f"{kernels} kernels compiled; {kernels}, " in first
     done = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "imported: []\n"
+    command = [sys.executable, "-m", "anyattn", "warmup", "--backend=numba", "--dtype=float32"]
     again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert f"\n0 kernels compiled; {kernels + 1}, " in again
