@@ -60,6 +60,13 @@ CHEAP_XLA = {
 # Kernels differ by target and code alone: every session and run finds those of the ones before.
 KERNELS = {"ANYATTN_CACHE_DIR": str(ROOT / ".nox" / "kernels")}
 
+# Beside several workers, threads that spin while they wait for work take processors from those that work: a
+# case of the kit with torch takes 22 ms of them so, and 5 ms else.
+PATIENT = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}
+
+# Kernels differ by processor and code alone: every session and run finds those of the ones before.
+KERNELS = {"ANYATTN_CACHE_DIR": str(ROOT / ".nox" / "kernels")}
+
 # More workers than this would each import torch and JAX and start threads of their own.
 PARALLEL = ["-n=auto", "--maxprocesses=4"]
 
@@ -90,7 +97,8 @@ def shared_environment(session: nox.Session, name: str) -> str:
     if name not in _ready:
         if not Path(python).exists():
             session.run_install(sys.executable, "-m", "venv", str(directory), external=True)
-        pip = [python, "-m", "pip", "install", "--quiet"]
+        # Of the modules of torch and the others few are imported, and these compile then.
+        pip = [python, "-m", "pip", "install", "--quiet", "--no-compile"]
         if name == "small":
             session.run_install(*pip, *CONSTRAINTS, "-e", ".[testing]", *SMALL, external=True)
         else:
@@ -129,7 +137,8 @@ def tests(session: nox.Session, backend: str) -> None:
     python = shared_environment(session, BACKENDS[backend])
     # The rest of what is done for CUDA needs NVRTC; this needs g++ alone, and runs in the session `cuda`.
     elsewhere = ["--ignore=tests/test_cuda_host.py"]
-    session.run(python, "-m", "pytest", *PARALLEL, *elsewhere, *session.posargs, external=True, env=CHEAP_XLA)
+    env = {**KERNELS, **PATIENT, **CHEAP_XLA}
+    session.run(python, "-m", "pytest", *PARALLEL, *elsewhere, *session.posargs, external=True, env=env)
 
 
 # NVRTC, and what reads machine code; tests are of what `cupy` does without a device.
@@ -243,9 +252,11 @@ def minimal(session: nox.Session, versions: list[str]) -> None:
     with session.chdir(session.create_tmp()):
         session.run("python", "-c", textwrap.dedent(ONE_CALL))
         session.run("anyattn", "info")
-    session.install(*constraints, ".[testing]", *versions)
+    # That the kit runs without pytest-xdist too is seen in `plugin`.
+    session.install(*constraints, ".[testing]", "pytest-xdist", *versions)
     with session.chdir(session.create_tmp()):
-        session.run("pytest", "--pyargs", "anyattn.testing", "--anyattn-library=numpy", *session.posargs)
+        kit = ["--pyargs", "anyattn.testing", "--anyattn-library=numpy"]
+        session.run("pytest", *PARALLEL, *kit, *session.posargs, env=PATIENT)
 
 
 @nox.session
