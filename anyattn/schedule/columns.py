@@ -43,6 +43,7 @@ class ColumnLists:
         # The lists of the conditions that were asked of last.
         self._conditions: KeyConditions | None = None
         self._known: dict[tuple[Grid, int, bytes], tuple[int, NDArray]] = {}
+        self._codes: dict[tuple[Grid, int, bytes], NDArray] = {}
 
     def kinds(self, conditions: KeyConditions, tiles: Tiles, verdicts: NDArray) -> tuple[NDArray, NDArray]:
         """Tiles as rows of (place in `tiles`, first and end tile of keys), and the kind of each.
@@ -55,7 +56,7 @@ class ColumnLists:
         if not conditions.useful or not partial.size:
             return pieces, verdicts
         if conditions is not self._conditions:
-            self._conditions, self._known = conditions, {}
+            self._conditions, self._known, self._codes = conditions, {}, {}
         signatures, which = conditions.signatures(tiles, partial)
         possible = conditions.outcomes(tiles.grid, signatures)
         kept = verdicts != PARTIAL
@@ -71,6 +72,47 @@ class ColumnLists:
                 all_kinds.append(np.full(len(at), PARTIAL))
             all_pieces.append(at)
         return np.concatenate(all_pieces), np.concatenate(all_kinds)
+
+    def stretches(self, conditions: KeyConditions, tiles: Tiles) -> tuple[NDArray, NDArray, NDArray]:
+        """Which tiles, of which conditions on keys alone are open, columns settle; their pieces and kinds.
+
+        A piece with a list may have tiles of keys of which no column is open.
+        """
+        done = np.zeros(len(tiles), bool)
+        all_pieces, all_kinds = [np.zeros((0, 3), np.int64)], [np.zeros(0, np.int64)]
+        if not conditions.useful or not len(tiles):
+            return done, all_pieces[0], all_kinds[0]
+        if conditions is not self._conditions:
+            self._conditions, self._known, self._codes = conditions, {}, {}
+        pieces = np.stack([np.arange(len(tiles)), *tiles.k_range], axis=1)
+        signatures, which = conditions.signatures(tiles, np.arange(len(tiles)))
+        for n, outcomes in enumerate(conditions.outcomes(tiles.grid, signatures)):
+            group = conditions.group(signatures[n])
+            found = self._list(conditions, tiles.grid, group, outcomes)
+            if found is None or (outcomes & (outcomes - 1)).any():
+                continue
+            number, listed = found
+            codes = self._of_tiles(conditions, tiles.grid, group, outcomes, listed)
+            at = _split(pieces[which == n], codes)
+            kinds = codes[at[:, 1]].astype(np.int64)
+            columns = self.starts[number][at[:, 2]] > self.starts[number][at[:, 1]]
+            kinds[kinds == EMPTY] = np.where(columns, self.FIRST + number, EMPTY)[kinds == EMPTY]
+            done |= which == n
+            all_pieces.append(at)
+            all_kinds.append(kinds)
+        return done, np.concatenate(all_pieces), np.concatenate(all_kinds)
+
+    def _of_tiles(
+        self, conditions: KeyConditions, grid: Grid, group: int, outcomes: NDArray, listed: NDArray
+    ) -> NDArray:
+        """Verdicts of the tiles of keys, EMPTY also of those that are listed."""
+        known = grid, group, outcomes.tobytes()
+        if known not in self._codes:
+            verdicts = outcomes[conditions.said(grid, group)]
+            every, some = (verdicts == FULL).all(axis=1), (verdicts != EMPTY).any(axis=1)
+            codes = np.where(every, FULL, np.where(some & ~listed, PARTIAL, EMPTY)).astype(np.uint8)
+            self._codes[known] = codes
+        return self._codes[known]
 
     def _list(
         self, conditions: KeyConditions, grid: Grid, group: int, outcomes: NDArray

@@ -65,10 +65,14 @@ def _sides(length: int, size: int) -> list[tuple[int, int, int, int]]:
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """Some tiles of one level: their group and their place among the tiles of the level."""
+    """Some tiles of one level: their group and their place among the tiles of the level.
+
+    Levels along rows and keys differ only where a formula consists of lines (`search`).
+    """
 
     grid: Grid
-    level: int
+    q_level: int
+    k_level: int
     group: NDArray
     q: NDArray
     k: NDArray
@@ -83,22 +87,28 @@ class Tiles:
         """Every tile of a level for every group."""
         shape = (groups, *grid.count(level))
         group, q, k = (x.reshape(-1) for x in np.indices(shape))
-        return cls(grid, level, group, q, k)
+        return cls(grid, level, level, group, q, k)
 
     def chosen(self, which: NDArray | slice) -> Tiles:
         """Those tiles that a mask or an index array picks."""
-        return Tiles(self.grid, self.level, self.group[which], self.q[which], self.k[which])
+        levels = self.q_level, self.k_level
+        return Tiles(self.grid, *levels, self.group[which], self.q[which], self.k[which])
+
+    @property
+    def level(self) -> int:
+        """The larger level, 0 of leaf tiles."""
+        return max(self.q_level, self.k_level)
 
     @cached_property
     def q_range(self) -> tuple[NDArray, NDArray]:
         """First leaf tile along the rows and the one past the last."""
-        edge = FACTOR**self.level
+        edge = FACTOR**self.q_level
         return self.q * edge, np.minimum((self.q + 1) * edge, self.grid.q_tiles)
 
     @cached_property
     def k_range(self) -> tuple[NDArray, NDArray]:
         """First leaf tile along the keys and the one past the last."""
-        edge = FACTOR**self.level
+        edge = FACTOR**self.k_level
         return self.k * edge, np.minimum((self.k + 1) * edge, self.grid.k_tiles)
 
     @cached_property
@@ -113,14 +123,14 @@ class Tiles:
         first, end = self.k_range
         return self.grid.key + first * self.grid.keys, self.grid.key + end * self.grid.keys - 1
 
-    def parts(self) -> Tiles:
-        """The tiles of the level below that make up these."""
-        level = self.level - 1
-        q_count, k_count = self.grid.count(level)
-        side = np.arange(FACTOR)
-        q = self.q[:, None, None] * FACTOR + side[:, None]
-        k = self.k[:, None, None] * FACTOR + side
+    def parts(self, rows: bool = True, keys: bool = True) -> Tiles:
+        """The tiles of the level below, along rows, keys or both, that make up these."""
+        q_level, k_level = self.q_level - rows, self.k_level - keys
+        q_count, k_count = self.grid.count(q_level)[0], self.grid.count(k_level)[1]
+        side, whole = np.arange(FACTOR), np.zeros(1, np.int64)
+        q = self.q[:, None, None] * (FACTOR if rows else 1) + (side if rows else whole)[:, None]
+        k = self.k[:, None, None] * (FACTOR if keys else 1) + (side if keys else whole)
         inside = (q < q_count) & (k < k_count)
         q, k = np.broadcast_arrays(q, k)
         group = np.broadcast_to(self.group[:, None, None], inside.shape)
-        return Tiles(self.grid, level, group[inside], q[inside], k[inside])
+        return Tiles(self.grid, q_level, k_level, group[inside], q[inside], k[inside])

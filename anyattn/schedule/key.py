@@ -15,7 +15,7 @@ import numpy as np
 
 from anyattn import arrays
 from anyattn.expr.nodes import Aligned, Apply, Const, Expr, Load, Symbol, walk
-from anyattn.schedule.parts import Parts, can_read
+from anyattn.schedule.parts import Parts, can_read, host_values
 
 __all__ = ["key_of"]
 
@@ -25,7 +25,7 @@ def key_of(parts: Parts, rows: int, keys: int) -> Hashable:
     offset = parts.offset
     return (
         None if parts.visible is None else _structure(parts.visible),
-        offset if offset is None or isinstance(offset, int) else _contents(np.asarray(offset)),
+        offset if offset is None or isinstance(offset, int) else _contents(offset, np.asarray(offset)),
         parts.q_len,
         parts.k_len,
         parts.batch_shape,
@@ -52,10 +52,11 @@ def _structure(root: Expr) -> Hashable:
             line = node.name
         elif isinstance(node, Load):
             if id(node.table) not in tables:
-                tables[id(node.table)] = _contents(node.table.value)
+                tables[id(node.table)] = _contents(node.table.value, host_values(node.table))
             line = (tables[id(node.table)], *[place[id(c)] for c in node.indices])
         elif isinstance(node, Aligned):
-            line = ("aligned", node.block, _contents(node.value))
+            values = arrays.to_host(node.value) if can_read(node.value) else None
+            line = ("aligned", node.block, _contents(node.value, values))
         else:
             raise TypeError(f"{type(node).__name__} must be bound before it is scheduled")
         place[id(node)] = len(listed)
@@ -63,13 +64,12 @@ def _structure(root: Expr) -> Hashable:
     return tuple(listed)
 
 
-def _contents(x: Any) -> Hashable:
-    """The contents of an array, or its shape where it is not read."""
-    if not can_read(x):
+def _contents(x: Any, values: np.ndarray[Any, Any] | None) -> Hashable:
+    """The contents of an array, or its shape where the host has none of its values."""
+    if values is None:
         return "unread", tuple(x.shape)
     # It loads OpenSSL, a tenth of what importing anyattn would take.
     import hashlib
 
-    x = arrays.to_host(x)
-    data: Any = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-    return str(x.dtype), x.shape, hashlib.blake2b(data, digest_size=20).digest()
+    data: Any = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return str(values.dtype), values.shape, hashlib.blake2b(data, digest_size=20).digest()

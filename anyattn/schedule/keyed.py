@@ -62,7 +62,7 @@ class KeyConditions:
         """Possible verdicts of a column, by signature and by what is said of it (signatures, 2 ** lines)."""
         said, of = np.meshgrid(np.arange(1 << len(self.lines)), np.arange(len(signatures)))
         zero = np.zeros(said.size, np.int64)
-        columns, asked = Tiles(grid, 0, zero, zero, zero), np.ones(said.size, bool)
+        columns, asked = Tiles(grid, 0, 0, zero, zero, zero), np.ones(said.size, bool)
         for n, leaf in enumerate(self.by_key):
             verdict = np.where(said.reshape(-1) >> n & 1, FULL, EMPTY)
             columns.known[id(leaf)] = verdict.astype(np.uint8), asked

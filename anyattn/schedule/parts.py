@@ -6,7 +6,7 @@ Arrays on a device, under a tracer or lazy are never read: what depends on them 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,11 @@ def can_read(x: Any) -> bool:
     return arrays.dtype_name(x) != "bfloat16" or arrays.library(x) in ("numpy", "jax")
 
 
+def host_values(table: Table) -> NDArray | None:
+    """The entries of a table, where the host may read them or made them."""
+    return arrays.to_host(table.value) if can_read(table.value) else table.known
+
+
 def readable(parts: Parts) -> Readable:
     """The mask of `parts` as the host can read it."""
     assert parts.visible is not None
@@ -127,10 +132,11 @@ def readable(parts: Parts) -> Readable:
         if isinstance(node, Symbol) and node.name == "i" and not known:
             return Unread("int")
         if isinstance(node, Load):
-            if not can_read(node.table.value):
-                return Unread(node.kind)
             if id(node.table) not in tables:
-                tables[id(node.table)] = _host_table(node.table)
+                values = host_values(node.table)
+                if values is None:
+                    return Unread(node.kind)
+                tables[id(node.table)] = replace(node.table, value=values)
             return load(tables[id(node.table)], node.indices)
         if isinstance(node, Aligned):
             if id(node) not in aligned:
@@ -146,10 +152,6 @@ def readable(parts: Parts) -> Readable:
         by_batch=depends_on(root, "b") or (offsets.size > 1 and depends_on(root, "i")),
         by_head=depends_on(root, "h"),
     )
-
-
-def _host_table(table: Table) -> Table:
-    return Table(arrays.to_host(table.value), table.kind, table.ndim, table.axes, table.label, host=False)
 
 
 def _as_load(node: Aligned, batch_shape: tuple[int, ...], blocks: dict[int, int]) -> Expr:

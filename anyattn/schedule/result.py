@@ -103,9 +103,11 @@ class Schedule:
     q_len, k_len, rows, keys, batch_size, num_heads : int
     groups : (int, int)
         Batch entries and heads that have entries of their own: 1 or `batch_size`, 1 or `num_heads`.
-    full, partial, gathered : Runs
-        Runs of full tiles, of partial tiles, and of partial tiles that open few columns, with the number of
-        the list that names these.
+    full, partial : Runs
+        Runs of full tiles, and of partial tiles that are not `gathered`.
+    stretches : Runs
+        Runs that hold all partial tiles that open few columns, with the number of the list that names these,
+        and maybe tiles between them of which the list names none.
     list_block : int32 array (lists,)
         First tile of keys that a list knows.
     list_start : int64 array (lists + 1,)
@@ -128,7 +130,7 @@ class Schedule:
     groups: tuple[int, int]
     full: Runs
     partial: Runs
-    gathered: Runs
+    stretches: Runs
     list_block: NDArray
     list_start: NDArray
     column_starts: NDArray
@@ -152,11 +154,11 @@ class Schedule:
         line = self.line(q_block, b, h)
         open_: list[NDArray] = []
         masked: list[NDArray] = []
-        start, end = self.gathered.starts[line], self.gathered.starts[line + 1]
-        lists = self.gathered.lists
+        start, end = self.stretches.starts[line], self.stretches.starts[line + 1]
+        lists = self.stretches.lists
         for n in range(int(start), int(end)):
             assert lists is not None
-            first, stop = self.gathered.tiles[n]
+            first, stop = self.stretches.tiles[n]
             (masked if self.list_masked[lists[n]] else open_).append(
                 self._columns(int(lists[n]), int(first), int(stop))
             )
@@ -172,6 +174,27 @@ class Schedule:
     def _columns(self, number: int, first: int, stop: int) -> NDArray:
         base = self.list_start[number] - self.list_block[number]
         return self.columns[self.column_starts[base + first] : self.column_starts[base + stop]]
+
+    @cached_property
+    def gathered(self) -> Runs:
+        """Runs of the partial tiles that open few columns, of no tile but these, each with its list."""
+        assert self.stretches.lists is not None
+        line = np.repeat(np.arange(len(self.stretches.starts) - 1), np.diff(self.stretches.starts))
+        lines, tiles, lists = [], [], []
+        for n in np.unique(self.stretches.lists):
+            own = self.stretches.lists == n
+            columns = np.diff(self.column_starts[self.list_start[n] : self.list_start[n + 1]])
+            some = np.concatenate([[False], columns > 0, [False]])
+            begins, ends = (np.flatnonzero(some[1:] != some[:-1]) + self.list_block[n]).reshape(-1, 2).T
+            first, end = self.stretches.tiles[own].T
+            low, high = np.searchsorted(ends, first, "right"), np.searchsorted(begins, end, "left")
+            number = np.maximum(high - low, 0)
+            of = np.repeat(np.arange(len(first)), number)
+            run = np.arange(len(of)) - np.repeat(np.cumsum(number) - number, number) + low[of]
+            lines.append(line[own][of])
+            tiles.append(np.stack([np.maximum(begins[run], first[of]), np.minimum(ends[run], end[of])], 1))
+            lists.append(np.full(len(of), n, np.int32))
+        return _runs(lines, tiles, lists, len(self.stretches.starts) - 1)
 
     @cached_property
     def spans(self) -> Spans:
@@ -226,7 +249,7 @@ class Schedule:
     @property
     def blocks_without_keys(self) -> NDArray:
         """Query blocks none of whose rows sees a key, int64 (n, 2): group (b, h row-major) and block."""
-        total = sum(np.diff(runs.starts) for runs in (self.full, self.partial, self.gathered))
+        total = sum(np.diff(runs.starts) for runs in (self.full, self.partial, self.stretches))
         lines = np.flatnonzero(total == 0)
         blocks = max(self.shape[0], 1)
         return np.stack([lines // blocks, lines % blocks], axis=1)
@@ -235,7 +258,7 @@ class Schedule:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         own = [self.list_block, self.list_start, self.column_starts, self.columns, self.list_masked]
-        runs = (self.full, self.partial, self.gathered)
+        runs = (self.full, self.partial, self.stretches)
         own += [x for r in runs for x in (r.starts, r.tiles, r.lists) if x is not None]
         return sum(x.nbytes for x in own)
 
@@ -278,13 +301,23 @@ def assemble(boxes: NDArray, lists: ColumnLists, lines_of_group: int, groups: in
     return {
         "full": runs(kind == FULL),
         "partial": runs(kind == PARTIAL),
-        "gathered": runs(kind >= ColumnLists.FIRST, listed=True),
+        "stretches": runs(kind >= ColumnLists.FIRST, listed=True),
         "list_block": _fixed(np.array(lists.k_block, np.int32)),
         "list_start": _fixed(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)),
         "column_starts": _fixed(np.concatenate([none, *starts])),
         "columns": _fixed(np.concatenate([none, *lists.keys]).astype(np.int32)),
         "list_masked": _fixed(np.array(lists.masked, bool)),
     }
+
+
+def _runs(lines: list[NDArray], tiles: list[NDArray], lists: list[NDArray], number: int) -> Runs:
+    """Runs with lists, in pieces that are not in order, of so many lines."""
+    line = np.concatenate([np.zeros(0, np.int64), *lines])
+    pairs = np.concatenate([np.zeros((0, 2), np.int64), *tiles])
+    names = np.concatenate([np.zeros(0, np.int32), *lists])
+    order = np.lexsort((pairs[:, 0], line))
+    starts = np.searchsorted(line[order], np.arange(number + 1))
+    return Runs(_fixed(starts), _fixed(pairs[order].astype(np.int32)), _fixed(names[order]))
 
 
 def _fixed(x: NDArray | None) -> Any:

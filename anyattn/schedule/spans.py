@@ -56,7 +56,7 @@ class Spans:
 def spans_of(schedule: Schedule) -> Spans:
     """The spans of a schedule; `Schedule.spans` keeps them."""
     lines, ends, kinds, places = [], [], [], []
-    for runs, masked in ((schedule.full, 0), (schedule.partial, MASKED), (schedule.gathered, MASKED)):
+    for runs, masked in ((schedule.full, 0), (schedule.partial, MASKED), (schedule.stretches, MASKED)):
         tiles = runs.tiles.astype(np.int64)
         lines.append(np.repeat(np.arange(len(runs.starts) - 1), np.diff(runs.starts)))
         places.append(tiles[:, 0])
