@@ -229,11 +229,13 @@ __device__ __forceinline__ void fade_keys(const Shared& m, int count) {
     }
 }
 
-// state = kept state + keys^T values; a thread has four channels x a vector of columns at a time, the same always.
+// state = kept state + keys^T values; a thread has DEPTH channels x a vector of columns at a time, the same always.
 __device__ __forceinline__ void advance_state(const Shared& m, int count) {
-    constexpr int DEPTH = 4;
+    constexpr int GROUPS = THREADS / COLUMN_LANES;
+    // Eight read values half as often, where all threads have as many.
+    constexpr int DEPTH = HEAD_DIM % (8 * GROUPS) ? 4 : 8;
     const int column = own_column();
-    for (int d = DEPTH * (threadIdx.x / COLUMN_LANES); d < HEAD_DIM; d += DEPTH * (THREADS / COLUMN_LANES)) {
+    for (int d = DEPTH * (threadIdx.x / COLUMN_LANES); d < HEAD_DIM; d += DEPTH * GROUPS) {
         Vector sum[DEPTH];
 #pragma unroll
         for (int n = 0; n < DEPTH; ++n) {
