@@ -1,4 +1,8 @@
-"""The conformance tests: each case, on each chosen library, by the backend under test."""
+"""The conformance tests: each case, on each chosen library, by the backend under test.
+
+Drawn calls take longest and come first. So of several workers none is left with them at the end, and variants
+of a library, which draw the same calls, follow each other on one worker, which compiles for all of them.
+"""
 
 from __future__ import annotations
 
@@ -28,31 +32,6 @@ def one_drawing() -> tuple[Case, ...]:
 def one_linear_drawing() -> tuple[Case, ...]:
     """The same of `linear_attention`."""
     return (call("drawn linear calls", "linear", "whole calls, drawn", operation="linear"),)
-
-
-@pytest.mark.anyattn_cases.with_args(all_cases)
-def test_values(anyattn_run: Run) -> None:
-    """Results are near the oracle, of the right dtype and library, and inputs are untouched."""
-    check_values(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name)
-
-
-@pytest.mark.anyattn_cases.with_args(repeatable_cases)
-def test_same_bits(anyattn_run: Run) -> None:
-    """The same call twice gives the same bits."""
-    check_same_bits(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name)
-
-
-@pytest.mark.anyattn_cases.with_args(gradient_cases)
-def test_gradients(anyattn_run: Run) -> None:
-    """Gradients by every float array are within their bounds, 0 where they should be, and never NaN."""
-    twice = "deterministic_backward" in anyattn_run.case.needs
-    check_gradients(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name, twice=twice)
-
-
-@pytest.mark.anyattn_cases.with_args(bad_calls)
-def test_bad_input(anyattn_run: Run) -> None:
-    """Bad input raises an error that names the argument, what came and what was wanted, and nothing runs."""
-    check_refused(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name)
 
 
 @pytest.mark.anyattn_cases.with_args(one_drawing)
@@ -86,6 +65,31 @@ def _draw(run: Run, config: pytest.Config, strategy: Callable[..., SearchStrateg
         check_values(case, library, backend.name)
 
     matches()
+
+
+@pytest.mark.anyattn_cases.with_args(all_cases)
+def test_values(anyattn_run: Run) -> None:
+    """Results are near the oracle, of the right dtype and library, and inputs are untouched."""
+    check_values(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name)
+
+
+@pytest.mark.anyattn_cases.with_args(repeatable_cases)
+def test_same_bits(anyattn_run: Run) -> None:
+    """The same call twice gives the same bits."""
+    check_same_bits(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name)
+
+
+@pytest.mark.anyattn_cases.with_args(gradient_cases)
+def test_gradients(anyattn_run: Run) -> None:
+    """Gradients by every float array are within their bounds, 0 where they should be, and never NaN."""
+    twice = "deterministic_backward" in anyattn_run.case.needs
+    check_gradients(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name, twice=twice)
+
+
+@pytest.mark.anyattn_cases.with_args(bad_calls)
+def test_bad_input(anyattn_run: Run) -> None:
+    """Bad input raises an error that names the argument, what came and what was wanted, and nothing runs."""
+    check_refused(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name)
 
 
 def test_every_capability_has_a_case() -> None:
