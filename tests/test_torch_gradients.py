@@ -328,3 +328,15 @@ class TestForwardMode:
             found = str(aa.explain(forward_ad.make_dual(q, q), q, q))
         assert "note: forward mode goes through the operations of reference" in found
         assert "not on SDPA: it has no forward mode" in found
+        assert (
+            "note: forward mode holds tiles of scores; with reverse mode through it all Lq x Lk are kept"
+            in found
+        )
+        assert "not all Lq x Lk" not in found
+
+
+def test_the_older_vmap_is_refused_by_name():
+    run, inputs = function_of("plain")
+    batched = torch.ones(3, B, HQ, LQ, DV, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=r"is_grads_batched.*torch\.func\.vmap"):
+        torch.autograd.grad(run(*inputs)[0], inputs[0], batched, is_grads_batched=True)

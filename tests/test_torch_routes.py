@@ -114,6 +114,36 @@ def test_a_deterministic_backward_leaves_the_devices_kernels_out():
     assert "use_deterministic_algorithms" in sdpa[1]
 
 
+BITS = {
+    "sdpa": {"causal": True},
+    "tables, by index": {"score_mod": "table", "softcap": 2.0},
+    "dropout": {"causal": True, "dropout": 0.2, "dropout_seed": 3},
+}
+
+
+@pytest.mark.parametrize("order", [None, ("torch",)], ids=["numba", "torch"])
+@pytest.mark.parametrize("name", BITS)
+def test_threads_and_places_in_memory_change_no_bit(name, order):
+    """What `deterministic_backward` promises: each gradient the same, on two threads and from copies."""
+    inputs = [draw(2, 4, 130, 16) for _ in range(3)] + [draw(4, 9)]
+    threads = torch.get_num_threads()
+
+    def gradients():
+        *qkv, table = [x.clone().requires_grad_() for x in inputs]
+        scores = {"score_mod": aa.scores.relative_bias(table)} if "score_mod" in BITS[name] else {}
+        out = aa.attention(*qkv, **BITS[name] | scores)
+        return torch.autograd.grad(out.sin().sum(), (*qkv, table), allow_unused=True, materialize_grads=True)
+
+    try:
+        torch.set_num_threads(2)
+        with aa.use(threads=2, order=order):
+            first, *others = [gradients() for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 def test_a_transform_goes_to_tiles():
     def mapped(x):
         routes_seen.append(routes.choose(described(x, x)).name)

@@ -155,6 +155,8 @@ def _memory(name: str, call: AttentionCall) -> tuple[str, ...]:
         return found
     if "gradients" not in call.features:
         return ("holds tiles of scores, not all Lq x Lk",)
+    if has_tangents(call):
+        return ("forward mode holds tiles of scores; with reverse mode through it all Lq x Lk are kept",)
     return (
         "forward and backward hold tiles of scores, not all Lq x Lk",
         "derivatives of second order keep all Lq x Lk scores",

@@ -185,6 +185,11 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if any(torch._C._functorch.is_legacy_batchedtensor(x) for x in grads if x is not None):
+            raise NotImplementedError(
+                "is_grads_batched=True (vectorize=True in torch.autograd.functional) maps by an old vmap of "
+                "torch's, which own tiles have no rule for; wanted torch.func.vmap, jacrev or hessian"
+            )
         out, lse, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
         count = ctx.template.differentiable
