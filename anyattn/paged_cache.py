@@ -300,10 +300,10 @@ class PagedSequences(GrowingCache):
         entry = numpy.full((len(known), int(pool.shape[0])), -1, dtype=numpy.int64)
         for row, sequence in zip(entry, known, strict=True):
             row[sequence.pages] = numpy.arange(len(sequence.pages))
-        lengths = xp.asarray([sequence.length for sequence in known], dtype=index, device=device)
-        entry = xp.asarray(entry, dtype=index, device=device)
-        cache = self.cache
-        found = in_pages(cache.k_pages, cache.v_pages, entry, lengths)
+        cache, lengths = self.cache, numpy.asarray([sequence.length for sequence in known], numpy.int64)
+        # The host keeps these numbers, so it knows which pages a sequence has, wherever the pool lies.
+        found = in_pages(cache.k_pages, cache.v_pages, entry, lengths, host=True)
+        found = replace(found, lengths=xp.asarray(lengths, dtype=index, device=device))
         if cache.k_scales is None:
             return found
         scales = [_in_a_row(x)[..., 0] for x in (cache.k_scales, cache.v_scales)]
@@ -313,7 +313,7 @@ class PagedSequences(GrowingCache):
         return len(self.sequences)
 
 
-def in_pages(k_pages: Array, v_pages: Array, entry: Array, lengths: Array) -> Lookup:
+def in_pages(k_pages: Array, v_pages: Array, entry: Array, lengths: Array, *, host: bool = False) -> Lookup:
     """Where the tokens of sequences lie in a pool.
 
     Parameters
@@ -322,10 +322,12 @@ def in_pages(k_pages: Array, v_pages: Array, entry: Array, lengths: Array) -> Lo
     entry : integer array (B, pages)
         The how-manieth page of a sequence a page is, -1 for those that it does not use.
     lengths : integer array (B,)
+    host : bool
+        Whether these two are NumPy's own, and no arrays beside the pages.
     """
     size = int(k_pages.shape[1])
-    page = load(table_of(entry, "pages", ("b", None)), (B, J // size))
-    length = load(table_of(lengths, "tokens of each sequence", ("b",)), (B,))
+    page = load(table_of(entry, "pages", ("b", None), host=host), (B, J // size))
+    length = load(table_of(lengths, "tokens of each sequence", ("b",), host=host), (B,))
     token = page * size + J % size
     return Lookup(_in_a_row(k_pages), _in_a_row(v_pages), lengths, (page >= 0) & (token < length), token)
 

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from cuda_runs import Interpreted, described, placed_arrays
 from cuda_standin import Standin, ndarray
+from ptx import Arena
 
 import anyattn as aa
 from anyattn import masks, planning, scores
+from anyattn.describe import describe
+from anyattn.options import ARGUMENTS, Options
 from anyattn.reference import backend as reference
 from anyattn_cupy import launch
 
@@ -130,6 +133,31 @@ def test_what_is_prepared_can_be_captured(options):
     np.testing.assert_array_equal(np.array(first), np.array(second))
     # Each in parts, and their merge.
     assert len(standin.launches) == 4
+
+
+def test_pages_of_others_are_not_read(monkeypatch):
+    """The host knows which pages a sequence has, wherever the pool lies; they are read where they lie."""
+    standin, rng = Standin(), np.random.default_rng(0)
+    cache = aa.PagedKVCache(*(np.zeros((30, 4, 2, 8), "f4") for _ in "kv"))
+    first, second = cache.add(), cache.add()
+    for number, tokens in ((first, 64), (second, 50)):
+        cache.append(number, *(rng.standard_normal((2, tokens, 8)).astype("f4") for _ in "kv"))
+    q = rng.standard_normal((1, 2, 1, 8)).astype("f4")
+    wanted = aa.attention(q, cache[[first]], backend="reference")
+    pools = [standin.asarray(x) for x in (cache.k_pages, cache.v_pages)]
+    for pool in pools:
+        at = pool.data.ptr - Arena.BASE
+        standin.arena.known[at + pool[:16].nbytes : at + pool.nbytes] = False
+    monkeypatch.setattr("anyattn.arrays.is_concrete_cpu", lambda x: False)
+    given = Options()
+    k, v, found = cache[[first]].arguments(q, tuple(getattr(given, name) for name in ARGUMENTS))
+    call = describe("attention", q, k, v, Options(**dict(zip(ARGUMENTS, found, strict=True))))
+    placed = (standin.asarray(q), *(np.moveaxis(x.reshape(120, 2, 8), 1, 0) for x in pools))
+    for name, x in zip("qkv", placed, strict=True):
+        object.__setattr__(call, name, x)
+    before = standin.arena.top
+    np.testing.assert_allclose(np.array(launch.attend(call, standin)[0]), wanted, atol=1e-6)
+    assert standin.arena.top - before < pools[0].nbytes
 
 
 def test_lengths_on_a_device_have_a_plan():

@@ -169,7 +169,8 @@ class Table:
 
     `fixed` says what of it expressions were built from, so that an array that takes its place must agree: ""
     its dtype and rank only, "shape" also its sizes (but along "b" and "h"), "values" all of it, so that none
-    may. Entries that the host can read are at least `least`.
+    may. Entries that the host can read are at least `least`. `known` are integers of host data once they are
+    bound, wherever `value` lies then.
     """
 
     value: Any
@@ -180,6 +181,7 @@ class Table:
     host: bool
     fixed: str = "shape"
     least: int | None = None
+    known: Any = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
