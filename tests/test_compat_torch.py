@@ -149,6 +149,10 @@ def test_signature_is_torchs():
     assert [each.split("=")[0].strip() for each in named.split(",")] == ours
     defaults = {name: p.default for name, p in signature(scaled_dot_product_attention).parameters.items()}
     assert list(defaults.values())[3:] == [None, 0.0, False, None, False]
+    q = torch.ones(1, 2, 3, 4)
+    for function in (theirs, scaled_dot_product_attention):
+        with pytest.raises(TypeError, match="takes from 3 to 6 positional arguments"):
+            function(q, q, q, None, 0.0, False, 0.5)
 
 
 Q, K, V = ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6))
