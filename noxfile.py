@@ -135,8 +135,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session, backend: str) -> None:
     """All of `tests/`, with every array library and what the backend needs installed."""
     python = shared_environment(session, BACKENDS[backend])
-    # The rest of what is done for CUDA needs NVRTC; this needs g++ alone, and runs in the session `cuda`.
-    elsewhere = ["--ignore=tests/test_cuda_host.py"]
+    elsewhere = [f"--ignore={path}" for path in cuda_tests()]
     env = {**KERNELS, **PATIENT, **CHEAP_XLA}
     session.run(python, "-m", "pytest", *PARALLEL, *elsewhere, *session.posargs, external=True, env=env)
 
@@ -150,9 +149,13 @@ def cuda(session: nox.Session) -> None:
     """The kernels of `cupy` without a GPU: compiled, interpreted, built for the host, broken on purpose."""
     install_cuda(session)
     session.run("pytest", "tests/test_printers.py", "-k", "nvrtc", *session.posargs)
+    session.run("pytest", *PARALLEL, *cuda_tests(), *session.posargs, env=KERNELS)
+
+
+def cuda_tests() -> list[str]:
+    """The files that the session `cuda` runs, and `tests`, which has no NVRTC, does not."""
     found = [path for name in ("ptx", "cuda") for path in sorted(ROOT.glob(f"tests/test_{name}_*.py"))]
-    files = [str(path.relative_to(ROOT)) for path in found]
-    session.run("pytest", *PARALLEL, *files, *session.posargs, env=KERNELS)
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
 @nox.session(default=False)
