@@ -65,9 +65,6 @@ KERNELS = {"ANYATTN_CACHE_DIR": str(ROOT / ".nox" / "kernels")}
 # case of the kit with torch takes 22 ms of them so, and 5 ms else.
 PATIENT = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_NUM_THREADS": "1"}
 
-# Kernels differ by processor and code alone: every session and run finds those of the ones before.
-KERNELS = {"ANYATTN_CACHE_DIR": str(ROOT / ".nox" / "kernels")}
-
 # More workers than this would each import torch and JAX and start threads of their own.
 PARALLEL = ["-n=auto", "--maxprocesses=4"]
 
@@ -238,7 +235,7 @@ def run_kit(
     if backend == "numba" and not session.name.startswith("conformance_full"):
         # Each drawn call has a mask or score of its own, which takes a second to compile.
         chosen.append("--anyattn-examples=40")
-    env = {**KERNELS, **CHEAP_XLA}
+    env = {**KERNELS, **PATIENT, **CHEAP_XLA}
     if processor:
         # Without the second Numba adds the features of this machine.
         env |= {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
