@@ -18,6 +18,7 @@ __all__ = ["CALLS", "DEVICE", "LIMITS", "MUTANTS", "ON_THE_HOST", "different", "
 DEVICE = {"multiprocessors": 4}
 LIMITS = {
     "gated, parts": {"_LEAST_CHUNKS": 1},
+    "linear, both ways in parts": {"_LEAST_CHUNKS": 1},
     "gated, many channels": {"_MOST_CHANNELS": {"float32": 32}, "_WIDE_CHANNELS": 32},
 }
 DIM, V_DIM = 20, 36
@@ -63,6 +64,7 @@ CALLS = {
     "linear, both ways": lambda: call("linear", causal=False, **POSITIVE),
     "gated delta, nan": with_nan,
     "gated, parts": lambda: call("gated", 70, v_dim=5, each_channel=True, **POSITIVE),
+    "linear, both ways in parts": lambda: call("linear", 70, v_dim=5, causal=False, **POSITIVE),
     "gated, many channels": lambda: call("gated", 34, dim=40, each_channel=True, **POSITIVE),
 }  # fmt: skip
 
@@ -163,6 +165,10 @@ MUTANTS = tuple(Mutant(*parts) for parts in (
      "wrong"),
     ("the last part ends with the others", "gated, parts", "min(first + a.part_len, (long long)a.k_len)",
      "first + a.part_len", "beyond global memory"),
+    ("parts of rows read what is before them", "linear, both ways in parts",
+     "    if (!CAUSAL)\n        for (int n", "    if (false)\n        for (int n", "wrong"),
+    ("keys go by once more with rows", "linear, both ways in parts", "a.rows_alone ? 0 : end - first",
+     "end - first", "wrong"),
     ("weights of the last channels alone", "gated, many channels", "more ? weights[s] + weight : weight",
      "weight", "wrong"),
     ("the state comes before all have stored theirs", "gated, many channels",

@@ -88,6 +88,9 @@ def test_sizes(one, interpreted):
 
 @pytest.mark.parametrize("one", [
     case("linear", "linear", 90, 8, 5),
+    call("both ways, other rows than keys", "cuda", "linear", operation="linear", rule="linear", causal=False,
+         q_len=50, k_len=90, dim=8, v_dim=5, heads=2, kv_heads=1, return_state=True, feature_map="elu+1",
+         normalize=True),
     case("gated, normalised", "gated", 90, 8, 5, feature_map="elu+1", normalize=True,
          state=(Drawn("state", (1, 8, 5), "float32"), Drawn("z", (1, 8), "float32", "positive"))),
 ], ids=lambda c: c.name)  # fmt: skip
@@ -109,7 +112,6 @@ def test_parts_are_made_where_they_help():
     assert parts_of(device, variant, 100, 65536) == 1
     for name in ("delta", "wide"):
         assert parts_of(device, replace(variant, **{name: True}), 8, 65536) == 1
-    assert parts_of(device, replace(variant, causal=False), 8, 65536) == 1
 
 
 def test_tiles_fit_every_device():

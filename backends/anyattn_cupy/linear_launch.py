@@ -46,10 +46,11 @@ _WIDE = (
     "out_head", "out_row", "z_columns",
 )  # fmt: skip
 _PER_BATCH_AXIS = tuple(f"{name}_batch" for name in ("q", "k", "v", "out", "decay", "beta"))
-# `sequences` of a batch entry, or parts of `part_len` tokens; whether rows of out are whole `vectors`.
+# `sequences` of a batch entry, or parts of `part_len` tokens, of which a launch may take `rows_alone`;
+# whether rows of out are whole `vectors`.
 _NARROW = (
     "q_len", "k_len", "head_dim", "v_head_dim", "batch_size", "num_kv_heads", "group_size", "sequences",
-    "part_len", "vectors",
+    "part_len", "rows_alone", "vectors",
 )  # fmt: skip
 
 
@@ -172,7 +173,7 @@ class _Launch:
             parts = 1
             if call.cu_seqlens is None:
                 blocks = self.strands * self.columns
-                parts = parts_of(self.device, self.variant, blocks, call.k_len)
+                parts = parts_of(self.device, self.variant, blocks, max(call.k_len, call.q_len))
             (self._in_parts if parts > 1 else self._whole)(before, (state, z), parts)
         hold(call.library, [x for x in self.used if x is not None], self.cupy)
         return self.out, state, None if z is None else z[0]
@@ -183,10 +184,7 @@ class _Launch:
 
     def _in_parts(self, before: _States, after: _States, parts: int) -> None:
         call, block = self.call, self.block
-        chunks = -(-call.k_len // self.variant.rows)
-        length = -(-chunks // parts) * self.variant.rows
-        parts = -(-call.k_len // length)
-        block["part_len"], block["sequences"] = length, parts
+        block["part_len"], block["sequences"] = self._part_of(call.k_len, parts), parts
         number = self.strands * parts
         state = self.empty(number, call.head_dim, call.v_head_dim)
         z = self.empty(self.columns, number, call.head_dim) if call.normalize else None
@@ -202,15 +200,22 @@ class _Launch:
             join((-(-entries // _JOIN_THREADS),), (_JOIN_THREADS,), (block,))
         block["group_size"] = call.group_size
         self.put(state_before=state, z_before=z, state_after=None, z_after=None, kept=None)
+        if not call.causal:
+            block["rows_alone"], block["k_len"] = True, call.q_len
+            block["part_len"] = self._part_of(call.q_len, parts)
         self._forward(number)
+
+    def _part_of(self, length: int, parts: int) -> int:
+        """Tokens of a part, whole chunks."""
+        rows = self.variant.rows
+        return max(1, -(-length // (rows * parts))) * rows
 
     def _forward(self, strands: int) -> None:
         memory = self.variant.shared_memory
         # Between normalizers of blocks of columns.
         self.block["z_columns"] = strands * self.call.head_dim
         kernel = compiled(self.cupy, self._number, "linear_forward", linear_source(self.variant), memory)
-        # A launch may begin after the block has changed again.
-        kernel((strands, self.columns), (self.variant.threads,), (self.block.copy(),), shared_mem=memory)
+        kernel((strands, self.columns), (self.variant.threads,), (self.block,), shared_mem=memory)
 
     @property
     def _number(self) -> int:

@@ -129,7 +129,7 @@ def parts_of(device: Device, variant: LinearVariant, blocks: int, length: int) -
 
     What a part of the delta rules makes of a state is a whole matrix, so these are not cut.
     """
-    if variant.delta or variant.wide or not variant.causal or not blocks:
+    if variant.delta or variant.wide or not blocks:
         return 1
     chunks = -(-length // variant.rows)
     # What is computed twice is worth it where blocks are few.

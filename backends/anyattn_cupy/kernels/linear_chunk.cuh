@@ -79,7 +79,7 @@ __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 * WARP_ROWS;
 __device__ __forceinline__ int own_row() { return warp_row() + threadIdx.x % 32 / COLUMN_LANES * ROWS; }
 __device__ __forceinline__ int own_column() { return threadIdx.x % COLUMN_LANES * VECTOR; }
 
-// The rows of this warp: entries of `count` tokens and `dim` columns of an array, as `value_of` gives them, else `none`.
+// The rows of this warp: `count` tokens and `dim` columns of an array, as `value_of` gives them, and `none` beyond.
 template <int DIM, int PITCH, class Value, class ValueOf>
 __device__ __forceinline__ void load_rows(
     Real* to, const Value* from, long long row, long long step, int count, int dim, Real none, const ValueOf& value_of
@@ -191,8 +191,8 @@ __device__ __forceinline__ void add_values(Vector (&sum)[ROWS], const Shared& m)
     }
 }
 
-// u with (I + N) u = values, N the weights, which are below the diagonal: values become u. A thread has a column; what is
-// found is taken from all later rows at once, so that no row waits for a sum (Yang et al., 2024, section 3.2).
+// u with (I + N) u = values, N the weights, which are below the diagonal: values become u. A thread has a column; what
+// is found is taken from all later rows at once, so that no row waits for a sum (Yang et al., 2024, section 3.2).
 __device__ __forceinline__ void solve(const Shared& m) {
     const int column = threadIdx.x;
     if (column >= BLOCK_COLUMNS) return;

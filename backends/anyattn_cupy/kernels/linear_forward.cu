@@ -6,8 +6,8 @@
 //     out = scale (Q S + (Q K^T where keys come no later) U)
 //     S = S + K^T U
 //
-// A block has BLOCK_COLUMNS columns of the state, from BLOCK_COLUMNS * blockIdx.y on: columns have nothing to do with each
-// other, and the weights are computed for each block. If rows are WIDE, the state lies in global memory and comes
+// A block has BLOCK_COLUMNS columns of the state, from BLOCK_COLUMNS * blockIdx.y on: columns have nothing to do with
+// each other, and the weights are computed for each block. If rows are WIDE, the state lies in global memory and comes
 // HEAD_DIM channels at a time, as rows and keys do.
 //
 // Given: as for linear_chunk.cuh; DELTA; WIDE. Shared memory is dynamic.
@@ -34,8 +34,8 @@ __device__ __forceinline__ Strand strand_of(const Arguments& a, unsigned number)
         first = min((long long)sequence * a.part_len, (long long)a.k_len);
         end = min(first + a.part_len, (long long)a.k_len);
     }
-    strand.keys = end - first;
-    strand.rows = a.bounds || a.part_len ? strand.keys : a.q_len;
+    strand.rows = a.bounds || a.part_len ? end - first : a.q_len;
+    strand.keys = a.rows_alone ? 0 : end - first;
     strand.q = (long long)strand.head * a.group_size * a.q_head + first * a.q_row;
     strand.k = strand.head * a.k_head + first * a.k_row;
     strand.v = strand.head * a.v_head + first * a.v_row;
@@ -171,7 +171,8 @@ __device__ __forceinline__ void answer(
         for_channels(m, a, strand, first, count, CAUSAL, [&](int channel) {
             __syncwarp();
             load_rows<HEAD_DIM, PITCH>(
-                m.rows, queries + channel * a.q_step, a.q_row, a.q_step, count, a.head_dim - channel, Real(0), feature_of
+                m.rows, queries + channel * a.q_step, a.q_row, a.q_step, count, a.head_dim - channel, Real(0),
+                feature_of
             );
             __syncwarp();
             if (CAUSAL || NORMALIZE) weigh<false>(m, 1, channel > 0);
@@ -222,7 +223,8 @@ linear_forward(const __grid_constant__ Arguments a) {
         if (!WIDE) load_keys(m, a, strand, first, count, 0);
         load_rows<BLOCK_COLUMNS, BLOCK_COLUMNS>(
             m.values, (const Element*)a.v + strand.v + first * a.v_row + blockIdx.y * BLOCK_COLUMNS * a.v_step, a.v_row,
-            a.v_step, count, a.v_head_dim - (int)blockIdx.y * BLOCK_COLUMNS, Real(0), [](Element x) { return real_of(x); }
+            a.v_step, count, a.v_head_dim - (int)blockIdx.y * BLOCK_COLUMNS, Real(0),
+            [](Element x) { return real_of(x); }
         );
         if (DELTA)
             for (int t = threadIdx.x; t < BLOCK_ROWS; t += THREADS)
