@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from cuda_runs import Interpreted, described, placed_arrays
@@ -16,6 +18,7 @@ from anyattn.testing.cases import all_cases
 from anyattn.testing.libraries import LIBRARIES
 from anyattn.testing.running import check_values
 from anyattn_cupy import backend, launch
+from anyattn_cupy.filling import tensors_of
 from anyattn_cupy.variants import Device, choose
 
 pytestmark = pytest.mark.usefixtures("nvrtc")
@@ -229,6 +232,17 @@ def test_a_launch_keeps_to_the_limits_of_the_device():
         found = choose(Device(75, 65536), dtype, 1000, 3000, True)
         assert found.wide
         assert found.shared_memory <= 65536
+
+
+def test_blocks_with_most_to_do_are_handed_out_first():
+    standin = Standin()
+    call = described(*placed_arrays(standin, "float32", 200, 200, 8), causal=True)
+    made = launch.chosen(call, tensors_of(call, standin), standin).spans
+    starts, ends = (np.array(made.arrays[name]) for name in ("span_starts", "span_ends"))
+    keys = [np.diff(ends[first:end]).sum() for first, end in pairwise(starts)]
+    work = [keys[n % len(keys)] for n in np.array(made.arrays["order"])]
+    assert len(set(work)) > 2
+    assert work == sorted(work, reverse=True)
 
 
 def test_batch_axes_are_joined_where_memory_allows():

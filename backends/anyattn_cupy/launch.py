@@ -34,7 +34,7 @@ from anyattn_cupy.filling import (
 )
 from anyattn_cupy.schedules import DeviceSchedule, device_schedule
 from anyattn_cupy.source import combine_source, kernel_source
-from anyattn_cupy.variants import Variant, choose, parts_of
+from anyattn_cupy.variants import TENSOR_CORES, Variant, choose, parts_of
 
 __all__ = ["Choice", "Prepared", "attend", "chosen", "prepare", "remarks"]
 
@@ -54,9 +54,11 @@ def remarks(call: AttentionCall, cupy: Any) -> tuple[str, ...]:
                 f"a tile holds {variant.head_dim} of D = {call.head_dim} channels at a time, and scores are "
                 f"computed anew for every {variant.v_head_dim} of Dv = {call.v_head_dim} columns"
             )
-        if call.dtype == "bfloat16" and device.capability < 80:
+        least = TENSOR_CORES.get(call.dtype, 0)
+        if device.capability < least:
             found.append(
-                "multiplies bfloat16 in float32: tensor cores know it from compute capability 8.0 on"
+                f"multiplies {call.dtype} in float32: tensor cores are used for it from compute capability "
+                f"{least / 10} on"
             )
     return tuple(found)
 

@@ -51,8 +51,9 @@ def _upload(made: Schedule, cupy: Any) -> DeviceSchedule:
         "groups": spans.groups,
     }
     lines = spans.groups.reshape(-1, 1) * made.shape[0] + numpy.arange(made.shape[0])
-    pairs = spans.pairs[lines.reshape(-1)]
-    if pairs.size and pairs.min() != pairs.max():
+    visited = numpy.concatenate([[0], numpy.cumsum(spans.ends[:, 1] - spans.ends[:, 0])])
+    keys = numpy.diff(visited[spans.starts])[lines.reshape(-1)]
+    if keys.size and keys.min() != keys.max():
         # The longest first, so that no long one is left alone at the end.
-        arrays["order"] = numpy.argsort(-pairs, kind="stable").astype(numpy.int32)
+        arrays["order"] = numpy.argsort(-keys, kind="stable").astype(numpy.int32)
     return DeviceSchedule({name: cupy.asarray(x) for name, x in arrays.items()}, made.groups[1] > 1)

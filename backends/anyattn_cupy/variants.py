@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-__all__ = ["Device", "Variant", "choose", "choose_inspect", "chunks_of", "parts_of"]
+__all__ = ["TENSOR_CORES", "Device", "Variant", "choose", "choose_inspect", "chunks_of", "parts_of"]
 
 _SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -129,7 +129,7 @@ def choose(
     kind = Variant("", dtype, head_dim, v_head_dim, 0, 0, vector_loads, batch_axes, scaled=scaled)
     # A thread has no registers for more columns of the result.
     if max(head_dim, v_head_dim) <= _MOST_CHANNELS:
-        if device.capability >= _TENSOR_CORES.get(dtype, math.inf):
+        if device.capability >= TENSOR_CORES.get(dtype, math.inf):
             found = _mma(device, kind)
             if found is not None:
                 return found
@@ -186,7 +186,7 @@ _MOST_CHANNELS = 256
 _WIDE_CHANNELS = 64
 _WIDE_COLUMNS = (128, 64)
 # The least compute capability whose tensor cores the kernel uses.
-_TENSOR_CORES = {"float16": 75, "bfloat16": 80}
+TENSOR_CORES = {"float16": 75, "bfloat16": 80}
 _MMA_TILES = ((4, 64), (4, 32), (4, 16))
 
 
