@@ -2,13 +2,11 @@
 
 It holds arrays of whatever library they came from and nothing else, so that its parameters are a plain dict:
 a JAX pytree, leaves for torch's autograd, something to save. Heads stay where the projections put them, (...,
-L, H, D), and no axis is ever moved. Positions for `rope` and positions for masks are the same thing, and are
-found by the same rule.
+L, H, D), and no axis is ever moved. `projections` has the four linear maps, `layer_rope` where rows stand.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -16,18 +14,27 @@ from typing import Any, Literal
 from anyattn import arrays
 from anyattn.arrays import Array, Namespace
 from anyattn.attention import attention, attention_weights
+from anyattn.layer_rope import ROPE_DEFAULTS, default_positions, rope_options
 from anyattn.lookup import GrowingCache
 from anyattn.numbers import boolean, integer
 from anyattn.options import OPTIONS
-from anyattn.rope import as_positions, check_options, rope, sequence_length
+from anyattn.projections import (
+    BIASES,
+    check_like,
+    check_weight,
+    checked_biases,
+    linear,
+    size_of_heads,
+    split_heads,
+    standard_namespace,
+)
+from anyattn.rope import rope, sequence_length
 from anyattn.rope_scaling import needs_sequence_length
 
 __all__ = ["MultiHeadAttention"]
 
-_BIASES = ("q", "k", "v", "o")
 # Options of `attention` that its weights do not depend on.
 _NOT_OF_WEIGHTS = ("return_lse", "dropout", "dropout_seed")
-_ROPE_DEFAULTS: dict[str, Any] = {"base": 10000.0, "dims": None, "interleaved": False, "scaling": None}
 
 
 class MultiHeadAttention:
@@ -105,14 +112,14 @@ class MultiHeadAttention:
             )
         self._weights = {"wq": wq, "wk": wk, "wv": wv, "wo": wo}
         for name, weight in self._weights.items():
-            _check_weight(name, weight, 2, wq)
-        self.head_dim = _size_of_heads("wq", wq, self.num_heads, "num_heads")
-        if _size_of_heads("wk", wk, self.num_kv_heads, "num_kv_heads") != self.head_dim:
+            check_weight(name, weight, 2, wq)
+        self.head_dim = size_of_heads("wq", wq, self.num_heads, "num_heads")
+        if size_of_heads("wk", wk, self.num_kv_heads, "num_kv_heads") != self.head_dim:
             raise ValueError(
                 f"wk: wanted {self.num_kv_heads} heads of {self.head_dim}, as in wq, so "
                 f"{self.num_kv_heads * self.head_dim} columns, got shape {tuple(wk.shape)}"
             )
-        self.v_head_dim = _size_of_heads("wv", wv, self.num_kv_heads, "num_kv_heads")
+        self.v_head_dim = size_of_heads("wv", wv, self.num_kv_heads, "num_kv_heads")
         if wv.shape[0] != wk.shape[0]:
             raise ValueError(f"wv: wanted {wk.shape[0]} rows, as in wk, got shape {tuple(wv.shape)}")
         if wo.shape[0] != self.num_heads * self.v_head_dim:
@@ -120,44 +127,8 @@ class MultiHeadAttention:
                 f"wo: wanted {self.num_heads * self.v_head_dim} rows, {self.num_heads} heads of the "
                 f"{self.v_head_dim} features that wv gives each, got shape {tuple(wo.shape)}"
             )
-        self._biases = self._checked_biases(biases)
-        self.rope = self._checked_rope(rope)
-
-    def _checked_biases(self, biases: Mapping[str, Array] | None) -> dict[str, Array]:
-        if biases is None:
-            return {}
-        if not isinstance(biases, Mapping):
-            raise TypeError(f"biases: wanted a mapping with any of {_BIASES}, got {type(biases).__name__}")
-        for key, bias in biases.items():
-            if key not in _BIASES:
-                raise ValueError(f"biases: wanted any of {_BIASES}, got {key!r}")
-            _check_weight(f"biases[{key!r}]", bias, 1, self._weights["wq"])
-            columns = self._weights[f"w{key}"].shape[1]
-            if bias.shape[0] != columns:
-                raise ValueError(
-                    f"biases[{key!r}]: wanted shape ({columns},), as w{key} has columns, "
-                    f"got {tuple(bias.shape)}"
-                )
-        return {f"b{key}": biases[key] for key in _BIASES if key in biases}
-
-    def _checked_rope(self, given: object) -> dict[str, Any] | None:
-        if given is None or given is False:
-            return None
-        if given is not True and not isinstance(given, Mapping):
-            raise TypeError(f"rope: wanted True, None or a mapping of options, got {type(given).__name__}")
-        options = dict(_ROPE_DEFAULTS)
-        if isinstance(given, Mapping):
-            unknown = [key for key in given if key not in options]
-            if unknown:
-                raise ValueError(f"rope: wanted any of {tuple(options)}, got {unknown[0]!r}")
-            options.update(given)
-        check_options(**options)
-        rotated = self.head_dim if options["dims"] is None else options["dims"]
-        if rotated > self.head_dim or rotated % 2:
-            raise ValueError(
-                f"rope: wanted an even number of the {self.head_dim} features of a head, got {rotated}"
-            )
-        return options
+        self._biases = checked_biases(biases, self._weights)
+        self.rope = rope_options(rope, self.head_dim)
 
     @classmethod
     def init(
@@ -232,7 +203,7 @@ class MultiHeadAttention:
         wo = drawn(heads * v_size, d_model)
         zeros = {
             key: space.zeros(weight.shape[1], dtype=dtype, device=device)
-            for key, weight in zip(_BIASES, (wq, wk, wv, wo), strict=True)
+            for key, weight in zip(BIASES, (wq, wk, wv, wo), strict=True)
         }
         return cls(
             wq,
@@ -389,7 +360,7 @@ class MultiHeadAttention:
         if self._biases:
             parts.append(f"biases={''.join(name[1:] for name in self._biases)}")
         if self.rope is not None:
-            changed = {key: value for key, value in self.rope.items() if value != _ROPE_DEFAULTS[key]}
+            changed = {key: value for key, value in self.rope.items() if value != ROPE_DEFAULTS[key]}
             parts.append(f"rope={changed or True}")
         parts.append(f"{arrays.library(wq)} {arrays.dtype_name(wq)}")
         return f"MultiHeadAttention({', '.join(parts)})"
@@ -426,9 +397,9 @@ class MultiHeadAttention:
             source = kv
         elif self._weights["wk"].shape[0] != self._weights["wq"].shape[0]:
             raise ValueError(f"kv: wanted an array of width {self._weights['wk'].shape[0]}, got None")
-        q = _split(self._linear(x, "q"), self.num_heads)
-        k = _split(self._linear(source, "k"), self.num_kv_heads)
-        v = _split(self._linear(source, "v"), self.num_kv_heads) if values else None
+        q = split_heads(self._linear(x, "q"), self.num_heads)
+        k = split_heads(self._linear(source, "k"), self.num_kv_heads)
+        v = split_heads(self._linear(source, "v"), self.num_kv_heads) if values else None
         if self.rope is None:
             for name, given in (("positions", positions), ("kv_positions", kv_positions)):
                 if given is not None:
@@ -439,7 +410,7 @@ class MultiHeadAttention:
         if kv_positions is None:
             kv_positions = range(source.shape[-2]) if kv is not None or positions is None else positions
         if positions is None:
-            positions = _default_positions(x, kv, options)
+            positions = default_positions(x, kv, options)
         settings = dict(self.rope)
         if needs_sequence_length(settings["scaling"]):
             # One length for both: queries and keys must turn at the same speed.
@@ -450,7 +421,7 @@ class MultiHeadAttention:
 
     def _check_input(self, name: str, given: Array, weight_name: str) -> None:
         weight = self._weights[weight_name]
-        _check_like(name, given, weight, "the weights")
+        check_like(name, given, weight, "the weights")
         if given.ndim < 2 or given.shape[-1] != weight.shape[0]:
             raise ValueError(
                 f"{name}: wanted shape (..., L, {weight.shape[0]}), as {weight_name} has rows, "
@@ -461,20 +432,6 @@ class MultiHeadAttention:
         return linear(x, self._weights[f"w{key}"], self._biases.get(f"b{key}"))
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """``x @ weight + bias`` over the last axis, in the dtype of `x`."""
-    xp = arrays.namespace(x)
-    # NumPy multiplies a stack matrix by matrix: 8.4 ms for (32, 24, 384) by (384, 1536), 3.0 as one product.
-    # Dask would have to move chunks for it.
-    rows = x if arrays.is_lazy(x) else xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
-    with arrays.exactly(x):
-        y = xp.matmul(rows, weight)
-    if bias is not None:
-        y = y + arrays.cast(xp, bias, y.dtype)
-    # bfloat16 times bfloat16 is float32 in NumPy.
-    return xp.reshape(arrays.cast(xp, y, x.dtype), (*x.shape[:-1], weight.shape[1]))
-
-
 def _check_options(function: str, operation: str, options: Mapping[str, Any]) -> None:
     if "layout" in options:
         raise TypeError("layout: the layer takes (..., L, width) and splits the heads itself")
@@ -482,77 +439,3 @@ def _check_options(function: str, operation: str, options: Mapping[str, Any]) ->
     for name in options:
         if name not in taken:
             raise TypeError(f"{function}: unexpected option {name!r}; it takes {', '.join(taken)}")
-
-
-def _check_weight(name: str, weight: Array, rank: int, like: Array) -> None:
-    arrays.check_plain(weight, name)
-    if arrays.kind(weight) != "float":
-        wanted = ", ".join(arrays.FLOAT_DTYPES)
-        raise TypeError(f"{name}: wanted a dtype of {wanted}, got {arrays.dtype_name(weight)}")
-    _check_like(name, weight, like, "wq")
-    if weight.ndim != rank or 0 in weight.shape:
-        axes = "(in, out)" if rank == 2 else "(out,)"
-        raise ValueError(f"{name}: wanted shape {axes} with no empty axis, got {tuple(weight.shape)}")
-
-
-def _check_like(name: str, given: Array, like: Array, what: str) -> None:
-    """Raise where `given` is not of the library, device and dtype of `like`, called `what` in the message."""
-    arrays.check_beside(given, name, like, what)
-    have, want = arrays.dtype_name(given), arrays.dtype_name(like)
-    if have != want:
-        raise TypeError(f"{name}: wanted dtype {want} like {what}, got {have}")
-
-
-def _size_of_heads(name: str, weight: Array, heads: int, argument: str) -> int:
-    columns = int(weight.shape[1])
-    if columns % heads:
-        raise ValueError(
-            f"{name}: wanted columns for {argument}={heads} equal heads, got {tuple(weight.shape)}"
-        )
-    return columns // heads
-
-
-def _split(x: Array, heads: int) -> Array:
-    return arrays.namespace(x).reshape(x, (*x.shape[:-1], heads, x.shape[-1] // heads))
-
-
-def _default_positions(x: Array, kv: Array | None, options: Mapping[str, Any]) -> Any:
-    """Positions of the rows of `x`: row + q_offset, with the defaults that `attention` has for it."""
-    length = x.shape[-2]
-    offset, kv_lengths = options.get("q_offset"), options.get("kv_lengths")
-    if offset is None:
-        if kv is None:
-            offset = 0
-        elif kv_lengths is None:
-            offset = kv.shape[-2] - length
-        elif length == 1:
-            # `attention` clamps lengths that the host cannot read.
-            offset = arrays.namespace(x).clip(_indices("kv_lengths", kv_lengths, x), 0, kv.shape[-2]) - 1
-        else:
-            raise ValueError(
-                "q_offset: wanted, as rope turns rows by their positions and there are kv_lengths: "
-                "0 (right-padded sequences) or kv_lengths - Lq (a cache), got None"
-            )
-    if isinstance(offset, int):
-        return range(offset, offset + length)
-    offset = _indices("q_offset", offset, x)
-    xp = arrays.namespace(x)
-    rows = xp.arange(length, dtype=offset.dtype, device=arrays.device(x))
-    return xp.expand_dims(offset, axis=-1) + rows
-
-
-def _indices(name: str, given: Any, x: Array) -> Array:
-    """`given` beside `x`, in a dtype that sums with row numbers fit."""
-    placed = as_positions(name, given, x)
-    xp = arrays.namespace(x)
-    return arrays.cast(xp, placed, arrays.index_dtype(xp, arrays.device(x)))
-
-
-def standard_namespace(xp: Namespace) -> Namespace:
-    """The array API namespace of a library's own module."""
-    if hasattr(xp, "__array_namespace_info__"):
-        return xp
-    name = getattr(xp, "__name__", None)
-    if name not in ("torch", "cupy", "dask.array"):
-        raise TypeError(f"xp: wanted the module of an array library, such as numpy, got {xp!r}")
-    return importlib.import_module(f"array_api_compat.{name}")

@@ -62,7 +62,7 @@ def expected(model):
 
 def encoder_on(model: Any, name: str, **options: Any) -> Any:
     from anyattn.demo.encoder import SentenceEncoder
-    from anyattn.multihead import standard_namespace
+    from anyattn.projections import standard_namespace
 
     xp = pytest.importorskip(name, reason=f"{name} not installed")
     if name == "jax.numpy":

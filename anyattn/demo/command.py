@@ -166,7 +166,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _load_library(name: str) -> tuple[Namespace, str]:
     from importlib import import_module
 
-    from anyattn.multihead import standard_namespace
+    from anyattn.projections import standard_namespace
 
     library = LIBRARIES[name]
     try:

@@ -13,7 +13,8 @@ from typing import Any
 
 from anyattn import arrays
 from anyattn.arrays import Array, Namespace
-from anyattn.multihead import MultiHeadAttention, linear
+from anyattn.multihead import MultiHeadAttention
+from anyattn.projections import linear
 
 # Our names of the parts of a layer, and theirs in Hugging Face's files. Attention has its own parameters.
 _PARTS = {
