@@ -172,7 +172,27 @@ def test_numba_keeps_its_pace_where_decays_make_products_subnormal():
         assert seconds(-2.5) < 2 * seconds(-0.1)
 
 
-def test_memory_and_time_grow_with_the_length():
+@pytest.mark.parametrize("rule", RULES)
+def test_time_grows_as_the_length(rule):
+    """Four times the tokens take four times as long on Numba; asv goes to a million."""
+    if not aa.backends()["numba"].available:
+        pytest.skip("numba is not installed")
+    sizes = {"heads": 1, "kv_heads": 1, "dim": 16, "v_dim": 16, "dtype": "f4"}
+    calls = {length: given(rule, length=length, **sizes) for length in (32_000, 128_000)}
+
+    def seconds(length):
+        q, k, v, options = calls[length]
+        start = time.process_time()
+        aa.linear_attention(q, k, v, backend="numba", **options)
+        return time.process_time() - start
+
+    with aa.use(threads=1):
+        found = [[seconds(length) for length in calls] for _ in range(4)][1:]
+    short, long = np.min(found, axis=0)
+    assert long < 6 * short
+
+
+def test_memory_grows_with_the_length():
     """The largest array that a chunk makes is one of chunks, not of the sequence."""
     import tracemalloc
 
