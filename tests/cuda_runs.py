@@ -9,7 +9,16 @@ from cuda_standin import Standin
 
 from anyattn.backend import Backend
 from anyattn.describe import Options, describe
-from anyattn_cupy import CupyBackend, inspect_launch, launch, linear_launch, listing
+from anyattn_cupy import (
+    CupyBackend,
+    devices,
+    filling,
+    inspect_launch,
+    launch,
+    linear_launch,
+    listing,
+    schedules,
+)
 
 __all__ = ["Interpreted", "described", "placed_arrays"]
 
@@ -68,6 +77,15 @@ class Interpreted(CupyBackend):
         return listing.key_of(call, self.make(self.capability, **self.options))
 
     def run(self, call: Any) -> Any:
+        # Each call has a device of its own; caches would keep the memory of all that there were.
+        for forget in (
+            filling.compiled.cache_clear,
+            devices._describe.cache_clear,
+            schedules._uploaded.clear,
+        ):
+            forget()
+        if hasattr(self, "standin"):
+            self.standin.close()
         self.standin = self.make(self.capability, **self.options)
         if call.operation == "weights":
             return np.array(inspect_launch.weights(call, self.standin))

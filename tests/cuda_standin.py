@@ -104,6 +104,11 @@ class Standin:
         )
         self.RawModule = functools.partial(_Module, self)
 
+    def close(self) -> None:
+        """Give memory back: a device is part of a cycle, which Python may take long to find."""
+        self.launches.clear()
+        self.arena.data = self.arena.known = np.empty(0, np.uint8)
+
     def _device(self, number: int | None = None) -> Any:
         attributes = {
             "MaxSharedMemoryPerBlockOptin": SHARED_MEMORY[self.capability],
