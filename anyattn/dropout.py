@@ -21,7 +21,7 @@ from anyattn.expr.nodes import ROW, Apply, B, Const, Expr, H, J, Table, apply, l
 from anyattn.expr.relocate import Relocation
 from anyattn.numbers import integer, real
 
-__all__ = ["Dropout", "dropout_of", "drawn_from", "kept_scale", "key_words"]
+__all__ = ["Dropout", "drawn_from", "dropout_of", "kept_scale", "key_words"]
 
 _BITS = 24
 _WORD = 1 << 32
