@@ -19,6 +19,7 @@ from anyattn_cupy.linear_variants import choose
 from anyattn_cupy.source import OPTIONS
 from anyattn_cupy.variants import Device
 
+PAGE = Path(__file__).parents[1] / "docs" / "linear-attention.md"
 BUDGET = Path(__file__).with_name("cuda_budget_linear.csv")
 COLUMNS = ("rule", "dtype", "head_dim", "architecture")
 HELD = ("channels", "rows", "columns", "registers", "shared_memory", "spilled")
@@ -78,6 +79,26 @@ def test_within_the_budget(kernel, budget):
         assert all(row[name] == found[name] for name in HELD if name not in ("registers", "spilled")), found
         for name in ("registers", "spilled"):
             assert int(found[name]) <= int(row[name]), (kernel, capability, name, found)
+
+
+def table():
+    """The rows of docs/linear-attention.md: tile, registers and KiB of shared memory by architecture."""
+    found = {}
+    with BUDGET.open(newline="") as file:
+        for row in csv.DictReader(file):
+            room = f"{int(row['shared_memory']) / 1024:.0f}"
+            cell = f"{row['rows']}×{row['columns']}, {row['registers']}, {room}"
+            found.setdefault(tuple(row[c] for c in COLUMNS[:-1]), {})[row["architecture"]] = cell
+    lines = []
+    for (rule, dtype, dim), cells in found.items():
+        assert cells["sm_86"] == cells["sm_89"]
+        shown = [cell for architecture, cell in cells.items() if architecture != "sm_89"]
+        lines.append(f"| {' | '.join([rule, f'{dtype}, {dim}', *shown])} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_the_page():
+    assert table() in PAGE.read_text(), table()
 
 
 def test_nothing_is_spilled(budget):
