@@ -171,6 +171,11 @@ def _empty_rows() -> Iterator[Case]:
         "sinks that are not finite and no key, stats", FAMILY, why, operation="stats",
         stats=("key_mass", "entropy", "max"), **nothing,
     )  # fmt: skip
+    beside = Given("mask", tuple(((head == 2, False) * 4 + (head == 2,),) for head in range(3)), "bool")
+    yield call(
+        "sinks that are not finite, beside a head that sees keys", FAMILY, "tiles that another head opens",
+        heads=3, kv_heads=1, mask=beside, sinks=Given("sinks", (INF, NAN, 0.5), "float32"), return_lse=True,
+    )  # fmt: skip
     for word, mask in {"": None, ", and a mask": some}.items():
         yield call(
             f"bias of -inf{word}", FAMILY,
