@@ -78,7 +78,7 @@ def assembly(kernel, dtype):
 
 def function_of(code, name):
     """The lines of a function whose name begins so, and of its longest loop."""
-    (body,) = re.findall(rf"^{name}\w*:\n(.*?)^\.Lfunc_end", code, flags=re.MULTILINE | re.DOTALL)
+    (body,) = re.findall(rf"^\.L{name}\w*:\n(.*?)^\.Lfunc_end", code, flags=re.MULTILINE | re.DOTALL)
     blocks = re.split(r"^\.L\w+:.*\n", body, flags=re.MULTILINE)
     return body, max(blocks, key=lambda block: len(re.findall("fmla", block)))
 

@@ -35,6 +35,7 @@ def numba_source(
     split: bool = False,
     entries: bool = False,
     title: str = "",
+    inline: str = 'inline = numba.njit(forceinline=True, error_model="numpy")',
 ) -> str:
     """A Python module with the functions `visible`, `score` and `keep` of a program, where it has them.
 
@@ -61,6 +62,8 @@ def numba_source(
         `accumulate` then, 0 or 1 of a boolean array. What is the same for a row does without them.
     title : str
         A line for the reader at the top of the module, such as the mask that it was made for.
+    inline : str
+        The statement that names what compiles the functions.
     """
     writer = _Writer(accumulate, index, entries)
     captured = _captured_names(program)
@@ -81,7 +84,7 @@ def numba_source(
     head += ["import numba", "import numpy as np", "from numba import types", ""]
     head += [f"from anyattn_numba.vector_math import {imported}", ""] if imported else []
     head += ["# Types of the captured arguments, in order.", f"CAPTURED = {types}", ""]
-    head += ['inline = numba.njit(forceinline=True, error_model="numpy")']
+    head += [inline]
     return "\n".join(head) + "\n\n\n" + "\n\n\n".join([*helpers, *functions]) + "\n"
 
 

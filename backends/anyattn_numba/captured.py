@@ -7,7 +7,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
-from anyattn_numba.jit import array_value, intrinsic
+from anyattn_numba.jit import array_value, intrinsic, itemsize
 from anyattn_numba.vectors import INT64, offset
 
 __all__ = ["array_of", "captured_array"]
@@ -35,7 +35,7 @@ def array_of(typing_context: Any, address: Any, rows: Any, width: Any, kind: Any
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, rows, width, _ = arguments
-        size = ir.Constant(INT64, context.get_abi_sizeof(context.get_data_type(array_type.dtype)))
+        size = ir.Constant(INT64, itemsize(array_type.dtype))
         shape = [rows, width][-array_type.ndim :]
         strides = [builder.mul(width, size), size][-array_type.ndim :]
         return _array(context, builder, array_type, address, shape, strides)

@@ -13,7 +13,7 @@ from numba import types
 
 from anyattn_numba import arguments as a
 from anyattn_numba.blocks import NEXT_KEY, next_item, row_at, scaler, steps, walker
-from anyattn_numba.jit import carray, compiled, inlined
+from anyattn_numba.jit import carray, compiled, task
 from anyattn_numba.memory import pointer, read_word
 from anyattn_numba.microkernels import largest_kernel, soften_kernel
 from anyattn_numba.narrow import QUERIES, narrow_score_kernel, narrow_weigh_kernel
@@ -54,7 +54,7 @@ def decode_kernel(shape: Shape, dtype: str, stored_dtype: str | None = None) -> 
     finite = all_finite(shape.element)
     finish = finisher(shape, dtype)
 
-    @inlined
+    @compiled
     def visit(block: int, item: int, scratch: int, first: int, columns: int, count: int, masked: int) -> None:
         head_dim, v_head_dim = read_word(block + a.HEAD_DIM), read_word(block + a.V_HEAD_DIM)
         raw = in_place and masked == 0 and columns == 0
@@ -114,7 +114,7 @@ def decode_kernel(shape: Shape, dtype: str, stored_dtype: str | None = None) -> 
 
     walk = walker(visit)
 
-    @compiled
+    @task
     def decode(block: int, worker: int) -> int:
         scratch = read_word(block + a.SCRATCH) + worker * read_word(block + a.SCRATCH_SIZE)
         # Lanes without a query hold no score; what they hold must be a number.

@@ -23,7 +23,7 @@ from typing import Any
 
 from anyattn_numba import arguments as a
 from anyattn_numba.blocks import KEPT_BATCH, NONE, WIDTH, next_item, steps, walker
-from anyattn_numba.jit import compiled, inlined
+from anyattn_numba.jit import compiled, task
 from anyattn_numba.memory import read_word, transpose_kernel, write_word
 from anyattn_numba.microkernels import soften_kernel, weigh_kernel
 from anyattn_numba.results import finisher
@@ -50,7 +50,7 @@ def forward_kernel(shape: Shape, dtype: str, stored_dtype: str | None = None) ->
     transpose = transpose_kernel(shape.element, lanes)
     finish = finisher(shape, dtype)
 
-    @inlined
+    @compiled
     def visit(block: int, item: int, scratch: int, first: int, columns: int, count: int, masked: int) -> None:
         """Take some keys into the state."""
         load_scores(block, item, scratch, first, columns, count, masked)
@@ -95,7 +95,7 @@ def forward_kernel(shape: Shape, dtype: str, stored_dtype: str | None = None) ->
                 transpose(source, width * size, stage + (lane * padded + c) * size, padded * size)
         return stage
 
-    @compiled
+    @task
     def forward(block: int, worker: int) -> int:
         scratch = read_word(block + a.SCRATCH) + worker * read_word(block + a.SCRATCH_SIZE)
         write_word(scratch + KEPT_BATCH, NONE - 1)

@@ -27,7 +27,7 @@ from numba import types
 from anyattn_numba import arguments as a
 from anyattn_numba.atomics import fetch_add
 from anyattn_numba.blocks import NONE, WIDTH, next_item, steps, walker
-from anyattn_numba.jit import carray, compiled
+from anyattn_numba.jit import carray, compiled, task
 from anyattn_numba.memory import pointer, read_index, read_word, transpose_kernel, write_word
 from anyattn_numba.microkernels import soften_kernel
 from anyattn_numba.normalise import gather_kernel, normalise_kernel
@@ -140,7 +140,7 @@ def weights_kernel(shape: Shape, dtype: str) -> Any:
 
     begin, walk, total_up = _two_passes(shape, dtype, take)
 
-    @compiled
+    @task
     def weights(block: int, worker: int) -> int:
         scratch = read_word(block + a.SCRATCH) + worker * read_word(block + a.SCRATCH_SIZE)
         while True:
@@ -205,7 +205,7 @@ def stats_kernel(shape: Shape, dtype: str) -> Any:
             if peak != 0:
                 carray(pointer(peak + where), 1, kind)[0] = summary[2, lane]
 
-    @compiled
+    @task
     def stats(block: int, worker: int) -> int:
         scratch = read_word(block + a.SCRATCH) + worker * read_word(block + a.SCRATCH_SIZE)
         while True:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from importlib import import_module
 from types import FunctionType
 from typing import Any
 
@@ -16,8 +15,22 @@ import numba.extending
 from llvmlite import ir
 from numba.core import cgutils as _cgutils
 from numba.core import types
+from numba.np.numpy_support import as_dtype
 
-__all__ = ["OPTIONS", "array_value", "carray", "cgutils", "compiled", "inlined", "intrinsic", "named_apart"]
+from anyattn_numba.parts import PartCompiler, TaskCompiler
+
+__all__ = [
+    "OPTIONS",
+    "array_value",
+    "carray",
+    "cgutils",
+    "compiled",
+    "inlined",
+    "intrinsic",
+    "itemsize",
+    "named_apart",
+    "task",
+]
 
 # No exception for a division by zero, no GIL, and no wrappers that make functions callable from Python, which
 # take a sixth of the time in which kernels compile.
@@ -32,17 +45,18 @@ cgutils: Any = _cgutils
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """A function for compiled code and `threads.address`; a call from Python would end the process."""
-    return numba.njit(**OPTIONS)(named_apart(function))
+    """A function for compiled code; a call from Python would end the process."""
+    return numba.njit(pipeline_class=PartCompiler, **OPTIONS)(named_apart(function))
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """A function that becomes part of each one that calls it.
+    """A function for compiled code that becomes a part of each one that calls it."""
+    return numba.njit(pipeline_class=PartCompiler, forceinline=True, **OPTIONS)(named_apart(function))
 
-    A function that is called is compiled with all that it calls, and again with its caller: a chain of
-    functions that each call nearly all of a kernel would be optimised once for each.
-    """
-    return numba.njit(inline="always", **OPTIONS)(named_apart(function))
+
+def task(function: Callable[..., Any]) -> Any:
+    """A function of two integers for `threads.address`; a call from Python would end the process."""
+    return numba.njit(pipeline_class=TaskCompiler, **OPTIONS)(named_apart(function))
 
 
 def named_apart(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,9 +90,7 @@ def carray(typing_context: Any, address: Any, shape: Any, kind: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, shape, _ = arguments
         sizes = [shape] if lengths is types.int64 else cgutils.unpack_tuple(builder, shape, ndim)
-        strides = [
-            context.get_constant(types.int64, context.get_abi_sizeof(context.get_data_type(made.dtype)))
-        ]
+        strides = [ir.Constant(ir.IntType(64), itemsize(made.dtype))]
         for size in sizes[:0:-1]:
             strides.insert(0, builder.mul(strides[0], size))
         return array_value(context, builder, made, address, sizes, strides)
@@ -89,20 +101,31 @@ def carray(typing_context: Any, address: Any, shape: Any, kind: Any) -> Any:
 def array_value(
     context: Any, builder: Any, array_type: Any, address: Any, shape: list[Any], strides: list[Any]
 ) -> Any:
-    """An array of a Numba type from a pointer, and its shape and strides as int64."""
-    # What code from the disk cache does without.
-    arrayobj: Any = import_module("numba.np.arrayobj")
-    array = arrayobj.make_array(array_type)(context, builder)
-    item = context.get_data_type(array_type.dtype)
-    arrayobj.populate_array(
-        array,
-        data=builder.bitcast(address, item.as_pointer()),
-        shape=cgutils.pack_array(builder, shape, ty=ir.IntType(64)),
-        strides=cgutils.pack_array(builder, strides, ty=ir.IntType(64)),
-        itemsize=context.get_constant(types.int64, context.get_abi_sizeof(item)),
-        meminfo=None,
-    )
-    return array._getvalue()
+    """An array of a Numba type from a pointer, and its shape and strides as int64.
+
+    Numba's own way to make one (`numba.np.arrayobj`) takes 4 ms.
+    """
+    model = context.data_model_manager[array_type]
+    number = shape[0]
+    for size in shape[1:]:
+        number = builder.mul(number, size)
+    fields = {
+        "nitems": number,
+        "itemsize": ir.Constant(ir.IntType(64), itemsize(array_type.dtype)),
+        "data": builder.bitcast(address, context.get_data_type(array_type.dtype).as_pointer()),
+        "shape": cgutils.pack_array(builder, shape, ty=ir.IntType(64)),
+        "strides": cgutils.pack_array(builder, strides, ty=ir.IntType(64)),
+    }
+    # The others say who owns the memory: nobody.
+    value = ir.Constant(model.get_value_type(), None)
+    for name, field in fields.items():
+        value = model.set(builder, value, field, name)
+    return value
+
+
+def itemsize(kind: Any) -> int:
+    """Bytes of a number in an array."""
+    return int(as_dtype(kind).itemsize)
 
 
 def _identity(value: Any) -> str:

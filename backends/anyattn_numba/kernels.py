@@ -162,6 +162,7 @@ def _own_modules() -> tuple[ModuleType, ...]:
         "narrow",
         "normalise",
         "pairs",
+        "parts",
         "results",
         "rows",
         "target",

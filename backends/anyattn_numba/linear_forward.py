@@ -26,7 +26,7 @@ from typing import Any
 from numba import types
 
 from anyattn_numba.atomics import fetch_add
-from anyattn_numba.jit import carray, compiled, inlined
+from anyattn_numba.jit import carray, compiled, task
 from anyattn_numba.linear_decay import fade_head_kernel, fade_kernel, fade_keys_kernel
 from anyattn_numba.memory import pointer, read_real, read_word, transpose_kernel
 from anyattn_numba.microkernels import score_kernel, weigh_kernel
@@ -158,7 +158,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                     here = start + c
                     target[c] = row[here] if here < v_dim else kind(1 if here < columns else 0)
 
-    @inlined
+    @compiled
     def load_factors(block: int, strand: int, scratch: int, first: int, count: int) -> None:
         """What each token of a chunk keeps."""
         channels, factors = read_word(block + CHANNELS), scratch + read_word(block + AT_FACTORS)
@@ -174,7 +174,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
         for n in range(count * channels):
             kept[n] = exp(kept[n])
 
-    @inlined
+    @compiled
     def add_keys(block: int, scratch: int, count: int) -> None:
         """S = S + K^T V, what was there before faded."""
         dim, columns = read_word(block + HEAD_DIM), read_word(block + COLUMNS)
@@ -260,7 +260,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                 for lane in range(j):
                     weights[j, lane] = 0
 
-    @inlined
+    @compiled
     def write_rows(block: int, target: int, scratch: int, count: int, inside: int) -> None:
         """The rows of some queries of a head; `inside` says that keys of the chunk count as well."""
         dim, v_dim, columns = (
@@ -304,7 +304,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                 stage + lane * wide * size, v_dim, factor, target + lane * read_word(block + OUT_ROW), stored
             )
 
-    @inlined
+    @compiled
     def correct(block: int, strand: int, scratch: int, first: int, count: int) -> None:
         """V = U."""
         dim, columns, width = read_word(block + HEAD_DIM), read_word(block + COLUMNS), padded(count)
@@ -356,7 +356,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                         for c in range(width):
                             own[c] = other[c] if c < channels else kind(0)
 
-    @inlined
+    @compiled
     def load_chunk(block: int, strand: int, scratch: int, first: int, most_tokens: int) -> int:
         """Keys, factors and what is written of as many tokens as the chunk has, a number that is returned.
 
@@ -380,7 +380,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                 count = 1
         return count
 
-    @inlined
+    @compiled
     def follow(block: int, strand: int, scratch: int) -> None:
         """All of a strand: chunks of keys, which queries read in between, or after the last without order."""
         keys, causal = read_word(strand + K_LEN), read_word(block + CAUSAL)
@@ -411,7 +411,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
             at += count
         move_state(block, scratch, read_word(strand + STATE_AFTER), 1)
 
-    @compiled
+    @task
     def linear(block: int, worker: int) -> int:
         scratch = read_word(block + SCRATCH) + worker * read_word(block + SCRATCH_SIZE)
         while True:

@@ -17,7 +17,7 @@ callers, which would be optimised as often as they are compiled.
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -35,6 +35,7 @@ __all__ = ["accumulators", "by_vectors", "largest_kernel", "score_kernel", "soft
 # Weights within 2**8 of the smallest normal number are 0: of their products with values many would be
 # subnormal. Rows of ALiBi are full of such weights, and took half as long again.
 _SPARE = 8
+_numbers = itertools.count()
 
 
 @lru_cache
@@ -262,12 +263,13 @@ def by_vectors(
 def outlined(
     name: str, shape: Shape, count: int, code: Callable[[Any, list[Any]], None]
 ) -> Callable[[Any, Any, Any, Any], Any]:
-    """The call of a function of `count` int64 that holds `code`, one for all callers.
+    """The call of a function of `count` int64 that holds `code`, one for all callers of a task.
 
-    All machine code of a process may share it by its name, which therefore holds a digest of the code.
+    Machine code may share it by its name, which therefore is no other function's in this process.
     """
+    label = f"anyattn_{name}_{shape.element}_{shape.lanes}x{shape.vectors}_{next(_numbers)}"
 
-    def define(module: ir.Module, label: str) -> Any:
+    def define(module: ir.Module) -> Any:
         function = ir.Function(module, ir.FunctionType(ir.VoidType(), [INT64] * count), label)
         function.linkage = "linkonce_odr"
         function.attributes.add("noinline")
@@ -277,14 +279,8 @@ def outlined(
         builder.ret_void()
         return function
 
-    @lru_cache
-    def label() -> str:
-        start = f"anyattn_{name}_{shape.element}_{shape.lanes}x{shape.vectors}"
-        text = str(define(ir.Module(), start))
-        return f"{start}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
     def call(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        function = builder.module.globals.get(label()) or define(builder.module, label())
+        function = builder.module.globals.get(label) or define(builder.module)
         builder.call(function, arguments)
         return context.get_dummy_value()
 

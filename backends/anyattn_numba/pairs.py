@@ -13,23 +13,23 @@ from typing import Any
 
 import numba
 from numba import types
-from numba.core.compiler import Compiler
 
 from anyattn_numba import arguments as a
-from anyattn_numba.jit import OPTIONS, carray, compiled, intrinsic
+from anyattn_numba.jit import OPTIONS, carray, compiled, intrinsic, task
 from anyattn_numba.memory import pointer, read_index, read_word, transpose_kernel
+from anyattn_numba.parts import PartCompiler
 from anyattn_numba.rows import ITEMSIZE, reader
 from anyattn_numba.target import Shape, host
 
 __all__ = ["entries_kernel", "entries_stride", "over_pairs", "padded_keys", "whole_vectors"]
 
 
-class _Apart(Compiler):
+class _Apart(PartCompiler):
     """No two arrays share memory: else a table that is read may be the scores that are written."""
 
     def define_pipelines(self) -> Any:
         self.state.flags.noalias = True
-        return vars(Compiler)["define_pipelines"](self)
+        return super().define_pipelines()
 
 
 def over_pairs(function: Callable[..., Any]) -> Any:
@@ -39,10 +39,14 @@ def over_pairs(function: Callable[..., Any]) -> Any:
 
 @intrinsic
 def whole_vectors(typing_context: Any) -> Any:
-    """Let LLVM use the widest vectors in this function; alone it takes half of 64 bytes."""
+    """Let LLVM use the widest vectors in this function; alone it takes half of 64 bytes.
+
+    It is kept out of what calls it, which says nothing of the kind.
+    """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         # llvmlite lets only attributes through that it knows.
+        builder.function.attributes.add("noinline")
         set.add(builder.function.attributes, f'"prefer-vector-width"="{8 * host().vector_bytes}"')
         return context.get_dummy_value()
 
@@ -68,7 +72,7 @@ def entries_kernel(shape: Shape, dtype: str) -> Any:
     read = reader(dtype, shape.element)
     transpose = transpose_kernel(shape.element, lanes)
 
-    @compiled
+    @task
     def entries(tile: int, source: int) -> int:
         keys, width = read_word(tile + a.TILE_KEYS), read_word(tile + a.TILE_WIDTH)
         first, columns = read_word(tile + a.TILE_FIRST), read_word(tile + a.TILE_COLUMNS)

@@ -18,10 +18,10 @@ from anyattn import philox
 from anyattn.kernels.cache import user_store
 from anyattn.kernels.key import KernelKey, code_digest
 from anyattn.kernels.numba_store import attach, numba_settings, numba_target, numba_versions
-from anyattn_numba import atomics, jit, memory, threads
+from anyattn_numba import atomics, jit, memory, parts, threads
 from anyattn_numba.atomics import fetch_add
 from anyattn_numba.hostarrays import address_of
-from anyattn_numba.jit import OPTIONS, carray, compiled, inlined
+from anyattn_numba.jit import OPTIONS, carray, inlined, task
 from anyattn_numba.memory import pointer, read_real, read_word
 from anyattn_numba.thread_count import thread_count
 
@@ -74,7 +74,7 @@ def kept_kernel(dtype: str) -> Any:
     kind = getattr(types, dtype)
     size = kind.bitwidth // 8
 
-    @compiled
+    @task
     def kept(block: int, worker: int) -> int:
         heads, rows, keys = read_word(block + HEADS), read_word(block + ROWS), read_word(block + KEYS)
         lines, target = read_word(block + LINES), read_word(block + OUT)
@@ -119,7 +119,7 @@ def _address(dtype: str) -> int:
         target=numba_target(),
         settings=numba_settings(OPTIONS),
         versions=numba_versions(),
-        code=code_digest("", [philox, atomics, jit, memory, sys.modules[__name__]]),
+        code=code_digest("", [philox, atomics, jit, memory, parts, sys.modules[__name__]]),
     )
     dispatcher = kept_kernel(dtype)
     # llvmlite has a lock of its own, which a fork beside this would copy held.

@@ -10,12 +10,13 @@ import math
 from functools import lru_cache
 from typing import Any
 
+import numpy
 from numba import types
 
 from anyattn_numba import arguments as a
 from anyattn_numba.atomics import fetch_add
 from anyattn_numba.blocks import WIDTH
-from anyattn_numba.jit import carray, compiled
+from anyattn_numba.jit import carray, compiled, task
 from anyattn_numba.memory import pointer, read_word
 from anyattn_numba.rows import writer
 from anyattn_numba.target import Shape
@@ -33,6 +34,8 @@ def finisher(shape: Shape, dtype: str) -> Any:
     lanes, size = shape.lanes, shape.itemsize
     kind = getattr(types, shape.element)
     write, write_part = writer(dtype, shape.element), writer(shape.element, shape.element)
+    # Of the type of a stride that is read: Numba compiles a function anew for a literal.
+    step = numpy.int64(size)
 
     @compiled
     def finish(block: int, item: int, scratch: int, sums: int) -> None:
@@ -61,7 +64,7 @@ def finisher(shape: Shape, dtype: str) -> Any:
             else:
                 number += part * read_word(block + a.NUM_ROWS)
                 target = read_word(block + a.PARTS) + number * v_head_dim * size
-                write_part(source, v_head_dim, factor, target, size)
+                write_part(source, v_head_dim, factor, target, step)
             sums_to = lse if part < 0 else read_word(block + a.PART_LSE)
             if sums_to != 0:
                 value = kind(-math.inf) if total == 0 else state[0, lane] + kind(math.log(total))
@@ -78,7 +81,7 @@ def combine_kernel(shape: Shape, dtype: str) -> Any:
     kind = getattr(types, shape.element)
     write = writer(dtype, shape.element)
 
-    @compiled
+    @task
     def combine(block: int, worker: int) -> int:
         rows, parts = read_word(block + a.NUM_ROWS), read_word(block + a.NUM_PARTS)
         v_head_dim, q_len = read_word(block + a.V_HEAD_DIM), read_word(block + a.Q_LEN)

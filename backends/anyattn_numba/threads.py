@@ -36,7 +36,7 @@ from anyattn.forks import held_over_forks
 from anyattn.kernels.cache import say, user_store
 from anyattn.kernels.key import KernelKey, code_digest
 from anyattn.kernels.numba_store import attach, numba_settings, numba_target, numba_versions
-from anyattn_numba import atomics, workers
+from anyattn_numba import atomics, parts, workers
 
 __all__ = ["MOST_THREADS", "address", "run", "warm_up"]
 
@@ -77,6 +77,8 @@ def address(dispatcher: Any) -> int:
         if getattr(returned, "literal_type", returned) != types.int64:
             raise TypeError(f"dispatcher: wanted int64 returned, {dispatcher.__name__} returns {returned}")
         found: int = result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
+    if not found:
+        raise TypeError(f"dispatcher: wanted a task, {dispatcher.__name__} is compiled with its callers only")
     _libraries[found] = result.library
     return found
 
@@ -98,14 +100,26 @@ def run(function: int, arguments: int, threads: int) -> int:
     int
         0, or a status other than 0 that the task returned on some thread; `atomics.RAISED` where it raised.
     """
+    if threads == 1:
+        return _alone(function, arguments)
     if threads > _pool.threads:
         _pool.grow(threads)
     status: int = _pool.launch(_pool.place, function, arguments, threads)
     return status
 
 
+def _alone(function: int, arguments: int) -> int:
+    """Call a task on this thread. It has no need of a pool, which takes half a second to compile."""
+    global _call
+    if _call is None:
+        _call = _compile(workers.call, 3)
+    status: int = _call(function, arguments, 0)
+    return status
+
+
 def warm_up() -> None:
     """Compile what `run` needs, or load it from the cache."""
+    _compile(workers.call, 3)
     _pool.grow(2)
 
 
@@ -231,7 +245,7 @@ def _attach(dispatcher: Any) -> None:
         target=numba_target(),
         settings=numba_settings(workers.OPTIONS),
         versions=numba_versions(),
-        code=code_digest("", [atomics, workers]),
+        code=code_digest("", [atomics, parts, workers]),
     )
     attach(dispatcher, key, user_store())
 
@@ -251,6 +265,7 @@ def _forget() -> None:
     _pool = _new_pool()
 
 
+_call: Any = None  # what runs `workers.call`
 _libraries: dict[int, Any] = {}  # of what `address` gave: their code must stay
 _pool = _new_pool()
 # A child that was copied while another thread compiled could not compile.

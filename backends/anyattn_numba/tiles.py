@@ -30,16 +30,19 @@ def index_type(program: Program, ranges: Mapping[str, Range]) -> str:
 
 def tile_source(program: Program, accumulate: str, index: str, title: str = "") -> str:
     """The module of a program with its function `tile`."""
-    functions = numba_source(program, accumulate, index=index, split=True, entries=True, title=title)
+    functions = numba_source(
+        program, accumulate, index=index, split=True, entries=True, title=title, inline=_INLINE
+    )
     return functions + _IMPORTS + "\n\n" + "\n".join(_Tile(program, accumulate, index).lines()) + "\n"
 
 
+_INLINE = "from anyattn_numba.jit import inlined as inline"
 _IMPORTS = """
 
 from anyattn_numba import arguments as a
 from anyattn_numba.atomics import invoke
 from anyattn_numba.captured import array_of, captured_array
-from anyattn_numba.jit import compiled
+from anyattn_numba.jit import task
 from anyattn_numba.memory import read_index, read_real, read_word
 from anyattn_numba.pairs import entries_stride, over_pairs, whole_vectors
 """
@@ -121,7 +124,7 @@ class _Tile:
         """The function `tile`."""
         real = f"np.{self.accumulate}"
         lines = [
-            "@compiled",
+            "@task",
             "def tile(tile, worker):",
             "    keys, width = read_word(tile + a.TILE_KEYS), read_word(tile + a.TILE_WIDTH)",
             "    b, action = read_word(tile + a.TILE_BATCH), read_word(tile + a.TILE_ACTION)",

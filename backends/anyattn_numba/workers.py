@@ -31,6 +31,7 @@ from anyattn_numba.atomics import (
     pause,
     store,
 )
+from anyattn_numba.parts import PartCompiler, TaskCompiler
 
 __all__ = ["OPTIONS", "call", "launch", "serve"]
 
@@ -38,13 +39,13 @@ OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    return njit(**OPTIONS)(function)
+    return njit(pipeline_class=TaskCompiler, **OPTIONS)(function)
 
 
 def _part(function: Callable[..., Any]) -> Any:
     """A function that only compiled code calls."""
     options = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    return njit(**options)(function)
+    return njit(pipeline_class=PartCompiler, **options)(function)
 
 
 # Nanoseconds for which one waits awake: waking up costs a worker 30 to 60 µs.
@@ -142,24 +143,23 @@ def serve(pool: int, worker: int) -> None:
 def launch(pool: int, function: int, arguments: int, threads: int) -> int:
     """Call a task here and on up to `threads - 1` idle workers; the first status that is not 0."""
     claimed = 0
-    if threads > 1:
-        number = 1
-        worker = pool
-        for _ in range(load(pool + COUNT)):
-            worker += PART
-            if load(worker + STATE) == IDLE and compare_exchange(worker + STATE, IDLE, CLAIMED):
-                store(worker + FUNCTION, function)
-                store(worker + ARGUMENTS, arguments)
-                store(worker + WORKER, number)
-                store(worker + NEXT, claimed)
-                store(worker + CALLER_CPU, cpu(pool, OF_CALLER))
-                exchange(worker + STATE, READY)
-                if load(worker + WORKER_SLEEPS) != 0:
-                    wake(pool, worker)
-                claimed = worker
-                number += 1
-                if number == threads:
-                    break
+    number = 1
+    worker = pool
+    for _ in range(load(pool + COUNT)):
+        worker += PART
+        if load(worker + STATE) == IDLE and compare_exchange(worker + STATE, IDLE, CLAIMED):
+            store(worker + FUNCTION, function)
+            store(worker + ARGUMENTS, arguments)
+            store(worker + WORKER, number)
+            store(worker + NEXT, claimed)
+            store(worker + CALLER_CPU, cpu(pool, OF_CALLER))
+            exchange(worker + STATE, READY)
+            if load(worker + WORKER_SLEEPS) != 0:
+                wake(pool, worker)
+            claimed = worker
+            number += 1
+            if number == threads:
+                break
     status: int = invoke(function, arguments, 0)
     while claimed != 0:
         worker = claimed
