@@ -54,6 +54,25 @@ def test_attention_sees_the_chosen_blocks_alone(backend):
         np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
 
 
+def test_no_choice_compiles_anything():
+    """Other tables, counts and lengths are arguments of one kernel."""
+    event = pytest.importorskip("numba.core.event")
+
+    def run(q, k, count):
+        v = np.ones((*k.shape[:-1], 3))
+        mask = aa.masks.top_blocks(q, k, SIZE, count)
+        out = aa.attention(q, k, v, mask=mask, causal=True, q_offset=k.shape[2], backend="numba")
+        np.testing.assert_allclose(out, 1.0, rtol=1e-12)
+        options = {"mask": mask, "dtype": "float64", "head_dim": 5, "v_head_dim": 3, "causal": True}
+        return aa.compile(backend="numba", **options).cache_key
+
+    key = run(Q, K, 2)
+    with event.install_recorder("numba:compile") as compiled:
+        keys = {run(Q[..., ::-1].copy(), K, 2), run(Q, -K, 3), run(Q[:, :, :9], K[:, :, :17], 1)}
+    assert {str(one) for one in keys} == {str(key)}
+    assert compiled.buffer == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
