@@ -20,7 +20,7 @@ from anyattn.testing.bad_input import bad_calls
 from anyattn.testing.case import Entry, Given, Plant, Value, call
 from anyattn.testing.cases import all_cases, gradient_cases, pairwise, regenerate_pairs
 from anyattn.testing.expected import Expected, expected, expected_gradients, mismatch
-from anyattn.testing.libraries import LIBRARIES
+from anyattn.testing.libraries import ALL_DTYPES, LIBRARIES
 from anyattn.testing.memory import MEMORIES, lay_out
 from anyattn.testing.strategies import EVERYTHING, calls
 
@@ -221,9 +221,13 @@ class TestSkips:
         if eager.missing() is not None:
             pytest.skip(eager.missing())
         written = plain(mask=Entry("masks", "causal"))
-        tracing = reference(dtypes=frozenset({"float16", "float32"}), capabilities=EVERYTHING | {"traced"})
+        tracing = reference(dtypes=ALL_DTYPES, capabilities=EVERYTHING | {"traced"})
         assert running.run_instead(written, tracing, eager, both) == "jax-jit runs the same operations"
         assert running.run_instead(replace(plain(), dtype="float16"), tracing, eager, both)
+        wide = replace(written, dtype="float64"), tracing, LIBRARIES["jax-x64"]
+        assert (
+            running.run_instead(*wide, ("jax-x64", "jax-x64-jit")) == "jax-x64-jit runs the same operations"
+        )
         for library, case, backend, chosen in (
             (eager, plain(mask=Given("mask", ((True,),), "bool")), tracing, both),
             (eager, replace(written, family="pairs"), tracing, both),
@@ -232,6 +236,7 @@ class TestSkips:
             (eager, written, reference(), both),
             (LIBRARIES["jax-jit"], written, tracing, both),
             (LIBRARIES["jax-x64"], written, tracing, both),
+            (LIBRARIES["jax-x64-jit"], written, tracing, ("jax-x64-jit", *both)),
             (NUMPY, written, tracing, ("numpy", *both)),
         ):
             assert running.run_instead(case, backend, library, chosen) is None

@@ -326,9 +326,11 @@ class Jax(Library):
 
     def instead(self, case: Case) -> str | None:
         # Eagerly JAX compiles each operation for each shape, four times the time of a jitted call. A mask or
-        # score function, and 16 bits, change what is done in a block and not which blocks there are.
-        if self.traced or self._x64 or case.operation in CACHES or case.family in self.EAGERLY:
+        # score function, 16 bits and integers of 64 change what is done in a block and not which there are.
+        if self.traced or case.operation in CACHES or case.family in self.EAGERLY:
             return None
+        if self._x64:
+            return "jax-x64-jit"
         functions = (case.options.get(name) for name in ("mask", "score_mod"))
         written = any(isinstance(function, Entry | Function | Combined) for function in functions)
         return "jax-jit" if written or case.dtype != "float32" else None
@@ -522,6 +524,7 @@ LIBRARIES: dict[str, Library] = {
         Jax("jax"),
         Jax("jax-x64", x64=True),
         Jax("jax-jit", jit=True),
+        Jax("jax-x64-jit", jit=True, x64=True),
         Dask("dask"),
         Dask("dask-chunks", pieces=2),
         CuPy("cupy"),
