@@ -53,6 +53,14 @@ def test_imports_no_array_library(environment):
     assert not set(ARRAY_LIBRARIES) & set(loaded.split())
 
 
+def test_what_describes_a_call_is_imported_by_the_first_that_is_new(environment):
+    """It was a third of what importing the package executes."""
+    loaded = run("import sys, anyattn; print(*sys.modules)", environment).split()
+    assert "anyattn.attention" in loaded
+    late = ("call", "describe", "planning", "dropout", "expr.bind", "expr.program", "expr.trace")
+    assert not {f"anyattn.{name}" for name in late} & set(loaded)
+
+
 def test_backends_import_nothing_heavy(environment):
     code = "import sys, anyattn; anyattn.backends(); print(*{m.partition('.')[0] for m in sys.modules})"
     assert not {"torch", "jax", "cupy", "numba", "dask"} & set(run(code, environment).split())
