@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +18,20 @@ from cuda_standin import SHARED_MEMORY
 from anyattn import masks, scores
 from anyattn.describe import Options, describe
 from anyattn.expr.program import lower
-from anyattn_cupy.source import OPTIONS, kernel_source
+from anyattn_cupy.source import OPTIONS, combine_source, kernel_source
 from anyattn_cupy.variants import Device, choose, choose_inspect
 
 BUDGET = Path(__file__).with_name("cuda_budget.csv")
 COLUMNS = ("operation", "dtype", "head_dim", "vector_loads", "options", "architecture")
 HELD = ("kernel", "rows", "keys", "registers", "shared_memory", "spilled")
 
-# The options that the program of a kernel is printed for.
+# The options that the program of a kernel is printed for; int8 and packed are variants of it.
 PROGRAMS = {
     "none": {},
     "causal": {"causal": True},
     "dropout": {"causal": True, "dropout": 0.1, "dropout_seed": 1},
     "int8": {"causal": True},
+    "packed": {"causal": True},
     "all": {
         "mask": masks.sliding_window(512) | masks.global_tokens(64),
         "score_mod": scores.alibi(2),
@@ -38,36 +40,48 @@ PROGRAMS = {
 }
 ATTENTION = [
     *((dtype, dim, True, "causal") for dtype in ("float16", "float32", "float64") for dim in (64, 128, 256)),
-    *((dtype, 512, True, "causal") for dtype in ("float32", "float64")),
-    ("bfloat16", 128, True, "causal"),
+    *((dtype, 512, True, "causal") for dtype in ("float16", "float32", "float64")),
+    *(("bfloat16", dim, True, "causal") for dim in (64, 128)),
+    ("float16", 96, True, "causal"),
     *((dtype, 64, True, options) for dtype in ("float16", "float32") for options in ("none", "all")),
     *((dtype, 64, False, "causal") for dtype in ("float16", "float32")),
-    *((dtype, 128, True, options) for dtype in ("float16", "float32") for options in ("dropout", "int8")),
+    *(
+        (dtype, 128, True, options)
+        for dtype in ("float16", "float32")
+        for options in ("dropout", "int8", "packed")
+    ),
 ]
 INSPECTION = [
     *(("float32", dim, True, "causal") for dim in (64, 128, 512)),
     ("float16", 128, False, "all"),
     ("float64", 256, True, "causal"),
 ]
+MERGES = [(dtype, 128, True, "none") for dtype in ("float16", "float64")]
 KERNELS = [
     *(("attention", *kernel) for kernel in ATTENTION),
     *(("inspection", *kernel) for kernel in INSPECTION),
+    *(("merge", *kernel) for kernel in MERGES),
 ]
 
 
 def needs(operation, dtype, dim, vector_loads, options, capability):
     """What a kernel takes on an architecture, as a row of the budget."""
     device = Device(capability, SHARED_MEMORY[capability])
-    if operation == "attention":
-        variant = choose(device, dtype, dim, dim, vector_loads, scaled=options == "int8")
-    else:
+    if operation == "inspection":
         variant = choose_inspect(device, dtype, dim, vector_loads)
-    x = np.zeros((2, 8, 8), "f4")
-    call = describe("attention", x, x, x, Options(**PROGRAMS[options]))
-    source = kernel_source(variant, lower(call.visible, call.score, call.keep), "int")
-    [found] = compiled(source, f"sm_{capability}", OPTIONS).resources.values()
-    shared = variant.shared_memory + found.shared_memory
-    values = (variant.kernel, variant.rows, variant.keys, found.registers, shared, found.spilled)
+    else:
+        variant = choose(device, dtype, dim, dim, vector_loads, scaled=options == "int8")
+    variant = replace(variant, packed=options == "packed")
+    if operation == "merge":
+        source, tile, room = combine_source(variant), ("combine", 4, 0), 0
+    else:
+        x = np.zeros((2, 8, 8), "f4")
+        call = describe("attention", x, x, x, Options(**PROGRAMS[options]))
+        source = kernel_source(variant, lower(call.visible, call.score, call.keep), "int")
+        tile, room = (variant.kernel, variant.rows, variant.keys), variant.shared_memory
+    [(name, found)] = compiled(source, f"sm_{capability}", OPTIONS).resources.items()
+    assert (name == "combine") == (operation == "merge")
+    values = (*tile, found.registers, room + found.shared_memory, found.spilled)
     return dict(zip(HELD, map(str, values), strict=True))
 
 

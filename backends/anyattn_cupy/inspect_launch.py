@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy
 
-from anyattn.arrays import Array
+from anyattn.arrays import Array, is_array
 from anyattn.call import AttentionCall
 from anyattn.expr.program import lower
 from anyattn_cupy.arguments import argument_dtype
@@ -96,7 +96,7 @@ def _launch(
     items = fill_sizes(block, call, variant, call.q_len if rows is None else rows.shape[0])
     fill_schedule(block, choice.spans, variant.packed)
     sinks = None if call.sinks is None else as_cupy(call.sinks, cupy)
-    offset = call.offset if isinstance(call.offset, int) else as_cupy(call.offset, cupy)
+    offset = as_cupy(call.offset, cupy) if is_array(call.offset) else int(call.offset)
     kept += fill_others(block, sinks, offset, call.batch_shape, cupy)
     for name, x in sums.items():
         block[name] = x.data.ptr

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 
-from anyattn.arrays import Array
+from anyattn.arrays import Array, is_array
 from anyattn.call import AttentionCall
 from anyattn.expr.program import Program, lower
 from anyattn_cupy.arguments import argument_dtype
@@ -151,7 +151,8 @@ class Prepared:
             for name in ("k_scales", "v_scales", "sinks", "offset")
             if id(getattr(call, name)) in numbers
         }
-        self.offset = call.offset if isinstance(call.offset, int) else None
+        # A difference of arrays of NumPy without axes is a number.
+        self.offset = None if is_array(call.offset) else int(call.offset)
         named = {**tensors, "out": self.results.make(cupy)[0]}
         sizes, strides = batch_axes(call.batch_shape, tuple(named.values()))
         self.block = numpy.zeros((), argument_dtype(len(sizes)))
