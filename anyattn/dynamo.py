@@ -252,6 +252,9 @@ def _of_cache(q: Any, cache: Any, v: Any, options: dict[str, Any]) -> tuple[Any,
         if options.get(name) is not None:
             raise ValueError(f"{name}: wanted None with a cache, which knows it")
     k, v = cache.k, cache.v
+    if any(options.get(name) is not None for name in ("mask", "bias", "score_mod")):
+        # Some of these count keys. A number that changes compiles once more, then it is a size of the graph.
+        k, v = k[..., : cache.longest, :], v[..., : cache.longest, :]
     blhd = options.get("layout") == "blhd"
     lengths = torch.as_tensor(cache.lengths).to(k.device)
     found = {"kv_lengths": lengths, "q_offset": lengths - q.shape[-3 if blhd else -2]}

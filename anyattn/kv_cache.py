@@ -80,6 +80,8 @@ class KVCache(GrowingCache):
         What the rows of int8 buffers are times.
     lengths : numpy.ndarray, shape (...)
         Tokens of each sequence that were appended, those forgotten included.
+    longest : int
+        The largest of them.
 
     Examples
     --------
@@ -128,12 +130,17 @@ class KVCache(GrowingCache):
 
         self.k, self.v = (buffer(x, x.shape[-1], xp.int8 if quantize else x.dtype) for x in (k, v))
         self.k_scales, self.v_scales = (buffer(x, 1, xp.float32) if quantize else None for x in (k, v))
-        self._lengths: numpy.ndarray[Any, Any] = numpy.zeros(tuple(k.shape[:-3]), dtype=numpy.int64)
+        self._keep(numpy.zeros(tuple(k.shape[:-3]), dtype=numpy.int64))
         self.append(k, v)
 
     @property
     def lengths(self) -> numpy.ndarray[Any, Any]:
         return self._lengths
+
+    def _keep(self, lengths: numpy.ndarray[Any, Any]) -> None:
+        self._lengths = lengths
+        # A number, as a compiled function reads no array of NumPy's.
+        self.longest = int(lengths.max(initial=0))
 
     @property
     def capacity(self) -> int:
@@ -182,7 +189,7 @@ class KVCache(GrowingCache):
                 taken = (*entry, slice(None), slice(first, last), slice(None))
                 for name, x in rows.items():
                     setattr(self, name, write(getattr(self, name), index, x[taken]))
-        self._lengths = self.lengths + added
+        self._keep(self.lengths + added)
 
     def _grow(self, capacity: int) -> None:
         xp = arrays.namespace(self.k)
@@ -229,7 +236,7 @@ class KVCache(GrowingCache):
         k_scales, v_scales = (None if x is None else x[..., 0] for x in (self.k_scales, self.v_scales))
         found = Lookup(self.k, self.v, lengths, k_scales=k_scales, v_scales=v_scales)
         if self.window is None:
-            return replace(found, longest=int(self.lengths.max(initial=0)))
+            return replace(found, longest=self.longest)
         length: Any = lengths
         if self.lengths.ndim:
             flat = arrays.namespace(self.k).reshape(lengths, (-1,))
@@ -264,7 +271,7 @@ class KVCache(GrowingCache):
         placed = xp.asarray(chosen, dtype=arrays.index_dtype(xp, device), device=device)
         for name, x in self._buffers().items():
             setattr(self, name, arrays.take(xp, x, placed, axis=-x.ndim))
-        self._lengths = self.lengths[chosen]
+        self._keep(self.lengths[chosen])
 
     def crop(self, lengths: int | Sequence[int] | Array) -> None:
         """Forget tokens from the end.
@@ -289,7 +296,7 @@ class KVCache(GrowingCache):
             and ((kept < self.lengths) & (self.lengths > self.window + self.sink_tokens)).any()
         ):
             raise ValueError("crop: the ring has overwritten tokens that would be the last ones again")
-        self._lengths = kept
+        self._keep(kept)
 
     def __repr__(self) -> str:
         lengths = sorted({int(n) for n in self.lengths.flat})

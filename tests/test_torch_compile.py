@@ -346,6 +346,19 @@ class TestCaches:
             torch.testing.assert_close(*(torch.autograd.grad(x.sin().sum(), q)[0] for x in (found, wanted)))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
+    def test_what_counts_keys_counts_tokens_and_not_the_room(self):
+        """Another number of tokens compiles once more at most."""
+        q, (k, v) = draw(1, 4, 1, 8), draw(2, 1, 2, 37, 8)
+        mask = aa.masks.random_blocks(2, 8, 1)
+        cache = aa.KVCache(k[:, :, :30], v[:, :, :30], capacity=64)
+        function = torch.compile(lambda: aa.attention(q, cache, mask=mask), fullgraph=True, backend="eager")
+        torch._dynamo.utils.counters.clear()
+        for n in range(30, 37):
+            cache.append(k[:, :, n : n + 1], v[:, :, n : n + 1])
+            wanted = aa.attention(q, k[:, :, : n + 1], v[:, :, : n + 1], mask=mask)
+            torch.testing.assert_close(function(), wanted)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
     @pytest.mark.parametrize(
         ("function", "message"),
         [
