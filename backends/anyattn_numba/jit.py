@@ -106,8 +106,8 @@ def array_value(
     Numba's own way to make one (`numba.np.arrayobj`) takes 4 ms.
     """
     model = context.data_model_manager[array_type]
-    number = shape[0]
-    for size in shape[1:]:
+    number: Any = ir.Constant(ir.IntType(64), 1)
+    for size in shape:
         number = builder.mul(number, size)
     fields = {
         "nitems": number,
