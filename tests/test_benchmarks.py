@@ -110,6 +110,14 @@ def test_all_who_compute_agree(subject, monkeypatch):
                     assert error < tolerance, f"{cls.__name__} {case}: {name} is off by {error}"
 
 
+def test_flex_attention_takes_every_mask():
+    """It is compiled for one of them alone above."""
+    pytest.importorskip("torch", reason="a peer of torch")
+    common, peers, sparse = module("common"), module("peers"), module("sparse")
+    for pattern in sparse.PATTERNS.values():
+        common.call(peers.FLEX, (1, 4, 130, 64), mask=pattern(130), called=False)
+
+
 def test_training_steps_agree(monkeypatch):
     pytest.importorskip("torch", reason="trains a model of torch")
     training = module("training")
