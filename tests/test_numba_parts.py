@@ -72,3 +72,10 @@ def test_tile_code_becomes_vectors():
     threads.address(tile)
     (code,) = tile.inspect_llvm().values()
     assert f"fmul <{shape_for('float32').lanes} x float>" in code
+
+
+def test_arrays_without_axes_are_read():
+    x = np.random.default_rng(0).standard_normal((1, 2, 5, 4)).astype(np.float32)
+    options = {"mask": aa.masks.global_tokens(np.array(2)), "causal": True}
+    found = aa.attention(x, x, x, backend="numba", **options)
+    np.testing.assert_allclose(found, aa.attention(x, x, x, backend="reference", **options), atol=1e-6)
