@@ -205,7 +205,7 @@ def steps(shape: Shape, dtype: str, stored_dtype: str | None = None) -> Steps:
 
     @compiled
     def begin(block: int, item: int, scratch: int) -> None:
-        """largest = -inf, total = 0, out = 0; a sink is a key that has been seen and has no value."""
+        """largest = -inf, total = 0, out = 0."""
         load_queries(block, item, scratch)
         if read_word(block + a.AT_WIDENED) != 0:
             forget(block, item, scratch)
@@ -214,17 +214,10 @@ def steps(shape: Shape, dtype: str, stored_dtype: str | None = None) -> Steps:
         sums = carray(
             pointer(scratch + read_word(block + a.AT_SUM)), read_word(block + a.V_HEAD_DIM) * width, kind
         )
-        heads = carray(pointer(scratch + read_word(block + a.AT_LANES)), width, types.int64)
-        sinks = read_word(block + a.SINKS)
         for lane in range(width):
-            largest, total = kind(-math.inf), kind(0)
-            # A row that is split between items meets its sink in the first of them.
-            if sinks != 0 and read_word(item + a.ITEM_PART) <= 0:
-                largest = carray(pointer(sinks + size * heads[lane]), 1, kind)[0]
-                total = kind(0) if largest == -math.inf else kind(1)
-            state[0, lane] = largest
-            state[1, lane] = largest
-            state[2, lane] = total
+            state[0, lane] = -math.inf
+            state[1, lane] = -math.inf
+            state[2, lane] = 0
         for n in range(len(sums)):
             sums[n] = 0
 

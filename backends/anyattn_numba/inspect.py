@@ -31,6 +31,7 @@ from anyattn_numba.jit import carray, compiled, task
 from anyattn_numba.memory import pointer, read_index, read_word, transpose_kernel, write_word
 from anyattn_numba.microkernels import soften_kernel
 from anyattn_numba.normalise import gather_kernel, normalise_kernel
+from anyattn_numba.results import sink_joiner
 from anyattn_numba.rows import writer
 from anyattn_numba.target import Shape
 
@@ -46,13 +47,13 @@ def _two_passes(shape: Shape, dtype: str, take: Any) -> tuple[Any, Any, Any]:
     """(begin, walk, total_up), each of (block, item, scratch), for tasks to call.
 
     A walk in pass 1 calls take(block, item, scratch, first, columns, count) when the weights of these keys
-    are where their scores were. At AT_SUMMARY are log(total), entropy and peak.
+    are where their scores were. At AT_SUMMARY are log(total) with the sink, entropy and peak.
     """
     lanes, size = shape.lanes, shape.itemsize
     kind = getattr(types, shape.element)
     step = steps(shape, dtype)
     load_scores, describe_tile = step.load_scores, step.describe_tile
-    soften, normalise = soften_kernel(shape), normalise_kernel(shape)
+    soften, normalise, join = soften_kernel(shape), normalise_kernel(shape), sink_joiner(shape)
 
     @compiled
     def hide(block: int, scratch: int, count: int) -> None:
@@ -89,11 +90,14 @@ def _two_passes(shape: Shape, dtype: str, take: Any) -> tuple[Any, Any, Any]:
         width, count = read_word(scratch + WIDTH), read_word(item + a.ITEM_COUNT)
         state = carray(pointer(scratch + read_word(block + a.AT_STATE)), (5, width), kind)
         summary = carray(pointer(scratch + read_word(block + a.AT_SUMMARY)), (3, width), kind)
+        heads = carray(pointer(scratch + read_word(block + a.AT_LANES)), width, types.int64)
         undefined = NONE
         for lane in range(width):
-            total = state[2, lane] if lane < count else kind(0)
-            state[3, lane] = kind(0) if total == 0 else kind(1) / total
-            summary[0, lane] = kind(0) if total == 0 else kind(math.log(total))
+            largest, total = state[0, lane], state[2, lane] if lane < count else kind(0)
+            kept, top, total = join(block, heads[lane], largest, total)
+            state[3, lane] = kind(0) if total == 0 else kept / total
+            # Relative to the largest of the keys, as the weights are.
+            summary[0, lane] = kind(0) if total == 0 else kind(math.log(total)) + (top - largest)
             summary[1, lane] = 0
             summary[2, lane] = 0
             if total != total:
