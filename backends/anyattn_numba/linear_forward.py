@@ -103,6 +103,12 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
     stored = ITEMSIZE[dtype]
     score, score_one = score_kernel(shape, rows), score_kernel(shape, 1)
     weigh, weigh_one = weigh_kernel(shape, rows), weigh_kernel(shape, 1)
+    # Of a whole chunk, for the lanes from some vector on: queries before a key see nothing of it.
+    most_vectors, by_diagonal = shape.vectors, lanes % rows == 0
+    score_from, weigh_from = (
+        score_kernel(shape, rows, shape.vectors),
+        weigh_kernel(shape, rows, shape.vectors),
+    )
     transpose = transpose_kernel(shape.element, lanes)
     finite = all_finite(shape.element)
     fade, fade_head = fade_kernel(shape), fade_head_kernel(shape)
@@ -126,6 +132,23 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
         while c < channels:
             weigh_one(vectors, values + c * size, stride, weights, count, ones, out + c * width)
             c += 1
+
+    @compiled
+    def sum_seen(values: int, stride: int, weights: int, ones: int, out: int, channels: int) -> None:
+        """What `sum_up` does for a whole chunk, whose queries see the keys up to their own."""
+        width = most * size
+        for c in range(0, channels, rows):
+            for skip in range(most_vectors):
+                first, at = skip * lanes, skip * lanes * size
+                weigh_from(
+                    most_vectors - skip,
+                    values + first * stride + c * size,
+                    stride,
+                    weights + first * width + at,
+                    lanes,
+                    ones,
+                    out + c * width + at,
+                )
 
     @compiled
     def load_keys(block: int, strand: int, scratch: int, first: int, count: int) -> None:
@@ -242,6 +265,21 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                     scores + (n * width + skip * lanes) * size,
                 )
             fade(vectors, query, width * size, factors, keys, dim, -1, largest)
+        elif count == most and by_diagonal:
+            for n in range(0, count, rows):
+                skip = n // lanes
+                at = skip * lanes * size
+                score_from(
+                    vectors - skip,
+                    keys + n * dim * size,
+                    dim * size,
+                    query + at,
+                    dim,
+                    scores + n * width * size + at,
+                    largest,
+                    keys,
+                    dim * size,
+                )
         else:
             n = 0
             while n < count:
@@ -283,7 +321,10 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
             sum_up(vectors, state, own * size, query, dim, ones, out, channels)
             if inside:
                 values = scratch + read_word(block + AT_VALUES) + start * most * size
-                sum_up(vectors, values, own * size, scores, count, ones, out, channels)
+                if count == most and by_diagonal and channels % rows == 0:
+                    sum_seen(values, own * size, scores, ones, out, channels)
+                else:
+                    sum_up(vectors, values, own * size, scores, count, ones, out, channels)
         stage = scratch + read_word(block + AT_STAGE)
         for c in range(0, wide, lanes):
             for lane in range(0, width, lanes):

@@ -39,17 +39,18 @@ _numbers = itertools.count()
 
 
 @lru_cache
-def score_kernel(shape: Shape, rows: int) -> Any:
+def score_kernel(shape: Shape, rows: int, pitch: int | None = None) -> Any:
     """score(vectors, key, key_stride, query, head_dim, out, largest, value, value_stride) for `rows` keys.
 
-    The numbers of a key are contiguous. The keys that follow and what is at `value` are fetched: rows are too
+    The rows of `query` and `out` are `pitch` vectors long, by default as many as are computed. The numbers
+    of a key are contiguous. The keys that follow and what is at `value` are fetched: rows are too
     short for the processor to see in time that it will need them.
     """
     lanes = Vectors(shape.element, shape.lanes)
 
     def code(builder: Any, vectors: int, arguments: list[Any]) -> None:
         key, key_stride, query, head_dim, out, largest, value, value_stride = arguments
-        width = vectors * lanes.nbytes
+        width = (pitch or vectors) * lanes.nbytes
         sums = accumulators(builder, lanes, rows, vectors)
         for row in sums:
             for sum_ in row:
@@ -86,7 +87,7 @@ def score_kernel(shape: Shape, rows: int) -> Any:
                 top = lanes.maximum(builder, found, top)
             lanes.store(builder, top, top_at)
 
-    call = by_vectors(f"score_{rows}", shape, 8, code)
+    call = by_vectors(f"score_{rows}_{pitch}", shape, 8, code)
 
     @intrinsic
     def score(
@@ -107,16 +108,17 @@ def score_kernel(shape: Shape, rows: int) -> Any:
 
 
 @lru_cache
-def weigh_kernel(shape: Shape, rows: int) -> Any:
+def weigh_kernel(shape: Shape, rows: int, pitch: int | None = None) -> Any:
     """weigh(vectors, value, value_stride, weights, keys, factor, out) for `rows` channels.
 
-    The numbers of a value are contiguous.
+    The rows of `weights` and `out` are `pitch` vectors long, by default as many as are computed. The numbers
+    of a value are contiguous.
     """
     lanes = Vectors(shape.element, shape.lanes)
 
     def code(builder: Any, vectors: int, arguments: list[Any]) -> None:
         value, value_stride, weights, keys, factor, out = arguments
-        width = vectors * lanes.nbytes
+        width = (pitch or vectors) * lanes.nbytes
         sums = accumulators(builder, lanes, rows, vectors)
         for v in range(vectors):
             decay = lanes.load(builder, offset(builder, factor, v * lanes.nbytes))
@@ -135,7 +137,7 @@ def weigh_kernel(shape: Shape, rows: int) -> Any:
             for v, sum_ in enumerate(row):
                 lanes.store(builder, builder.load(sum_), offset(builder, out, r * width + v * lanes.nbytes))
 
-    call = by_vectors(f"weigh_{rows}", shape, 6, code)
+    call = by_vectors(f"weigh_{rows}_{pitch}", shape, 6, code)
 
     @intrinsic
     def weigh(

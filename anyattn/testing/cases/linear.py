@@ -114,6 +114,10 @@ def _lengths() -> Iterator[Case]:
             f"{rule}, {length} tokens", "the state from chunk to chunk", rule, length=length,
             each_channel=False, return_state=True,
         )  # fmt: skip
+    yield _case(
+        "linear, 100 tokens of 40 values", "rows of values that fill registers", length=100, v_dim=40,
+        return_state=True,
+    )  # fmt: skip
     yield _case("one token without a state", "the first step of decoding", "gated_delta", length=1)
 
 
