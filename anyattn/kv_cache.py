@@ -61,7 +61,8 @@ class KVCache(GrowingCache):
     v : array, shape (..., Hkv, L, Dv)
     window : int, optional
         Keep a ring of the last `window` tokens (and the first `sink_tokens`) and forget the others, which no
-        query then sees. Default: keep all.
+        query then sees: of several queries at once, the first find fewer tokens before their own, unless the
+        ring is wider by their number than what the mask shows. Default: keep all.
     sink_tokens : int, default 0
         Tokens at the beginning that a ring keeps (G. Xiao et al., "Efficient Streaming Language Models with
         Attention Sinks", 2023).
@@ -245,7 +246,9 @@ class KVCache(GrowingCache):
         in_ring = last - (last - J) % self.window
         is_first = self.sink_tokens > J
         kept = where(is_first, length > J, in_ring >= self.sink_tokens)
-        return replace(found, visible=kept, token=where(is_first, J, in_ring))
+        forgets = self.longest > self.window + self.sink_tokens
+        most = self.window if forgets else None
+        return replace(found, visible=kept, token=where(is_first, J, in_ring), most_queries=most)
 
     def _lengths_beside(self) -> Any:
         if not self.lengths.ndim:

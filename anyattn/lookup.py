@@ -41,6 +41,8 @@ class Lookup:
         What the int8 rows of k and v are times.
     longest : int or None
         Tokens of the longest sequence, where the host knows them and the first places hold them.
+    most_queries : int or None
+        Queries at the end whose own tokens are all there; None: all are.
     """
 
     k: Array
@@ -51,6 +53,7 @@ class Lookup:
     k_scales: Array | None = None
     v_scales: Array | None = None
     longest: int | None = None
+    most_queries: int | None = None
 
     def without_room(self) -> Lookup:
         """The places that hold tokens of some sequence, for what counts keys."""
@@ -85,6 +88,11 @@ class Cache(ABC):
         changed = dict(options)
         blhd = options["layout"] == "blhd"
         q_len = int(q.shape[-3 if blhd and q.ndim > 2 else -2])
+        if found.most_queries is not None and q_len > found.most_queries:
+            raise ValueError(
+                f"q: wanted at most {found.most_queries} queries, whose keys the ring still holds, got "
+                f"{q_len}; append and ask in pieces, of a ring that is wider by a piece than what a query shall see"
+            )
         changed["q_offset"] = found.lengths - q_len
         changed["k_scales"], changed["v_scales"] = found.k_scales, found.v_scales
         if found.visible is None:

@@ -156,11 +156,15 @@ def test_a_ring_sees_its_window_and_the_first_tokens(name, sinks):
     q, k, v = sequences()
     kept = aa.masks.sliding_window(5, 0) | aa.masks.from_function(lambda b, h, i, j: j < sinks)
     whole = aa.attention(q, k, v, mask=kept, backend="reference", **options)
-    # Of 9 tokens at once the last ones push out what the first would see: the last alone is asked.
+    # Of 9 tokens at once the last ones push out what the first would see: the last alone is asked, and more
+    # than the ring has room for are refused.
     cache = aa.KVCache(k[:, :, :0], v[:, :, :0], window=6, sink_tokens=sinks)
     assert cache.capacity == 6 + sinks
     append(cache, k[:, :, :9], v[:, :, :9])
     close(aa.attention(q[:, :, 8:9], cache, backend="reference", **options), whole[:, :, 8:9])
+    if sinks < 3:
+        with pytest.raises(ValueError, match="q: wanted at most 6 queries, whose keys the ring still holds"):
+            aa.attention(q[:, :, 2:9], cache, **options)
     for n in range(9, TOKENS):
         append(cache, k[:, :, n : n + 1], v[:, :, n : n + 1])
         found = aa.attention(q[:, :, n : n + 1], cache, backend="reference", **options)
