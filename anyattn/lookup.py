@@ -91,7 +91,8 @@ class Cache(ABC):
         if found.most_queries is not None and q_len > found.most_queries:
             raise ValueError(
                 f"q: wanted at most {found.most_queries} queries, whose keys the ring still holds, got "
-                f"{q_len}; append and ask in pieces, of a ring that is wider by a piece than what a query shall see"
+                f"{q_len}; "
+                "ask in pieces, of a ring that is wider by a piece than what a query shall see"
             )
         changed["q_offset"] = found.lengths - q_len
         changed["k_scales"], changed["v_scales"] = found.k_scales, found.v_scales

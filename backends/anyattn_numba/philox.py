@@ -18,7 +18,7 @@ from anyattn import philox
 from anyattn.kernels.cache import user_store
 from anyattn.kernels.key import KernelKey, code_digest
 from anyattn.kernels.numba_store import attach, numba_settings, numba_target, numba_versions
-from anyattn_numba import atomics, jit, memory, parts, threads
+from anyattn_numba import atomics, jit, memory, parts, threads, vectors
 from anyattn_numba.atomics import fetch_add
 from anyattn_numba.hostarrays import address_of
 from anyattn_numba.jit import OPTIONS, carray, inlined, task
@@ -52,11 +52,15 @@ def fill_kept(out: NDArray, words: Sequence[NDArray], least: int, scale: float) 
         The least of `anyattn.philox.upper_bits` with which a weight is kept.
     scale : float
     """
+    if not out.flags.c_contiguous:
+        raise ValueError(f"out: wanted a contiguous array, got strides {out.strides}")
     lines = int(numpy.prod(out.shape[:3]))
     factor = int(numpy.float64(scale).view(numpy.int64))
     arguments = [0, *out.shape[1:], lines, address_of(out), least, factor]
     held = []
     for word, keys in zip(words, (*(1,) * 5, out.shape[3]), strict=True):
+        if word.dtype != numpy.int64 or word.shape[3] != keys:
+            raise ValueError(f"words: wanted int64 of {keys} keys, got {word.dtype} of shape {word.shape}")
         spread = numpy.broadcast_to(numpy.ascontiguousarray(word), (*out.shape[:3], keys))
         held.append(spread)
         arguments += [address_of(spread), *spread.strides[:3]]
@@ -119,7 +123,7 @@ def _address(dtype: str) -> int:
         target=numba_target(),
         settings=numba_settings(OPTIONS),
         versions=numba_versions(),
-        code=code_digest("", [philox, atomics, jit, memory, parts, sys.modules[__name__]]),
+        code=code_digest("", [philox, atomics, jit, memory, parts, vectors, sys.modules[__name__]]),
     )
     dispatcher = kept_kernel(dtype)
     # llvmlite has a lock of its own, which a fork beside this would copy held.
