@@ -142,6 +142,38 @@ def test_is_one_call_in_one_graph():
     assert calls == ["mul", "attention_in_graph"]
 
 
+def test_a_score_of_queries_is_one_operation_that_keeps_what_is_linear():
+    """Inductor's partition, which keeps or computes again what it likes of the operations of a graph."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def kept(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    def function(q, k, v, table):
+        return attend(q, k, v, score_mod=scores.relative_keys(q, table) + SCORE, causal=True)
+
+    backend = aot_autograd(fw_compiler=kept, partition_fn=min_cut_rematerialization_partition)
+    compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=True)
+    held = []
+    for length in (33, 66, 132):
+        given = [draw(1, 4, length, 8).requires_grad_() for _ in range(3)] + [DISTANCES]
+        kept_by_autograd = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept_by_autograd.append(x) or x, lambda x: x):  # noqa: B023
+            found = compiled(*given)
+        wanted = function(*given)
+        torch.testing.assert_close(found, wanted)
+        gradients = [torch.autograd.grad(x.sin().sum(), given) for x in (found, wanted)]
+        torch.testing.assert_close(*gradients)
+        held.append(sum(x.numel() for x in kept_by_autograd))
+    assert held[2] - held[1] == 2 * (held[1] - held[0])
+    counts = [sum("anyattn.attend" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
+    assert counts == [1, 1]
+
+
 def test_other_lengths_and_masks_compile_nothing():
     def function(q, ids):
         return attend(q, q, q, mask=masks.documents(ids), causal=True)
@@ -169,6 +201,7 @@ OPEN = {
     "torch's function": lambda q, k: scaled_dot_product_attention(q, k, k),
     "causal order elsewhere": lambda q, k: attend(q, k, k, causal=True),
     "with dropout": lambda q, k: attend(q, k, k, dropout=0.2, dropout_seed=5),
+    "an offset that is a tensor": lambda q, k: attend(q, k, k, causal=True, q_offset=torch.tensor([0, 2])),
 }
 
 
@@ -193,7 +226,7 @@ def test_open_sizes_stay_open_and_sdpa_is_in_the_graph(name):
     forward, _ = graphs
     kernels = [str(node.target) for node in forward.graph.nodes if "flash_attention" in str(node.target)]
     operations = [node for node in forward.graph.nodes if "anyattn.attend" in str(node.target)]
-    other = name in ("causal order elsewhere", "with dropout")
+    other = name in ("causal order elsewhere", "with dropout", "an offset that is a tensor")
     assert (len(kernels), len(operations)) == ((0, 1) if other else (1, 0))
 
 

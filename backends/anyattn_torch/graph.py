@@ -35,7 +35,7 @@ def attention_in_graph(tensors: list[Tensor], recipe: tuple[Any, ...]) -> Any:
     forced = settings.forced_backend(options.get("backend"))
     # Inside a graph that is only recorded, not compiled, tensors have values.
     direct = not any(arrays.is_tracer(x) for x in tensors) or (forced and forced[0] != "torch")
-    if direct or recipes.makes_arrays(recipe):
+    if direct:
         return _call(tensors, recipes.options_of(text, tensors))
     if any(isinstance(n, torch.SymInt) for x in tensors[:3] for n in x.shape):
         out = _on_open_sdpa(tensors, text)
@@ -44,7 +44,8 @@ def attention_in_graph(tensors: list[Tensor], recipe: tuple[Any, ...]) -> Any:
     elif _is_for_sdpa(tensors, text):
         return _call(tensors, recipes.options_of(text, tensors))
     _check(tensors)
-    out, lse = _attend(tensors, text)
+    # What scores compute from tensors is computed in the graph, through which gradients pass.
+    out, lse = _attend(*recipes.with_derived(text, tensors))
     return (out, lse) if options.get("return_lse") else out
 
 
@@ -82,7 +83,9 @@ def _on_open_sdpa(tensors: Sequence[Tensor], text: str) -> Tensor | None:
     options = recipes.options_of(text, tensors)
     causal, mask, bias = (options.get(name) for name in ("causal", "mask", "bias"))
     array = bias if mask is None else mask
-    others = options.get("dropout", 0) or options.get("q_offset") not in (None, 0)
+    # A tensor is not asked whether it is 0: it has no value here.
+    given = (options.get("q_offset", 0), options.get("dropout", 0))
+    others = any(type(n) not in (int, float) or n for n in given)
     wrong = (mask is not None and mask.dtype != torch.bool) or (bias is not None and bias.dtype == torch.bool)
     if others or wrong or [causal, mask is not None, bias is not None].count(True) > 1:
         return None
