@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from anyattn import arrays
-from anyattn.arrays import Array
+from anyattn.arrays import Array, Namespace
 from anyattn.expr.functions import clip, tanh, where
 from anyattn.expr.nodes import ROW, SCORE, Deferred, Expr, H, I, J, Symbol, load, rewrite
 from anyattn.expr.tables import table_of
@@ -214,14 +214,21 @@ def relative_keys(
         table_of(table, "relative_keys: table"),
     )
 
-    def settle(geometry: Geometry, q: Array, table: Array) -> Expr:
+    def rows_of(xp: Namespace, q: Array) -> Array:
+        queries = xp.moveaxis(q, -3, -2) if layout == "blhd" and q.ndim > 2 else q
+        return xp.expand_dims(queries, axis=0) if queries.ndim == 2 else queries
+
+    def derive(xp: Namespace, accumulate: str, q: Array, table: Array) -> Array:
+        wide = getattr(xp, accumulate)
+        queries = arrays.cast(xp, rows_of(xp, q), wide) * factor
+        return xp.matmul(queries, xp.permute_dims(arrays.cast(xp, table, wide), (1, 0)))
+
+    def settle(geometry: Geometry, q: Array, table: Array, products: Array | None = None) -> Expr:
         from anyattn.expr.bind import batch_indices, check_same_place
 
-        xp = geometry.xp
         check_same_place(q, "relative_keys: q", geometry)
         check_same_place(table, "relative_keys: table", geometry)
-        queries = xp.moveaxis(q, -3, -2) if layout == "blhd" and q.ndim > 2 else q
-        queries = xp.expand_dims(queries, axis=0) if queries.ndim == 2 else queries
+        queries = rows_of(geometry.xp, q)
         batch = queries.shape[:-3]
         full = geometry.batch_shape
         fits = len(batch) <= len(full) and all(
@@ -233,15 +240,14 @@ def relative_keys(
                 f"relative_keys: q: wanted the queries of the call, of shape {(*full, *wanted)}, "
                 f"got {tuple(queries.shape)}"
             )
-        wide = getattr(xp, geometry.accumulate)
-        queries = arrays.cast(xp, queries, wide) * factor
-        products = xp.matmul(queries, xp.permute_dims(arrays.cast(xp, table, wide), (1, 0)))
+        if products is None:
+            products = derive(geometry.xp, geometry.accumulate, q, table)
         read = table_of(products, "relative_keys")
         distance = clip(J - i, -reach, reach) + reach
         return load(read, (*batch_indices(tuple(batch), full), H, ROW, distance))
 
     label = f"relative_keys(<q {tuple(q.shape)}>, <table {tuple(table.shape)}>)"
-    return Score(SCORE + Deferred(settle, "float", (H, ROW, i, J), label, held), label)
+    return Score(SCORE + Deferred(settle, "float", (H, ROW, i, J), label, held, derive=derive), label)
 
 
 def softcap(c: float) -> Score:

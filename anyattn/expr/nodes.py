@@ -244,6 +244,9 @@ class Deferred(Expr):
     `settle` gets the sizes, and the values of `tables`, which is where others can take their places.
     `parameters` are what it depends on besides the sizes and the position of row 0, None where that is more
     than can be compared. `local` says that at each index it means the same in every size of call.
+
+    Where `settle` reads an array that it computes from those values, `derive` computes it from the namespace,
+    the accumulation dtype and the values; `settle` takes it after them, from one table more.
     """
 
     settle: Callable[..., Expr]
@@ -253,6 +256,7 @@ class Deferred(Expr):
     tables: tuple[Table, ...] = ()
     parameters: tuple[int, ...] | None = None
     local: bool = False
+    derive: Callable[..., Any] | None = None
 
     @property
     def children(self) -> tuple[Expr, ...]:

@@ -20,16 +20,17 @@ from uuid import uuid4
 
 import torch
 
-from anyattn import masks, scores
+from anyattn import arrays, masks, scores
 from anyattn.errors import TraceError
 from anyattn.expr import functions
 from anyattn.expr.captures import arrays_of
 from anyattn.expr.nodes import Aligned, Deferred, Expr, Load, Size, Table, load, rewrite, walk
 from anyattn.expr.structure import is_given, structure
+from anyattn.expr.tables import table_of
 from anyattn.masks import Mask
 from anyattn.scores import Score
 
-__all__ = ["as_text", "makes_arrays", "options_of", "read", "remember"]
+__all__ = ["as_text", "options_of", "read", "remember", "with_derived"]
 
 Tensors = Sequence[torch.Tensor]
 
@@ -107,16 +108,44 @@ def read(text: str) -> dict[str, Any]:
     return dict(ast.literal_eval(text))
 
 
-def makes_arrays(recipe: Any) -> bool:
-    """Whether a score reads arrays that are computed from tensors, through which gradients pass."""
+def _derives(recipe: Any) -> bool:
+    """Whether a score reads arrays that are computed from tensors."""
     if not isinstance(recipe, tuple):
         return False
     if recipe[:1] == ("object",):
-        nodes = walk(_known[recipe[1]].expr)
-        return any(isinstance(n, Deferred) and any(t.kind == "float" for t in n.tables) for n in nodes)
-    if recipe[:3] == ("entry", "scores", "relative_keys"):
-        return True
-    return any(makes_arrays(x) for x in recipe)
+        return any(isinstance(n, Deferred) and n.derive is not None for n in walk(_known[recipe[1]].expr))
+    return recipe[:3] == ("entry", "scores", "relative_keys") or any(_derives(x) for x in recipe)
+
+
+def with_derived(text: str, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], str]:
+    """The tensors, those that a score derives from them, and the recipe of a call that reads these."""
+    options = read(text)
+    if not _derives(options.get("score_mod")):
+        return tensors, text
+    accumulate = "float64" if tensors[0].dtype == torch.float64 else "float32"
+    xp = arrays.namespace(tensors[0])
+    found = [
+        node.derive(xp, accumulate, *(table.value for table in node.tables))
+        for node in walk(_made(options["score_mod"], tensors).expr)
+        if isinstance(node, Deferred) and node.derive is not None
+    ]
+    places = (("tensor", len(tensors) + n) for n in range(len(found)))
+    recipe = options | {"score_mod": ("derived", options["score_mod"], *places)}
+    return [*tensors, *found], as_text(tuple(recipe.items()))
+
+
+def _with_derived(score: Score, derived: Tensors) -> Score:
+    """A score that takes what it would derive."""
+    left = list(derived)
+
+    def change(node: Expr) -> Expr:
+        if isinstance(node, Deferred) and node.derive is not None:
+            return replace(node, tables=(*node.tables, table_of(left.pop(0), "derived")))
+        return node
+
+    other = copy.copy(score)
+    other.expr = rewrite(score.expr, change)
+    return other
 
 
 def options_of(text: str, tensors: Tensors) -> dict[str, Any]:
@@ -146,6 +175,8 @@ def _made(recipe: Any, tensors: Tensors) -> Any:
         return parts if what == "list" else tuple(parts)
     if what == "dict":
         return dict(parts)
+    if what == "derived":
+        return _with_derived(parts[0], parts[1:])
     if what == "then":
         return parts[0].then(parts[1])
     joined: Any = _JOINED[what](*parts)
