@@ -26,7 +26,7 @@ SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100:
 class ndarray(np.ndarray):  # noqa: N801
     """An array of an arena."""
 
-    arena: Arena | None = None
+    arena: _Memory | None = None
 
     def __array_finalize__(self, obj: Any) -> None:
         self.arena = getattr(obj, "arena", None)
@@ -41,6 +41,29 @@ class ndarray(np.ndarray):  # noqa: N801
 
     def astype(self, dtype: Any) -> ndarray:
         return placed(self.arena, np.asarray(self).astype(dtype))
+
+    def copy(self) -> ndarray:
+        assert self.arena is not None
+        self.arena.check_order(self)
+        return placed(self.arena, self)
+
+
+class _Memory(Arena):
+    """An arena that knows which copies from the host a stream may read: its own, and what it waited for."""
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self.where = [(0, 0)]
+        self.copies: list[tuple[slice, set[tuple[int, int]]]] = []
+
+    def unordered(self) -> list[slice]:
+        """Memory that the current stream may find as it was before a copy."""
+        return [place for place, seen in self.copies if self.where[-1] not in seen]
+
+    def check_order(self, x: ndarray) -> None:
+        at = x.data.ptr - Arena.BASE
+        if any(place.start <= at < place.stop for place in self.unordered()):
+            raise ValueError("the current stream has not waited for a copy from the host that it reads")
 
 
 def placed(arena: Arena, x: Any) -> ndarray:
@@ -88,15 +111,17 @@ class Standin:
         multiprocessors: int = 1,
         change: Callable[[str], str] = lambda source: source,
     ):
-        self.arena = Arena(size)
+        self.arena = _Memory(size)
         self.capability = capability
         self.multiprocessors = multiprocessors
         self.count = count
         self.launches: list[Launch] = []
         self.change = change
-        self.where = [(0, 0)]
+        self.where = self.arena.where
         self.events: list[SimpleNamespace] = []
+        self.capturing = False
         self.cuda = SimpleNamespace(
+            get_current_stream=lambda: _Current(self, *self.where[-1]),
             Device=self._device,
             ExternalStream=self._stream,
             Event=self._event,
@@ -123,13 +148,27 @@ class Standin:
 
     def _event(self, disable_timing: bool) -> Any:
         """An event that is never done by itself."""
-        self.events.append(SimpleNamespace(done=False, record=lambda: None, timed=not disable_timing))
-        return self.events[-1]
+        event = SimpleNamespace(done=False, timed=not disable_timing, before=[])
+
+        def record(stream: Any) -> None:
+            event.before = [seen for _, seen in self.arena.copies if (stream.id, stream.ptr) in seen]
+
+        event.record = record
+        self.events.append(event)
+        return event
+
+    def synchronize(self) -> None:
+        """Wait for all streams."""
+        self.arena.copies.clear()
 
     def from_dlpack(self, x: Any) -> ndarray:
         """What an array of another library hands over, ordered before the current stream."""
         # The protocol calls the default stream 1.
-        return x.__dlpack__(stream=self.where[-1][1] or 1)
+        found = x.__dlpack__(stream=self.where[-1][1] or 1)
+        for place, seen in self.arena.copies:
+            if place.start <= found.data.ptr - Arena.BASE < place.stop:
+                seen.add(self.where[-1])
+        return found
 
     def asarray(self, x: Any) -> ndarray:
         """An array of the host with its strides; nobody has written what lies between its entries."""
@@ -139,7 +178,9 @@ class Standin:
         if not x.size:
             return placed(self.arena, x)
         arena, (first, end) = self.arena, byte_bounds(x)
-        at = arena.allocate(end - first) + x.__array_interface__["data"][0] - first
+        start = arena.allocate(end - first)
+        arena.copies.append((slice(start, start + end - first), {self.where[-1]}))
+        at = start + x.__array_interface__["data"][0] - first
         known = (*x.shape, x.itemsize), bool, arena.known, at, (*x.strides, 1)
         np.ndarray(*known)[...] = True
         found = np.ndarray(x.shape, x.dtype, arena.data, at, x.strides).view(ndarray)
@@ -172,7 +213,14 @@ class _Current(SimpleNamespace):
     """A device, or a stream of one, in whose context launches are made there."""
 
     def __init__(self, standin: Standin, number: int, stream: int):
-        super().__init__(standin=standin, id=number, stream=stream)
+        super().__init__(standin=standin, id=number, stream=stream, ptr=stream)
+
+    def is_capturing(self) -> bool:
+        return self.standin.capturing
+
+    def wait_event(self, event: Any) -> None:
+        for seen in event.before:
+            seen.add((self.id, self.ptr))
 
     def __enter__(self) -> None:
         self.standin.where.append((self.id, self.stream))
@@ -218,7 +266,14 @@ class _Function:
             )
         raw = [argument_bytes(x) for x in args]
         arena, count = self.standin.arena, self.standin.count
-        machine = Machine(self.kernel, grid, block, raw, shared_mem, arena, count).run()
+        hidden = [(place, arena.known[place].copy()) for place in arena.unordered()]
+        for place, _ in hidden:
+            arena.known[place] = False
+        try:
+            machine = Machine(self.kernel, grid, block, raw, shared_mem, arena, count).run()
+        finally:
+            for place, known in hidden:
+                arena.known[place] = known
         made = Launch(
             source=self.source,
             grid=grid,

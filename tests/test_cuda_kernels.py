@@ -238,10 +238,10 @@ def test_a_launch_keeps_to_the_limits_of_the_device():
 def test_blocks_with_most_to_do_are_handed_out_first():
     standin = Standin()
     call = described(*placed_arrays(standin, "float32", 200, 200, 8), causal=True)
-    made = launch.chosen(call, tensors_of(call, standin), standin).spans
-    starts, ends = (np.array(made.arrays[name]) for name in ("span_starts", "span_ends"))
+    made = launch.chosen(call, tensors_of(call, standin), standin).spans.arrays(standin)
+    starts, ends = (np.array(made[name]) for name in ("span_starts", "span_ends"))
     keys = [np.diff(ends[first:end]).sum() for first, end in pairwise(starts)]
-    work = [keys[n % len(keys)] for n in np.array(made.arrays["order"])]
+    work = [keys[n % len(keys)] for n in np.array(made["order"])]
     assert len(set(work)) > 2
     assert work == sorted(work, reverse=True)
 

@@ -100,8 +100,6 @@ def test_what_is_prepared_serves_other_arrays(name, monkeypatch):
 class Capturing(Standin):
     """A device whose stream may be captured into a graph."""
 
-    capturing = False
-
     def __init__(self, **options):
         super().__init__(**options)
         make = self.RawModule

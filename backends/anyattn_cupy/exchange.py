@@ -16,7 +16,7 @@ from typing import Any
 
 from anyattn.arrays import Array, library
 
-__all__ = ["as_cupy", "current", "given_back", "hold"]
+__all__ = ["as_cupy", "current", "given_back", "hold", "keep_until_done"]
 
 _OTHERS = ("torch", "jax")
 _held: deque[tuple[Any, list[Array]]] = deque()
@@ -53,11 +53,15 @@ def given_back(x: Array | None, to: str) -> Array | None:
 
 
 def hold(owner: str, arrays: list[Array], cupy: Any) -> None:
-    """Keep arrays of JAX until what was launched has run; it is asked at later calls, and nothing waits."""
-    if owner != "jax":
-        return
+    """Keep arrays of JAX until what was launched has run."""
+    if owner == "jax":
+        keep_until_done(arrays, cupy)
+
+
+def keep_until_done(arrays: list[Array], cupy: Any) -> None:
+    """Keep arrays until the current stream has come so far; it is asked at later calls, and nothing waits."""
     done = cupy.cuda.Event(disable_timing=True)
-    done.record()
+    done.record(cupy.cuda.get_current_stream())
     with _lock:
         while _held and _held[0][0].done:
             _held.popleft()

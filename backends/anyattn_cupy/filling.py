@@ -23,6 +23,7 @@ from anyattn.expr.statements import aligned_slots, aligned_view
 from anyattn_cupy.exchange import as_cupy
 from anyattn_cupy.schedules import DeviceSchedule
 from anyattn_cupy.source import OPTIONS
+from anyattn_cupy.streams import Kept
 from anyattn_cupy.variants import Variant
 
 __all__ = [
@@ -115,10 +116,10 @@ def fill_sizes(block: Any, call: AttentionCall, variant: Variant, rows: int) -> 
     return batch * (call.num_kv_heads if packed else call.num_heads) * blocks
 
 
-def fill_schedule(block: Any, spans: DeviceSchedule | None, packed: bool) -> None:
+def fill_schedule(block: Any, spans: DeviceSchedule | None, packed: bool, cupy: Any) -> None:
     """Fill in the schedule of a call; one of blocks of `packed` rows has no order."""
     if spans is not None:
-        for name, array in spans.arrays.items():
+        for name, array in spans.arrays(cupy).items():
             block[name] = 0 if name == "order" and packed else array.data.ptr
 
 
@@ -161,23 +162,31 @@ class Captures:
     def __init__(self, call: AttentionCall, program: Program, variant: Variant, index: str, cupy: Any):
         numbers, read = numbered(call), (*program.tables, *program.aligned)
         self._numbers = [numbers.get(id(x)) for x in read]
-        self._own = [
-            None if n is not None else as_cupy(x, cupy) for x, n in zip(read, self._numbers, strict=True)
-        ]
+        self._own = Kept(
+            (as_cupy(x, cupy) for x, n in zip(read, self._numbers, strict=True) if n is None), cupy
+        )
         self._tables = len(program.tables)
         self._program = replace(program, tables=(), aligned=())
         self._sizes = call.batch_shape, call.num_heads, call.q_len, call.k_len
         self._how = variant.accumulate, index
         self._cupy = cupy
-        self._made = None if any(n is not None for n in self._numbers) else self._make(())
+        self._made: dict[int, tuple[Any, list[Array]]] = {}
+        if all(n is None for n in self._numbers):
+            self(())
 
     def __call__(self, others: Sequence[Array]) -> tuple[Any, list[Array]]:
         """The argument for a call with these arrays of CuPy; what must outlive the launch."""
-        return self._made or self._make(others)
+        own = self._own.here(self._cupy)
+        if any(n is not None for n in self._numbers):
+            return self._make(own, others)
+        # Those of a stream are one object.
+        if id(own) not in self._made:
+            self._made[id(own)] = self._make(own, others)
+        return self._made[id(own)]
 
-    def _make(self, others: Sequence[Array]) -> tuple[Any, list[Array]]:
-        cupy = self._cupy
-        given = [own if n is None else others[n] for own, n in zip(self._own, self._numbers, strict=True)]
+    def _make(self, own: Sequence[Array], others: Sequence[Array]) -> tuple[Any, list[Array]]:
+        cupy, kept = self._cupy, iter(own)
+        given = [next(kept) if n is None else others[n] for n in self._numbers]
         tables = tuple(cupy.ascontiguousarray(x) for x in given[: self._tables])
         views = tuple(
             aligned_view(cupy, x, slot.block, *self._sizes)

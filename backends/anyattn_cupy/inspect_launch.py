@@ -94,7 +94,7 @@ def _launch(
     block = numpy.zeros((), argument_dtype(len(sizes)))
     fill_arrays(block, arrays, sizes, strides)
     items = fill_sizes(block, call, variant, call.q_len if rows is None else rows.shape[0])
-    fill_schedule(block, choice.spans, variant.packed)
+    fill_schedule(block, choice.spans, variant.packed, cupy)
     sinks = None if call.sinks is None else as_cupy(call.sinks, cupy)
     offset = as_cupy(call.offset, cupy) if is_array(call.offset) else int(call.offset)
     kept += fill_others(block, sinks, offset, call.batch_shape, cupy)

@@ -158,7 +158,6 @@ class Prepared:
         self.block = numpy.zeros((), argument_dtype(len(sizes)))
         fill_arrays(self.block, named, sizes, strides)
         items = fill_sizes(self.block, call, variant, call.q_len)
-        fill_schedule(self.block, choice.spans, variant.packed)
         # Blocks of a wide call have a range of columns each.
         ranges = max(1, -(-call.v_head_dim // variant.v_head_dim)) if variant.wide else 1
         self.parts = parts_of(current_device(cupy), items * ranges, -(-call.k_len // variant.keys))
@@ -178,6 +177,7 @@ class Prepared:
         block["lse"] = 0 if lse is None else lse.data.ptr
         offset = own["offset"] if self.offset is None else self.offset
         kept: list[Any] = fill_others(block, own.get("sinks"), offset, self.batch_shape, self.cupy)
+        fill_schedule(block, self.choice.spans, self.choice.variant.packed, self.cupy)
         captured, read = self.captures(others)
         if self.parts > 1:
             shape = (self.parts, *self.results.shape)

@@ -1,4 +1,7 @@
-"""Schedules on the device: uploaded once for each schedule and device, and kept as long as the schedule."""
+"""Schedules on the device: uploaded once for each schedule and device, and kept as long as the schedule.
+
+Each stream has copies of its own, as `streams` says why.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,25 @@ import numpy
 from anyattn.arrays import Array
 from anyattn.call import AttentionCall
 from anyattn.schedule import Schedule, schedule
+from anyattn_cupy.streams import Kept
 
 __all__ = ["DeviceSchedule", "device_schedule"]
 
 
 @dataclass(frozen=True, eq=False)
 class DeviceSchedule:
-    """The arrays of a schedule, by the names that the argument block has for them.
+    """The arrays of a schedule, and the names that the argument block has for them.
 
     `by_head` tells whether heads have entries of their own.
     """
 
-    arrays: dict[str, Array]
+    names: tuple[str, ...]
+    kept: Kept
     by_head: bool
+
+    def arrays(self, cupy: Any) -> dict[str, Array]:
+        """Those of the current stream."""
+        return dict(zip(self.names, self.kept.here(cupy), strict=True))
 
 
 _uploaded: WeakKeyDictionary[Schedule, dict[Any, DeviceSchedule]] = WeakKeyDictionary()
@@ -56,4 +65,5 @@ def _upload(made: Schedule, cupy: Any) -> DeviceSchedule:
     if keys.size and keys.min() != keys.max():
         # The longest first, so that no long one is left alone at the end.
         arrays["order"] = numpy.argsort(-keys, kind="stable").astype(numpy.int32)
-    return DeviceSchedule({name: cupy.asarray(x) for name, x in arrays.items()}, made.groups[1] > 1)
+    kept = Kept((cupy.asarray(x) for x in arrays.values()), cupy)
+    return DeviceSchedule(tuple(arrays), kept, made.groups[1] > 1)

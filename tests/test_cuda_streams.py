@@ -1,0 +1,60 @@
+"""What is kept of a first call, on other streams: the stand-in hides from them what they did not wait for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_runs import described, placed_arrays
+from cuda_standin import Standin
+
+from anyattn import masks, scores
+from anyattn.reference import backend as reference
+from anyattn_cupy import launch
+
+pytestmark = pytest.mark.usefixtures("nvrtc")
+
+OPTIONS = {
+    "mask": masks.sliding_window(9) | masks.global_tokens([3, 40]),
+    "score_mod": scores.alibi(2),
+}
+
+
+def _prepared(standin):
+    """Prepare a call; what makes one like it on the current stream, and checks what it gives."""
+    q, k, v = placed_arrays(standin, "float32", 5, 60, 8)
+    call = described(q, k, v, **OPTIONS)
+    wanted, _ = reference.run(described(*(np.array(x) for x in (q, k, v)), **OPTIONS))
+    prepared = launch.prepare(call, standin)
+
+    def again():
+        given = placed_arrays(standin, "float32", 5, 60, 8)
+        others = [standin.asarray(np.array(x)) for x in call.others]
+        np.testing.assert_allclose(np.array(prepared(*given, *others)[0]), wanted, atol=1e-6)
+
+    return again
+
+
+def test_each_stream_waits_for_what_another_copies():
+    standin = Standin()
+    again = _prepared(standin)
+    again()
+    with standin.cuda.ExternalStream(7, 0):
+        again()
+        waited = len(standin.events)
+        again()
+    assert len(standin.events) == waited
+    assert [launched.where for launched in standin.launches] == [(0, 0), (0, 7), (0, 7)]
+
+
+def test_a_captured_stream_reads_what_another_copied():
+    """It can wait for nothing outside of its graph; the host has waited before."""
+    standin = Standin()
+    again = _prepared(standin)
+    again()
+    standin.synchronize()
+    made, copies = len(standin.events), standin.arena.copies
+    standin.capturing = True
+    with standin.cuda.ExternalStream(7, 0):
+        again()
+    assert len(standin.events) == made
+    assert all(seen == {(0, 7)} for _, seen in copies)
