@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 import anyattn as aa
 from anyattn import masks, scores
 from anyattn.compat.torch import scaled_dot_product_attention
+from anyattn.dispatch import recording
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -240,6 +244,17 @@ def test_a_mask_made_before_is_told_from_another():
         torch.testing.assert_close(compiled(q, mask), function(q, mask))
 
 
+def test_tensors_of_a_mask_made_before_are_not_kept():
+    table = torch.ones(4, 9)
+    score = scores.relative_bias(table)
+    held = weakref.ref(table)
+    torch.compile(lambda q: attend(q, q, q, score_mod=score), fullgraph=True, backend="aot_eager")(Q)
+    del table, score
+    torch._dynamo.reset()
+    gc.collect()
+    assert held() is None
+
+
 def test_inductor_takes_it():
     def function(q, k, v):
         return attend(q, k, v, causal=True, sinks=SLOPES, layout="blhd", return_lse=True)
@@ -267,6 +282,25 @@ RELATIVES = {
 def test_relatives_are_compiled_too(function):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(Q), function(Q))
+
+
+WRONG = {
+    "layout": (lambda q: attend(q, q, q, layout="bhdl"), "layout: wanted 'bhld' or 'blhd', got 'bhdl'"),
+    "flag": (lambda q: attend(q, q, q, causal=1), "causal: wanted True or False, got 1"),
+    "softcap": (lambda q: attend(q, q, q, softcap=0), "softcap: wanted a positive number, got 0"),
+    "seed": (lambda q: attend(q, q, q, dropout_seed=0.5), "dropout_seed: wanted"),
+    "dtype": (lambda q: attend(q.int(), q.int(), q.int()), "q: wanted dtype float16, bfloat16, float32"),
+    "rank": (
+        lambda q: attend(q[0], q[0], q[0], mask=torch.ones(1, 1, 9, 9, dtype=torch.bool)),
+        "mask: wanted 2 axes (9, 9) or all 3 axes (4, 9, 9), got shape (1, 1, 9, 9)",
+    ),
+    "shape": (
+        lambda q: attend(q, q, q, mask=torch.ones(9, 7, dtype=torch.bool)),
+        "mask: wanted a shape that broadcasts to (2, 4, 9, 9), got (9, 7)",
+    ),
+    "name": (lambda q: attend(q, q, q, windows=(1, 1)), "windows"),
+    "batch": (lambda q: attend(q, k := torch.cat((q, q))[1:], k), "q, k, v: batch axes do not broadcast"),
+}
 
 
 class TestErrors:
@@ -308,6 +342,20 @@ class TestErrors:
     def test_of_functions(self):
         found = self.message(lambda q: attend(q, q, q, score_mod=lambda s, b, h, i, j: torch.erf(s)), Q)
         assert "torch.erf is not known in a traced function" in found
+
+    @pytest.mark.parametrize(("function", "message"), WRONG.values(), ids=WRONG)
+    def test_where_sizes_are_open(self, function, message):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)(Q)
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_an_order_that_torch_does_not_head_is_kept(dynamic):
+    compiled = torch.compile(lambda q: attend(q, q, q), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with aa.use(order=("reference",)), recording() as records:
+        torch.testing.assert_close(compiled(Q), attend(Q, Q, Q))
+    assert [one.backend for one in records] == ["reference", "reference"]
 
 
 def test_another_backend_is_recorded_operation_by_operation():

@@ -9,6 +9,7 @@ do what the same call does outside of a graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -63,41 +64,64 @@ def _call(tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
     return function(*tensors[:3], **options)
 
 
-# Options that SDPA has nothing for.
-_FOREIGN = ("window", "score_mod", "softcap", "sinks", "kv_lengths", "return_lse", "cu_seqlens_q")
+# Options that SDPA may have something for; of `return_lse` that it is not wanted.
+_SHARED = {"causal", "mask", "bias", "scale", "q_offset", "dropout", "dropout_seed", "layout"}
+_SHARED |= {"return_lse", "backend"}
 
 
 def _is_foreign(text: str) -> bool:
-    """Whether an option of a recipe says that SDPA does not take the call."""
+    """Whether an option of a recipe keeps SDPA from taking the call, or an order that torch does not head."""
     options = recipes.read(text)
     mask = options.get("mask")
-    return any(options.get(name) for name in _FOREIGN) or not (mask is None or mask[0] == "tensor")
+    order = settings.current().order
+    asked = settings.forced_backend(options.get("backend")) is not None
+    return (
+        not (asked or order is None or order[0] == "torch")
+        or not options.keys() <= _SHARED
+        or options.get("return_lse", False) is not False
+        or not (mask is None or mask[0] == "tensor")
+    )
 
 
 def _on_open_sdpa(tensors: Sequence[Tensor], text: str) -> Tensor | None:
-    """What SDPA gives where sizes are open, of which none is asked for; None if that is not sure."""
+    """What SDPA gives where sizes are open, of which none is asked for; None if that is not sure.
+
+    What is wrong is not sure: the operation says what.
+    """
     exporting = getattr(torch.compiler, "is_exporting", None)  # not in torch 2.6
     # Whether two sizes that are declared apart agree may not be asked there.
     if _is_foreign(text) or (exporting is not None and exporting()):
         return None
     options = recipes.options_of(text, tensors)
-    causal, mask, bias = (options.get(name) for name in ("causal", "mask", "bias"))
+    names = ("causal", "mask", "bias", "scale", "dropout_seed")
+    causal, mask, bias, scale, seed = (options.get(name) for name in names)
     array = bias if mask is None else mask
-    # A tensor is not asked whether it is 0: it has no value here.
-    given = (options.get("q_offset", 0), options.get("dropout", 0))
-    others = any(type(n) not in (int, float) or n for n in given)
-    wrong = (mask is not None and mask.dtype != torch.bool) or (bias is not None and bias.dtype == torch.bool)
-    if others or wrong or [causal, mask is not None, bias is not None].count(True) > 1:
+    plain = (
+        isinstance(causal, (bool, NoneType))
+        and (mask is None or mask.dtype == torch.bool)
+        and (bias is None or (isinstance(bias, Tensor) and bias.dtype == tensors[0].dtype))
+        and type(scale) in (int, float, NoneType)
+        # A tensor is not asked whether it is 0: it has no value here.
+        and type(options.get("q_offset", 0)) is int
+        and type(options.get("dropout", 0)) in (int, float)
+        and (seed is None or (isinstance(seed, Tensor) and seed.ndim == 0 and arrays.kind(seed) == "int"))
+        and options.get("layout", "bhld") in ("bhld", "blhd")
+    )
+    if not plain or options.get("q_offset") or options.get("dropout"):
+        return None
+    if [bool(causal), mask is not None, bias is not None].count(True) > 1:
         return None
     if routes.breaks_promise(arrays.device_kind(tensors[0]), bool(causal or mask is not None)):
         return None
     lead = [x.ndim for x in tensors[:3]]
     if lead not in ([3] * 3, [4] * 3) or not routes.allows("sdpa"):
         return None
+    if array is not None and array.ndim not in (2, lead[0]):
+        return None
     swapped = options.get("layout") == "blhd"
     q, k, v = (x.reshape(1, *x.shape) if x.ndim == 3 else x for x in tensors[:3])
     q, k, v = (x.transpose(1, 2) if swapped else x for x in (q, k, v))
-    out = sdpa.attend_open(q, k, v, causal=bool(causal), array=array, scale=options.get("scale"))
+    out = sdpa.attend_open(q, k, v, causal=bool(causal), array=array, scale=scale)
     if out is None:
         return None
     out = out.transpose(1, 2) if swapped else out

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from anyattn import arrays
-from anyattn.arrays import Array
+from anyattn.arrays import FLOAT_DTYPES, Array
 from anyattn.call import AttentionCall
 from anyattn.expr.nodes import Aligned
 from anyattn_torch.axes import four_axes, one_batch_axis
@@ -47,15 +47,17 @@ def attend_open(
     tensors = (q, k, v)
     heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[3]
     fits = (
-        all(x.shape[0] == q.shape[0] and x.shape[3] == head_dim and x.dtype == q.dtype for x in tensors)
+        arrays.dtype_name(q) in FLOAT_DTYPES
+        and all(x.dtype == q.dtype and x.device == q.device for x in tensors)
+        and all(x.shape[0] == q.shape[0] and x.shape[3] == head_dim for x in tensors)
         and k.shape[1:3] == v.shape[1:3]
         and kv_heads > 0
         and heads % kv_heads == 0
         and all(x.stride(-1) == 1 for x in tensors)
         and (not causal or q.shape[2] == k.shape[2])
-        and (scale is None or scale > 0)
-        and (array is None or array.dtype in (torch.bool, q.dtype))
-        and (array is None or (array.ndim in (2, 4) and not array.requires_grad))
+        and (scale is None or 0 < scale < math.inf)
+        and (array is None or (array.dtype in (torch.bool, q.dtype) and array.device == q.device))
+        and (array is None or _fits_open(array, (*q.shape[:3], k.shape[2])))
     )
     kind = arrays.device_kind(q)
     if not fits or _may_lack_kernel(
@@ -65,6 +67,12 @@ def attend_open(
     return torch.ops.aten.scaled_dot_product_attention(
         q, k, v, attn_mask=array, is_causal=causal, scale=scale, enable_gqa=heads > kv_heads
     )
+
+
+def _fits_open(array: Array, wanted: tuple[int, ...]) -> bool:
+    """Whether a mask or a bias without a gradient broadcasts to open sizes of the scores."""
+    sizes = zip(reversed(array.shape), reversed(wanted), strict=False)
+    return array.ndim in (2, 4) and not array.requires_grad and all(n in (1, whole) for n, whole in sizes)
 
 
 def memory(call: AttentionCall) -> tuple[str, ...]:
