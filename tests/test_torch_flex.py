@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 
@@ -116,7 +117,7 @@ AS_REFERENCE = {
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.parametrize("options", AS_REFERENCE.values(), ids=AS_REFERENCE)
 def test_agrees_with_reference_uncompiled(options, monkeypatch):
-    monkeypatch.setattr(flex, "_compiled", lambda: torch.nn.attention.flex_attention.flex_attention)
+    monkeypatch.setattr(flex, "_compiled", lambda kind: torch.nn.attention.flex_attention.flex_attention)
     q, k = draw(2, 4, 140, 16), draw(2, 2, 140, 16)
     found = flex.attend(describe("attention", q, k, k, Options(return_lse=True, **options)))
     wanted = aa.attention(q, k, k, return_lse=True, backend="reference", **options)
@@ -136,3 +137,19 @@ def test_a_compiled_kernel_agrees_and_serves_other_numbers():
             found = aa.attention(q, k, k, backend="torch", **options)
         torch.testing.assert_close(found, aa.attention(q, k, k, backend="reference", **options))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_more_kinds_than_dynamo_keeps_with_a_function_stay_compiled(monkeypatch):
+    """Beyond its limit torch warns, and keeps all scores."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    flex._compiled.cache_clear()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert torch._dynamo.config.recompile_limit < 10
+    for length in [*range(20, 30), 20]:
+        q = draw(1, 2, length, 16)
+        with routes.only("flex"):
+            found = aa.attention(q, q, q, window=(3, 0), backend="torch")
+        torch.testing.assert_close(found, aa.attention(q, q, q, window=(3, 0), backend="reference"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10
+    flex._compiled.cache_clear()

@@ -8,8 +8,8 @@ of tiles, never from an evaluation of all pairs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Hashable
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from anyattn import arrays
@@ -21,6 +21,7 @@ from anyattn.expr.statements import aligned_slots, aligned_view
 from anyattn_torch.axes import four_axes, one_batch_axis
 
 if TYPE_CHECKING:
+    from anyattn.expr.program import Program
     from anyattn.schedule import Schedule
 
 __all__ = ["attend", "block_mask", "memory", "refusal"]
@@ -110,7 +111,7 @@ def attend(call: AttentionCall) -> tuple[Array, Array | None]:
     q, k, v = four_axes(call)
     options = _ask_for_lse() if call.return_lse else {}
     with arrays.exactly(call.q):
-        found = _compiled()(
+        found = _compiled(_kind(call, program, (q, k, v, *program.tables, *views, offset)))(
             q,
             k,
             v,
@@ -138,12 +139,29 @@ def _ask_for_lse() -> dict[str, Any]:
     return {"return_lse": True}
 
 
-@cache
-def _compiled() -> Callable[..., Any]:
+def _kind(call: AttentionCall, program: Program, captured: tuple[Any, ...]) -> Hashable:
+    """All that a compiled kernel is made for."""
+    import torch
+
+    tensors = [
+        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if arrays.is_array(x) else type(x)
+        for x in captured
+    ]
+    return program.key, call.scale, call.return_lse, torch.is_grad_enabled(), *tensors
+
+
+# Dynamo keeps what it compiles with the code object of a function, and from the ninth kind of call on it
+# would run FlexAttention as it is, which keeps all scores: each kind has a code object of its own.
+@lru_cache(maxsize=256)
+def _compiled(kind: Hashable) -> Callable[..., Any]:
     import torch
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
+    def attend_one_kind(*args: Any, **options: Any) -> Any:
+        return flex_attention(*args, **options)
+
+    attend_one_kind.__code__ = attend_one_kind.__code__.replace()
+    compiled: Callable[..., Any] = torch.compile(attend_one_kind, dynamic=False, fullgraph=True)
     return compiled
 
 
