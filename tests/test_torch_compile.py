@@ -248,7 +248,10 @@ def test_tensors_of_a_mask_made_before_are_not_kept():
     table = torch.ones(4, 9)
     score = scores.relative_bias(table)
     held = weakref.ref(table)
-    torch.compile(lambda q: attend(q, q, q, score_mod=score), fullgraph=True, backend="aot_eager")(Q)
+    compiled = torch.compile(
+        lambda q, score: attend(q, q, q, score_mod=score), fullgraph=True, backend="aot_eager"
+    )
+    compiled(Q, score)
     del table, score
     torch._dynamo.reset()
     gc.collect()

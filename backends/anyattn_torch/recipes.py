@@ -34,7 +34,8 @@ __all__ = ["as_text", "options_of", "read", "remember", "with_derived"]
 
 Tensors = Sequence[torch.Tensor]
 
-# Masks and scores that were made outside of a compiled function, by what they are apart from their tensors.
+# Masks and scores that were made outside of a compiled function, without their tensors, by what they are
+# apart from these. A graph that names one may live as long as the process.
 _known: dict[str, Mask | Score] = {}
 
 
@@ -51,9 +52,12 @@ def remember(value: Mask | Score) -> tuple[str, tuple[tuple[str | int, ...], ...
             else:
                 content.append(f"{part.value.dtype} {part.value.shape} {part.value.tobytes().hex()}")
         key = hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
-    _known.setdefault(key, value)
-    paths = _paths(value.expr)
-    return key, tuple(("expr", *paths[id(part)], "value") for part in _given(value.expr))
+    given, paths = _given(value.expr), _paths(value.expr)
+    if key not in _known:
+        bare = copy.copy(value)
+        bare.expr, bare.reads = _over(value.expr, [None] * len(given)), ()
+        _known[key] = bare
+    return key, tuple(("expr", *paths[id(part)], "value") for part in given)
 
 
 def _given(root: Expr) -> list[Table | Aligned]:
@@ -198,8 +202,14 @@ def _remembered(key: str, tensors: list[torch.Tensor]) -> Mask | Score:
             "a compiled graph names a mask or score that this process has not made: build it inside the "
             "compiled function, or compile again"
         )
-    value = _known[key]
-    new = {id(part): replace(part, value=x) for part, x in zip(_given(value.expr), tensors, strict=True)}
+    value = copy.copy(_known[key])
+    value.expr = _over(value.expr, tensors)
+    return value
+
+
+def _over(root: Expr, tensors: Sequence[torch.Tensor | None]) -> Expr:
+    """An expression with these in the places of the caller's tensors."""
+    new = {id(part): replace(part, value=x) for part, x in zip(_given(root), tensors, strict=True)}
 
     def change(node: Expr) -> Expr:
         if isinstance(node, Load):
@@ -211,11 +221,7 @@ def _remembered(key: str, tensors: list[torch.Tensor]) -> Mask | Score:
         found: Any = new.get(id(node), node)
         return found  # type: ignore[no-any-return]
 
-    if not new:
-        return value
-    other = copy.copy(value)
-    other.expr = rewrite(value.expr, change)
-    return other
+    return rewrite(root, change) if new else root
 
 
 def _traced(kind: str, recipe: Any, tensors: Tensors) -> Mask | Score:
