@@ -346,6 +346,19 @@ class TestErrors:
         found = self.message(lambda q: attend(q, q, q, score_mod=lambda s, b, h, i, j: torch.erf(s)), Q)
         assert "torch.erf is not known in a traced function" in found
 
+    @pytest.mark.parametrize(
+        "transformed",
+        [
+            lambda f, x: torch.func.vmap(f)(x),
+            lambda f, x: torch.func.grad(lambda y: f(y).sum())(x),
+            lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+        ],
+        ids=["vmap", "grad", "jvp"],
+    )
+    def test_of_transforms_inside(self, transformed):
+        found = self.message(lambda q: transformed(lambda x: attend(x, x, x, softcap=2.0), q), Q)
+        assert "attention: a compiled function has no transform of torch.func" in found
+
     @pytest.mark.parametrize(("function", "message"), WRONG.values(), ids=WRONG)
     def test_where_sizes_are_open(self, function, message):
         with pytest.raises(Exception) as caught:  # noqa: PT011

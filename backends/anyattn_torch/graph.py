@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd.forward_ad import unpack_dual
 
 import anyattn
 from anyattn import arrays, attention, settings, varlen_attention
@@ -38,6 +40,12 @@ def attention_in_graph(tensors: list[Tensor], recipe: tuple[Any, ...]) -> Any:
     direct = not any(arrays.is_tracer(x) for x in tensors) or (forced and forced[0] != "torch")
     if direct:
         return _call(tensors, recipes.options_of(text, tensors))
+    # The operation has no rules for these, and forward mode would give a wrong tangent without a word.
+    if _functorch.get_interpreter_stack() or any(unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "attention: a compiled function has no transform of torch.func and no forward mode around it: "
+            "transform a function that is not compiled, or ask for backend='reference'"
+        )
     if any(isinstance(n, torch.SymInt) for x in tensors[:3] for n in x.shape):
         out = _on_open_sdpa(tensors, text)
         if out is not None:
