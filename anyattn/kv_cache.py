@@ -240,8 +240,8 @@ class KVCache(GrowingCache):
             return replace(found, longest=self.longest)
         length: Any = lengths
         if self.lengths.ndim:
-            flat = arrays.namespace(self.k).reshape(lengths, (-1,))
-            length = load(table_of(flat, "tokens of each sequence"), (B,))
+            # The host's, so that a schedule knows them wherever the buffer lies.
+            length = load(table_of(self.lengths.reshape(-1), "tokens of each sequence", host=True), (B,))
         last = length - 1
         in_ring = last - (last - J) % self.window
         is_first = self.sink_tokens > J

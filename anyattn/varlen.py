@@ -137,6 +137,8 @@ def packed_options(
         raise ValueError(
             f"cu_seqlens_k: wanted {queries.count + 1} entries like cu_seqlens_q, got {keys.count + 1}"
         )
+    if not (queries.host and keys.host):
+        queries, keys = queries.beside(q), keys.beside(q)
     visible, within = _relocation(queries, keys)
     seen = [masks.causal()] if causal else []
     seen += [masks.sliding_window(*masks.window_bounds(window, "window"))] if window is not None else []
@@ -246,12 +248,23 @@ def _check_values(host: Any, name: str, total: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Sequences:
-    """Sequences on one axis: for each row of it the number and the start of its sequence, and all lengths."""
+    """Sequences on one axis: for each row of it the number and the start of its sequence, and all lengths.
+
+    `host` says that these are NumPy's own, whatever library the rows are of.
+    """
 
     count: int
     number: Array
     start: Array
     lengths: Array
+    host: bool
+
+    def beside(self, x: Array) -> _Sequences:
+        """The same beside an array."""
+        if not self.host:
+            return self
+        number, start, lengths = (_beside(part, x) for part in (self.number, self.start, self.lengths))
+        return _Sequences(self.count, number, start, lengths, host=False)
 
 
 def _sequences(cu_seqlens: Any, name: str, x: Array, longest: Any) -> _Sequences:
@@ -276,8 +289,7 @@ def _sequences(cu_seqlens: Any, name: str, x: Array, longest: Any) -> _Sequences
                 f"sequence, got {longest}"
             )
         number = numpy.repeat(numpy.arange(len(lengths)), lengths)
-        rows = (number, host[:-1][number], lengths)
-        return _Sequences(len(lengths), *(_beside(part, x) for part in rows))
+        return _Sequences(len(lengths), number, host[:-1][number], lengths, host=True)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{name}: wanted shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
     ends = arrays.cast(xp, cu_seqlens[1:], arrays.index_dtype(xp, arrays.device(x)))
@@ -285,21 +297,27 @@ def _sequences(cu_seqlens: Any, name: str, x: Array, longest: Any) -> _Sequences
     row = xp.arange(total, dtype=ends.dtype, device=arrays.device(x))
     number = xp.searchsorted(ends, row, side="right")
     number = xp.clip(arrays.cast(xp, number, ends.dtype), 0, max(int(ends.shape[0]) - 1, 0))
-    return _Sequences(int(ends.shape[0]), number, arrays.take(xp, starts, number, axis=-1), ends - starts)
+    start = arrays.take(xp, starts, number, axis=-1)
+    return _Sequences(int(ends.shape[0]), number, start, ends - starts, host=False)
 
 
 def _relocation(queries: _Sequences, keys: _Sequences) -> tuple[Expr, Relocation]:
     """Whether a row and a key are of one sequence, and b, row, i and j within it."""
     xp = arrays.namespace(queries.number)
     ahead = arrays.take(xp, keys.lengths - queries.lengths, queries.number, axis=-1)
-    b = load(table_of(queries.number, "sequence of each query"), (ROW,))
+    host = queries.host
+
+    def read(x: Array, label: str, index: Expr) -> Expr:
+        return load(table_of(x, label, host=host), (index,))
+
+    b = read(queries.number, "sequence of each query", ROW)
     inside: dict[str, Expr] = {
         "b": b,
-        "row": ROW - load(table_of(queries.start, "start of each query's sequence"), (ROW,)),
-        "i": ROW + load(table_of(ahead - queries.start, "position of each query"), (ROW,)),
-        "j": J - load(table_of(keys.start, "start of each key's sequence"), (J,)),
+        "row": ROW - read(queries.start, "start of each query's sequence", ROW),
+        "i": ROW + read(ahead - queries.start, "position of each query", ROW),
+        "j": J - read(keys.start, "start of each key's sequence", J),
     }
-    together = b == load(table_of(keys.number, "sequence of each key"), (J,))
+    together = b == read(keys.number, "sequence of each key", J)
     return together, Relocation(inside, queries.count)
 
 
