@@ -127,8 +127,11 @@ def test_what_is_prepared_can_be_captured(options):
     prepared, others = launch.prepare(call, standin), [standin.asarray(x) for x in call.others]
     first, _ = prepared(q, k, v, *others)
     standin.capturing = True
+    before = standin.arena.allocations()
     second, _ = prepared(q, k, v, *others)
     np.testing.assert_array_equal(np.array(first), np.array(second))
+    # A result, within whose memory parts are: a replay writes to that of no other array.
+    assert len(standin.arena.allocations()) - len(before) == 1
     # Each in parts, and their merge.
     assert len(standin.launches) == 4
 

@@ -41,6 +41,8 @@ __all__ = ["Choice", "Prepared", "attend", "chosen", "prepare", "remarks"]
 # A warp of `combine` has a row.
 _COMBINE_THREADS = 128
 _ROWS_OF_COMBINE = _COMBINE_THREADS // 32
+# Of memory that CuPy's pool gives out.
+_ALIGNMENT = 512
 
 
 def remarks(call: AttentionCall, cupy: Any) -> tuple[str, ...]:
@@ -102,13 +104,17 @@ class Results:
     dtype: Any
     lse: str | None
 
-    def make(self, cupy: Any) -> tuple[Array, Array | None]:
-        """Memory for them."""
+    def make(self, cupy: Any, room: int = 0) -> tuple[Array, Array | None]:
+        """Memory for them, that of out with so many bytes more at its end."""
         *batch, heads, rows, columns = self.shape
-        if self.moved:
-            out = cupy.moveaxis(cupy.empty((*batch, rows, heads, columns), self.dtype), -2, -3)
+        shape = (*batch, rows, heads, columns) if self.moved else self.shape
+        if room:
+            size = math.prod(shape)
+            out = cupy.empty((size + -(-room // self.dtype.itemsize),), self.dtype)[:size].reshape(shape)
         else:
-            out = cupy.empty(self.shape, self.dtype)
+            out = cupy.empty(shape, self.dtype)
+        if self.moved:
+            out = cupy.moveaxis(out, -2, -3)
         return out, None if self.lse is None else cupy.empty(self.shape[:-1], self.lse)
 
     @property
@@ -163,10 +169,16 @@ class Prepared:
         self.parts = parts_of(current_device(cupy), items * ranges, -(-call.k_len // variant.keys))
         self.block["parts"] = self.parts
         self.grid = (items * self.parts, ranges)
+        number = self.parts * numpy.dtype(self.accumulate).itemsize
+        self.part_bytes = number * math.prod(self.results.shape)
+        # The results of parts, and what lies between them and out.
+        self.room = _ALIGNMENT + _aligned(self.part_bytes) + number * self.results.rows
 
     def __call__(self, q: Array, k: Array, v: Array, *others: Array) -> tuple[Array, Array | None]:
         """(out, lse) of arrays of CuPy like those of the call, which may be aligned otherwise."""
-        out, lse = self.results.make(self.cupy)
+        # A graph runs again when the call has long returned, and has of its memory what out is part of.
+        captured = self.parts > 1 and self.cupy.cuda.get_current_stream().is_capturing()
+        out, lse = self.results.make(self.cupy, self.room if captured else 0)
         block, own = self.block.copy(), {name: others[n] for name, n in self.numbers.items()}
         tensors = {"q": q, "k": k, "v": v}
         for name, x in (*tensors.items(), ("out", out)):
@@ -178,8 +190,11 @@ class Prepared:
         offset = own["offset"] if self.offset is None else self.offset
         kept: list[Any] = fill_others(block, own.get("sinks"), offset, self.batch_shape, self.cupy)
         fill_schedule(block, self.choice.spans, self.choice.variant.packed, self.cupy)
-        captured, read = self.captures(others)
-        if self.parts > 1:
+        arguments, read = self.captures(others)
+        if captured:
+            block["part_out"] = out.data.ptr + _aligned(out.nbytes)
+            block["part_lse"] = block["part_out"] + _aligned(self.part_bytes)
+        elif self.parts > 1:
             shape = (self.parts, *self.results.shape)
             made = [self.cupy.empty(shape, self.accumulate), self.cupy.empty(shape[:-1], self.accumulate)]
             block["part_out"], block["part_lse"] = (x.data.ptr for x in made)
@@ -189,7 +204,7 @@ class Prepared:
             choice = replace(choice, variant=replace(choice.variant, vector_loads=False))
         memory, threads = choice.variant.shared_memory, choice.variant.threads
         forward = compiled(self.cupy, self.device, "forward", choice.source, memory)
-        forward(self.grid, (threads,), (block, captured), shared_mem=memory)
+        forward(self.grid, (threads,), (block, arguments), shared_mem=memory)
         if self.parts > 1:
             combine = compiled(self.cupy, self.device, "combine", combine_source(choice.variant), 0)
             combine((-(-self.results.rows // _ROWS_OF_COMBINE),), (_COMBINE_THREADS,), (block,))
@@ -215,6 +230,10 @@ def prepare(call: AttentionCall, cupy: Any) -> Prepared | None:
     """
     tensors = tensors_of(call, cupy)
     return Prepared(call, tensors, cupy) if _results(call, tensors["q"].dtype).rows else None
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _scheduled(call: AttentionCall, variant: Variant, cupy: Any) -> tuple[Variant, DeviceSchedule | None]:
