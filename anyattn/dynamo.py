@@ -233,7 +233,9 @@ def _attention(q: Any, k: Any, v: Any = None, **options: Any) -> Any:
 
     if not hasattr(k, "shape"):
         k, v, options = _of_cache(q, k, v, options)
-    tensors = [x for x in (q, k, v) if x is not None]
+    if v is None:
+        raise TypeError("v: wanted an array, got NoneType")
+    tensors = [q, k, v]
     return attention_in_graph(tensors, _options(options, tensors))
 
 

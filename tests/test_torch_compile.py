@@ -326,6 +326,10 @@ class TestErrors:
         found = self.message(lambda q, k: attend(q, k, k, softcap=1.0), Q, Q.int())
         assert "k: wanted dtype float16, bfloat16, float32, float64, got torch.int32" in found
 
+    def test_of_values_that_are_missing(self):
+        found = self.message(lambda q: attend(q, q, None, bias=torch.zeros(2, 4, 9, 9)), Q)
+        assert "v: wanted an array, got NoneType" in found
+
     def test_of_names(self):
         found = self.message(lambda q: attend(q, q, q, windows=(1, 1)), Q)
         assert "windows" in found
