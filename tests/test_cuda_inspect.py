@@ -8,13 +8,16 @@ from cuda_host import Hosted, need_sanitizers
 from cuda_mutants import conflict, said_of
 from cuda_mutants_inspect import CALLS, MUTANTS, different, perform, references
 from cuda_runs import Interpreted
+from cuda_standin import Standin
 from ptx import PtxError
 
 import anyattn as aa
+from anyattn.describe import Options, describe
 from anyattn.testing.case import Drawn, Entry, Given, Plant, call
 from anyattn.testing.cases import all_cases
 from anyattn.testing.libraries import LIBRARIES
 from anyattn.testing.running import check_values
+from anyattn_cupy import launch
 from anyattn_cupy.variants import Device, choose_inspect, chunks_of
 
 pytestmark = pytest.mark.usefixtures("nvrtc")
@@ -149,3 +152,11 @@ def test_as_a_program_of_the_host(name, sanitizer, wanted, install):
     need_sanitizers()
     install(Hosted(sanitizer, multiprocessors=2))
     assert not different(perform(name, "interpreted"), wanted[name])
+
+
+@pytest.mark.parametrize(("operation", "options"), [("weights", {}), ("stats", {"stats": ("max",)})])
+def test_wide_calls_say_so(operation, options):
+    for dim, count in ((64, 0), (300, 1)):
+        q = np.zeros((2, 5, dim), "f4")
+        remarks = launch.remarks(describe(operation, q, q, None, Options(**options)), Standin())
+        assert ["of D = 300 channels" in remark for remark in remarks] == [True] * count

@@ -34,7 +34,7 @@ from anyattn_cupy.filling import (
 )
 from anyattn_cupy.schedules import DeviceSchedule, device_schedule
 from anyattn_cupy.source import combine_source, kernel_source
-from anyattn_cupy.variants import TENSOR_CORES, Variant, choose, parts_of
+from anyattn_cupy.variants import TENSOR_CORES, Variant, choose, choose_inspect, parts_of
 
 __all__ = ["Choice", "Prepared", "attend", "chosen", "prepare", "remarks"]
 
@@ -62,6 +62,10 @@ def remarks(call: AttentionCall, cupy: Any) -> tuple[str, ...]:
                 f"multiplies {call.dtype} in float32: tensor cores are used for it from compute capability "
                 f"{least / 10} on"
             )
+    else:
+        variant = choose_inspect(device, call.dtype, call.head_dim, vector_loads=False)
+        if variant.wide:
+            found.append(f"a tile holds {variant.head_dim} of D = {call.head_dim} channels at a time")
     return tuple(found)
 
 
