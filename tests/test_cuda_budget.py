@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import csv
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_compile import compiled, need_nvrtc
+from cuda_budgets import Budget
+from cuda_compile import compiled
 from cuda_standin import SHARED_MEMORY
 
 from anyattn import masks, scores
@@ -21,7 +20,6 @@ from anyattn.expr.program import lower
 from anyattn_cupy.source import OPTIONS, combine_source, kernel_source
 from anyattn_cupy.variants import Device, choose, choose_inspect
 
-BUDGET = Path(__file__).with_name("cuda_budget.csv")
 COLUMNS = ("operation", "dtype", "head_dim", "vector_loads", "options", "architecture")
 HELD = ("kernel", "rows", "keys", "registers", "shared_memory", "spilled")
 
@@ -65,7 +63,7 @@ KERNELS = [
 
 
 def needs(operation, dtype, dim, vector_loads, options, capability):
-    """What a kernel takes on an architecture, as a row of the budget."""
+    """What a kernel takes on an architecture, as `HELD` has it."""
     device = Device(capability, SHARED_MEMORY[capability])
     if operation == "inspection":
         variant = choose_inspect(device, dtype, dim, vector_loads)
@@ -81,44 +79,26 @@ def needs(operation, dtype, dim, vector_loads, options, capability):
         tile, room = (variant.kernel, variant.rows, variant.keys), variant.shared_memory
     [(name, found)] = compiled(source, f"sm_{capability}", OPTIONS).resources.items()
     assert (name == "combine") == (operation == "merge")
-    values = (*tile, found.registers, room + found.shared_memory, found.spilled)
-    return dict(zip(HELD, map(str, values), strict=True))
+    return (*tile, found.registers, room + found.shared_memory, found.spilled)
 
 
-def keyed(operation, dtype, dim, vector_loads, options, capability):
-    values = (operation, dtype, dim, "yes" if vector_loads else "no", options, f"sm_{capability}")
-    return dict(zip(COLUMNS, map(str, values), strict=True))
-
-
-@pytest.fixture(scope="module")
-def budget():
-    with BUDGET.open(newline="") as file:
-        return {tuple(row[c] for c in COLUMNS): row for row in csv.DictReader(file)}
+BUDGET = Budget(Path(__file__).with_name("cuda_budget.csv"), COLUMNS, HELD, KERNELS, needs)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: "-".join(map(str, k)))
-def test_within_the_budget(kernel, budget):
-    need_nvrtc()
-    for capability in SHARED_MEMORY:
-        row, found = budget[tuple(keyed(*kernel, capability).values())], needs(*kernel, capability)
-        assert all(row[name] == found[name] for name in ("kernel", "rows", "keys", "shared_memory")), found
-        for name in ("registers", "spilled"):
-            assert int(found[name]) <= int(row[name]), (kernel, capability, name, found)
+def test_within_the_budget(kernel):
+    BUDGET.check(kernel)
 
 
-def test_nothing_is_spilled_up_to_128_channels(budget):
-    for key, row in budget.items():
+def test_nothing_is_spilled_up_to_128_channels():
+    for key, row in BUDGET.rows().items():
         if int(row["head_dim"]) <= 128 and row["dtype"] != "float64":
             assert row["spilled"] == "0", key
 
 
-def test_the_budget_lists_what_is_compiled(budget):
-    assert set(budget) == {tuple(keyed(*kernel, c).values()) for kernel in KERNELS for c in SHARED_MEMORY}
+def test_the_budget_lists_what_is_compiled():
+    assert set(BUDGET.rows()) == BUDGET.names()
 
 
 if __name__ == "__main__":
-    writer = csv.DictWriter(sys.stdout, [*COLUMNS, *HELD], lineterminator="\n")
-    writer.writeheader()
-    for kernel in KERNELS:
-        for capability in SHARED_MEMORY:
-            writer.writerow(keyed(*kernel, capability) | needs(*kernel, capability))
+    BUDGET.write()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 
 import cuda_model
@@ -24,14 +23,13 @@ def test_predictions():
 def test_tiles_registers_and_shared_memory():
     """The table of kernels for causal attention is what the budget has."""
     wanted = {}
-    with BUDGET.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if (row["operation"], row["vector_loads"], row["options"]) != ("attention", "yes", "causal"):
-                continue
-            spilled = "" if row["spilled"] == "0" else f" ({row['spilled']})"
-            room = f"{int(row['shared_memory']) / 1024:.0f}"
-            cell = f"{row['rows']}×{row['keys']}, {row['registers']}, {room}{spilled}"
-            wanted.setdefault(f"{row['dtype']}, {row['head_dim']}", {})[row["architecture"]] = cell
+    for row in BUDGET.rows().values():
+        if (row["operation"], row["vector_loads"], row["options"]) != ("attention", "yes", "causal"):
+            continue
+        spilled = "" if row["spilled"] == "0" else f" ({row['spilled']})"
+        room = f"{int(row['shared_memory']) / 1024:.0f}"
+        cell = f"{row['rows']}×{row['keys']}, {row['registers']}, {room}{spilled}"
+        wanted.setdefault(f"{row['dtype']}, {row['head_dim']}", {})[row["architecture"]] = cell
     shown = {}
     architectures = ("sm_75",), ("sm_80",), ("sm_86", "sm_89"), ("sm_90",), ("sm_100",), ("sm_120",)
     for line in re.findall(r"^\| (float\d+, \d+ \|.*) \|$", CUDA.read_text(), re.MULTILINE):

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import csv
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from cuda_compile import compiled, need_nvrtc
+from cuda_budgets import Budget
+from cuda_compile import compiled
 from cuda_standin import SHARED_MEMORY
 
 from anyattn_cupy.linear_launch import linear_source
@@ -20,7 +19,6 @@ from anyattn_cupy.source import OPTIONS
 from anyattn_cupy.variants import Device
 
 PAGE = Path(__file__).parents[1] / "docs" / "linear-attention.md"
-BUDGET = Path(__file__).with_name("cuda_budget_linear.csv")
 COLUMNS = ("rule", "dtype", "head_dim", "architecture")
 HELD = ("channels", "rows", "columns", "registers", "shared_memory", "spilled")
 
@@ -53,42 +51,28 @@ def chosen(dtype, dim, v_dim, *, rule="linear", capability=80, multiprocessors=1
 
 
 def needs(rule, dtype, dim, capability):
-    """What a kernel takes on an architecture, as a row of the budget."""
+    """What a kernel takes on an architecture, as `HELD` has it."""
     variant = chosen(dtype, dim, dim, rule=rule, capability=capability)
     [found] = compiled(linear_source(variant), f"sm_{capability}", OPTIONS).resources.values()
     shared = variant.shared_memory + found.shared_memory
-    values = variant.head_dim, variant.rows, variant.columns, found.registers, shared, found.spilled
-    return dict(zip(HELD, map(str, values), strict=True))
+    return variant.head_dim, variant.rows, variant.columns, found.registers, shared, found.spilled
 
 
-def keyed(rule, dtype, dim, capability):
-    return dict(zip(COLUMNS, map(str, (rule, dtype, dim, f"sm_{capability}")), strict=True))
-
-
-@pytest.fixture(scope="module")
-def budget():
-    with BUDGET.open(newline="") as file:
-        return {tuple(row[c] for c in COLUMNS): row for row in csv.DictReader(file)}
+BUDGET = Budget(Path(__file__).with_name("cuda_budget_linear.csv"), COLUMNS, HELD, KERNELS, needs)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: "-".join(map(str, k)))
-def test_within_the_budget(kernel, budget):
-    need_nvrtc()
-    for capability in SHARED_MEMORY:
-        row, found = budget[tuple(keyed(*kernel, capability).values())], needs(*kernel, capability)
-        assert all(row[name] == found[name] for name in HELD if name not in ("registers", "spilled")), found
-        for name in ("registers", "spilled"):
-            assert int(found[name]) <= int(row[name]), (kernel, capability, name, found)
+def test_within_the_budget(kernel):
+    BUDGET.check(kernel)
 
 
 def table():
     """The rows of docs/linear-attention.md: tile, registers and KiB of shared memory by architecture."""
     found = {}
-    with BUDGET.open(newline="") as file:
-        for row in csv.DictReader(file):
-            room = f"{int(row['shared_memory']) / 1024:.0f}"
-            cell = f"{row['rows']}×{row['columns']}, {row['registers']}, {room}"
-            found.setdefault(tuple(row[c] for c in COLUMNS[:-1]), {})[row["architecture"]] = cell
+    for row in BUDGET.rows().values():
+        room = f"{int(row['shared_memory']) / 1024:.0f}"
+        cell = f"{row['rows']}×{row['columns']}, {row['registers']}, {room}"
+        found.setdefault(tuple(row[c] for c in COLUMNS[:-1]), {})[row["architecture"]] = cell
     lines = []
     for (rule, dtype, dim), cells in found.items():
         assert cells["sm_86"] == cells["sm_89"]
@@ -101,17 +85,13 @@ def test_the_table_of_the_page():
     assert table() in PAGE.read_text(), table()
 
 
-def test_nothing_is_spilled(budget):
-    assert {row["spilled"] for row in budget.values()} == {"0"}
+def test_nothing_is_spilled():
+    assert {row["spilled"] for row in BUDGET.rows().values()} == {"0"}
 
 
-def test_the_budget_lists_what_is_compiled(budget):
-    assert set(budget) == {tuple(keyed(*kernel, c).values()) for kernel in KERNELS for c in SHARED_MEMORY}
+def test_the_budget_lists_what_is_compiled():
+    assert set(BUDGET.rows()) == BUDGET.names()
 
 
 if __name__ == "__main__":
-    writer = csv.DictWriter(sys.stdout, [*COLUMNS, *HELD], lineterminator="\n")
-    writer.writeheader()
-    for kernel in KERNELS:
-        for capability in SHARED_MEMORY:
-            writer.writerow(keyed(*kernel, capability) | needs(*kernel, capability))
+    BUDGET.write()
