@@ -116,7 +116,8 @@ class TestSplitKeys:
 
     def test_sinks_count_once(self):
         with aa.use(threads=2):
-            assert_equals_reference(*inputs(1, 2, 1, 1, 3000, 16), sinks=np.array([3.0, -1.0], "f4"))
+            for sinks in ([3.0, -1.0], [12.0, 90.0]):
+                assert_equals_reference(*inputs(1, 2, 1, 1, 3000, 16), sinks=np.array(sinks, "f4"))
 
     def test_masks(self):
         q, k, v = inputs(1, 1, 1, 2, 4000, 16)
