@@ -26,7 +26,7 @@ def install(monkeypatch):
 
 @pytest.fixture
 def nvrtc():
-    """Skip where there is no NVRTC."""
+    """Go on only where there is NVRTC."""
     from cuda_compile import need_nvrtc
 
     need_nvrtc()

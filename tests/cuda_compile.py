@@ -13,9 +13,10 @@ import pickle
 import re
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
+from missing import missing
 
 __all__ = ["Compiled", "Resources", "compiled", "need_nvrtc"]
 
@@ -39,14 +40,15 @@ class Compiled:
 
 
 def need_nvrtc() -> None:
-    """Skip where there is no NVRTC."""
-    pytest.importorskip("cupy", reason="cupy, which brings NVRTC's bindings, is not installed")
+    """Go on only where there is NVRTC."""
+    if find_spec("cupy") is None:
+        missing("cupy, which brings NVRTC's bindings, is not installed")
     from cupy.cuda import nvrtc
 
     try:
         nvrtc.getVersion()
     except (OSError, RuntimeError, ImportError) as error:
-        pytest.skip(f"NVRTC is not installed: {error}")
+        missing(f"NVRTC is not installed: {error}")
 
 
 @functools.cache

@@ -20,9 +20,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 from cuda_runs import Interpreted
 from cuda_standin import Standin, argument_bytes
+from missing import missing
 from ptx import Arena
 
 __all__ = ["HostError", "Hosted", "need_sanitizers"]
@@ -41,15 +41,15 @@ class HostError(Exception):
 
 
 def need_sanitizers() -> None:
-    """Skip where g++ is missing, or its sanitizers."""
+    """Go on only where there is g++ with its sanitizers."""
     if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    if missing := _missing():
-        pytest.skip(missing)
+        missing("g++ is not installed")
+    if broken := _broken():
+        missing(broken)
 
 
 @functools.cache
-def _missing() -> str | None:
+def _broken() -> str | None:
     for name, flags in SANITIZERS.items():
         program = _folder() / f"probe-{name}"
         made = subprocess.run(

@@ -92,6 +92,14 @@ def test_caught_here_alone(mutant, wanted, install):
     assert mutant.caught in said_under("address", mutant, wanted, install)
 
 
+@pytest.mark.parametrize(("said", "how"), [("", pytest.skip.Exception), ("fail", pytest.fail.Exception)])
+def test_a_missing_tool_fails_where_none_may_be_missing(said, how, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setenv("ANYATTN_MISSING_TOOLS", said)
+    with pytest.raises(how, match=r"g\+\+ is not installed"):
+        need_sanitizers()
+
+
 def test_inline_ptx_becomes_a_call():
     source = """asm volatile("a [%0], {%1};" T
         :: "r"(f(x, y ? 1 : 2)), "+l"(p) : "memory");

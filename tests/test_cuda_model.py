@@ -16,6 +16,7 @@ import pytest
 from cuda_compile import compiled, need_nvrtc
 from cuda_model import A100, H100, Tile, predict
 from cuda_standin import SHARED_MEMORY, Standin
+from missing import missing
 
 from anyattn.describe import Options, describe
 from anyattn.expr.program import lower
@@ -74,7 +75,7 @@ def instructions(dtype, capability, dim):
     """How often each instruction stands in the machine code of a kernel without mask and score."""
     tool = shutil.which("nvdisasm") or _from_wheel()
     if tool is None:
-        pytest.skip("nvdisasm is not installed")
+        missing("nvdisasm is not installed")
     x = np.zeros((2, 8, 8), "f4")
     call = describe("attention", x, x, x, Options())
     source = kernel_source(chosen(dtype, capability, dim), lower(call.visible, call.score), "int")

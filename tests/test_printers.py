@@ -21,6 +21,8 @@ import textwrap
 import ml_dtypes
 import numpy as np
 import pytest
+from cuda_compile import need_nvrtc
+from missing import missing
 from random_expressions import (
     BATCH,
     HEADS,
@@ -482,7 +484,7 @@ def host_library(source, folder):
     """The functions of a CUDA source, compiled by g++."""
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("g++ is not installed")
+        missing("g++ is not installed")
     path = folder / "unit.cpp"
     path.write_text(source)
     library = folder / "unit.so"
@@ -545,13 +547,9 @@ class TestCuda:
             np.testing.assert_array_equal(found[1], changed)
 
     def test_nvrtc_compiles_it(self):
-        pytest.importorskip("cupy", reason="cupy, which brings NVRTC's bindings, is not installed")
+        need_nvrtc()
         from cupy.cuda import nvrtc
 
-        try:
-            nvrtc.getVersion()
-        except (OSError, RuntimeError, ImportError) as error:
-            pytest.skip(f"NVRTC is not installed: {error}")
         programs = [drawn(seed)[2] for seed in SEEDS[:12]]
         for dtype, index in (("float32", "long long"), ("float64", "int")):
             source = cuda_unit(programs, dtype, index, "__global__")
