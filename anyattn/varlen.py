@@ -19,6 +19,7 @@ from anyattn.dynamo import leave_out, packed, read_instead
 from anyattn.expr.nodes import ROW, Expr, J, load
 from anyattn.expr.relocate import Relocation
 from anyattn.expr.tables import table_of
+from anyattn.lookup import Lookup
 from anyattn.masks import Mask
 from anyattn.numbers import host_integers, integer
 from anyattn.scores import Score
@@ -125,21 +126,26 @@ def packed_options(
     mask: Any,
     score_mod: Any,
     dropout: Any = 0.0,
+    pages: Lookup | None = None,
 ) -> dict[str, Any]:
-    """The mask, score_mod, dropout and layout with which `attention` is that of packed sequences."""
+    """The mask, score_mod, dropout and layout with which `attention` is that of packed sequences.
+
+    With `pages`, keys lie where these say, in any order.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         arrays.check_plain(x, name)
         if x.ndim != 3:
             raise ValueError(f"{name}: wanted packed sequences (T, heads, dim), got shape {tuple(x.shape)}")
-    queries = _sequences(cu_seqlens_q, "cu_seqlens_q", q, max_seqlens[0])
-    keys = _sequences(cu_seqlens_k, "cu_seqlens_k", k, max_seqlens[1])
+    queries = _sequences(cu_seqlens_q, "cu_seqlens_q", q, int(q.shape[0]), max_seqlens[0])
+    total = int(k.shape[0]) if pages is None else None
+    keys = _sequences(cu_seqlens_k, "cu_seqlens_k", k, total, max_seqlens[1])
     if queries.count != keys.count:
         raise ValueError(
             f"cu_seqlens_k: wanted {queries.count + 1} entries like cu_seqlens_q, got {keys.count + 1}"
         )
     if not (queries.host and keys.host):
         queries, keys = queries.beside(q), keys.beside(q)
-    visible, within = _relocation(queries, keys)
+    visible, within = _relocation(queries, keys, pages)
     seen = [masks.causal()] if causal else []
     seen += [masks.sliding_window(*masks.window_bounds(window, "window"))] if window is not None else []
     seen += [masks.as_mask(mask, "mask")] if mask is not None else []
@@ -237,10 +243,11 @@ def _beside(numbers: Any, like: Array) -> Array:
     return xp.asarray(numbers, dtype=arrays.index_dtype(xp, where), device=where)
 
 
-def _check_values(host: Any, name: str, total: int) -> None:
-    """Raise unless `host` are starts of sequences that make up `total` rows."""
+def _check_values(host: Any, name: str, total: int | None) -> None:
+    """Raise unless `host` are starts of sequences that make up `total` rows, or any number of them."""
     if host.ndim != 1 or len(host) == 0:
         raise ValueError(f"{name}: wanted shape (sequences + 1,), got {host.shape}")
+    total = host[-1] if total is None else total
     if host[0] != 0 or host[-1] != total or (host[1:] < host[:-1]).any():
         shown = host.tolist() if len(host) <= 8 else f"{host[0]}, ..., {host[-1]}"
         raise ValueError(f"{name}: wanted numbers from 0 to {total} that never fall, got {shown}")
@@ -267,11 +274,10 @@ class _Sequences:
         return _Sequences(self.count, number, start, lengths, host=False)
 
 
-def _sequences(cu_seqlens: Any, name: str, x: Array, longest: Any) -> _Sequences:
-    """The sequences that `cu_seqlens` cuts the first axis of `x` into."""
+def _sequences(cu_seqlens: Any, name: str, x: Array, total: int | None, longest: Any) -> _Sequences:
+    """The sequences that `cu_seqlens` cuts the first axis of `x` into, if all its `total` rows are theirs."""
     import numpy
 
-    total = int(x.shape[0])
     if longest is not None:
         longest = integer(longest, name.replace("cu_seqlens", "max_seqlen"), least=0)
     xp = arrays.namespace(x)
@@ -294,14 +300,14 @@ def _sequences(cu_seqlens: Any, name: str, x: Array, longest: Any) -> _Sequences
         raise ValueError(f"{name}: wanted shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
     ends = arrays.cast(xp, cu_seqlens[1:], arrays.index_dtype(xp, arrays.device(x)))
     starts = arrays.cast(xp, cu_seqlens[:-1], ends.dtype)
-    row = xp.arange(total, dtype=ends.dtype, device=arrays.device(x))
+    row = xp.arange(total or 0, dtype=ends.dtype, device=arrays.device(x))
     number = xp.searchsorted(ends, row, side="right")
     number = xp.clip(arrays.cast(xp, number, ends.dtype), 0, max(int(ends.shape[0]) - 1, 0))
     start = arrays.take(xp, starts, number, axis=-1)
     return _Sequences(int(ends.shape[0]), number, start, ends - starts, host=False)
 
 
-def _relocation(queries: _Sequences, keys: _Sequences) -> tuple[Expr, Relocation]:
+def _relocation(queries: _Sequences, keys: _Sequences, pages: Lookup | None) -> tuple[Expr, Relocation]:
     """Whether a row and a key are of one sequence, and b, row, i and j within it."""
     xp = arrays.namespace(queries.number)
     ahead = arrays.take(xp, keys.lengths - queries.lengths, queries.number, axis=-1)
@@ -315,10 +321,16 @@ def _relocation(queries: _Sequences, keys: _Sequences) -> tuple[Expr, Relocation
         "b": b,
         "row": ROW - read(queries.start, "start of each query's sequence", ROW),
         "i": ROW + read(ahead - queries.start, "position of each query", ROW),
-        "j": J - read(keys.start, "start of each key's sequence", J),
     }
-    together = b == read(keys.number, "sequence of each key", J)
-    return together, Relocation(inside, queries.count)
+    if pages is None:
+        together = b == read(keys.number, "sequence of each key", J)
+        token = J - read(keys.start, "start of each key's sequence", J)
+    else:
+        assert pages.visible is not None
+        assert pages.token is not None
+        of_row = Relocation(inside, queries.count)
+        together, token = (of_row(part, "block_table") for part in (pages.visible, pages.token))
+    return together, Relocation({**inside, "j": token}, queries.count)
 
 
 # Before `torch.compile` reads a function that calls them.

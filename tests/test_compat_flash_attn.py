@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import Parameter, signature
 from itertools import product
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from flash_attn_definition import defined
 
 import anyattn as aa
+from anyattn.compat import flash_attn
 from anyattn.compat.flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 
 RNG = np.random.default_rng(0)
@@ -33,6 +35,58 @@ OPTIONS = list(
         (None, 0.9),
     )
 )
+
+
+# Of flash_attn/flash_attn_interface.py in the repository Dao-AILab/flash-attention, commit 0053002.
+_USUAL = {
+    "dropout_p": 0.0,
+    "softmax_scale": None,
+    "causal": False,
+    "window_size": (-1, -1),
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "deterministic": False,
+    "return_attn_probs": False,
+}
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+PUBLISHED = {
+    "flash_attn_func": (("q", "k", "v"), _USUAL),
+    "flash_attn_kvpacked_func": (("q", "kv"), _USUAL),
+    "flash_attn_qkvpacked_func": (("qkv",), _USUAL),
+    "flash_attn_varlen_func": (("q", "k", "v", *_LENGTHS), {**_USUAL, "block_table": None}),
+    "flash_attn_varlen_kvpacked_func": (("q", "kv", *_LENGTHS), _USUAL),
+    "flash_attn_varlen_qkvpacked_func": (("qkv", "cu_seqlens", "max_seqlen"), _USUAL),
+    "flash_attn_with_kvcache": (
+        ("q", "k_cache", "v_cache"),
+        {
+            "k": None,
+            "v": None,
+            "rotary_cos": None,
+            "rotary_sin": None,
+            "cache_seqlens": None,
+            "cache_batch_idx": None,
+            "cache_leftpad": None,
+            "block_table": None,
+            "softmax_scale": None,
+            "causal": False,
+            "window_size": (-1, -1),
+            "softcap": 0.0,
+            "rotary_interleaved": True,
+            "alibi_slopes": None,
+            "num_splits": 0,
+            "return_softmax_lse": False,
+        },
+    ),
+}
+
+
+def test_signatures_are_those_of_flash_attn():
+    assert sorted(flash_attn.__all__) == sorted(PUBLISHED)
+    for name, (required, optional) in PUBLISHED.items():
+        parameters = signature(getattr(flash_attn, name)).parameters.values()
+        assert {p.kind for p in parameters} == {Parameter.POSITIONAL_OR_KEYWORD}, name
+        found = [(p.name, p.default) for p in parameters]
+        assert found == [*((one, Parameter.empty) for one in required), *optional.items()], name
 
 
 def test_every_combination():

@@ -7,7 +7,13 @@ import pytest
 from flash_attn_definition import defined, turned
 
 import anyattn as aa
-from anyattn.compat.flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+from anyattn.compat.flash_attn import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+from anyattn.dispatch import recording
 
 RNG = np.random.default_rng(0)
 HEADS, KV_HEADS, DIM, V_DIM = 6, 3, 8, 5
@@ -48,12 +54,88 @@ def test_packed_sequences(slopes):
         np.testing.assert_allclose(lse[:, rows], wanted_lse[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_packed_queries_of_keys_in_pages(library):
+    """One sequence has no query, one no key, one a part of a page; what is of none is NaN."""
+    xp = pytest.importorskip(library)
+    lengths_q, lengths_k = (5, 0, 2, 3), (9, 4, 0, 7)
+    cu_q, cu_k = (np.cumsum([0, *x]).astype(np.int32) for x in (lengths_q, lengths_k))
+    table = np.array([[5, 2, 9], [1, -1, 99], [-1, 0, 0], [8, 3, 5]], dtype=np.int32)
+    q = drawn(10, HEADS, DIM)
+    tokens = drawn(4, SPACE, KV_HEADS, DIM), drawn(4, SPACE, KV_HEADS, V_DIM)
+    pools = [np.full((10, PAGE, *x.shape[2:]), np.nan) for x in tokens]
+    for n, length in enumerate(lengths_k):
+        for t in range(length):
+            for pool, x in zip(pools, tokens, strict=True):
+                pool[table[n, t // PAGE], t % PAGE] = x[n, t]
+    slopes = RNG.uniform(0.1, 1, (4, HEADS))
+    given = [xp.asarray(x) for x in (q, *pools, cu_q, cu_k)]
+    options = {"block_table": xp.asarray(table), "alibi_slopes": xp.asarray(slopes), "deterministic": True}
+    out, lse, pattern = flash_attn_varlen_func(
+        *given, 5, 9, 0.0, 0.7, True, (3, -1), 1.5, return_attn_probs=True, **options
+    )
+    assert pattern is None
+    for n, length in enumerate(lengths_k):
+        rows = slice(cu_q[n], cu_q[n + 1])
+        k, v = (x[n : n + 1, :length] for x in tokens)
+        wanted, wanted_lse = defined(q[None, rows], k, v, 0.7, True, (3, -1), 1.5, slopes[n])
+        np.testing.assert_allclose(np.asarray(out)[rows], wanted[0], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(np.asarray(lse)[:, rows], wanted_lse[0], rtol=1e-9, atol=1e-12)
+
+
+def test_pages_are_read_where_they_lie():
+    """Without a copy in the order of the sequences: gradients come to the pages that are used."""
+    torch = pytest.importorskip("torch")
+    k, v = torch.from_numpy(drawn(10, PAGE, 2, DIM)), torch.from_numpy(drawn(10, PAGE, 2, DIM))
+    q = torch.from_numpy(drawn(4, 2, DIM))
+    given = torch.tensor([0, 1, 3, 4]), torch.tensor([0, 9, 13, 20]), 2, 9
+    table = torch.tensor([[5, 2, 9], [1, 0, 0], [8, 3, 0]])
+
+    def attend():
+        return flash_attn_varlen_func(q, k, v, *given, causal=True, block_table=table)
+
+    wanted = attend()
+    with aa.use(backend="torch"), recording() as records:
+        torch.testing.assert_close(attend(), wanted)
+        k.requires_grad_()
+        (grad,) = torch.autograd.grad(attend().square().sum(), k)
+    assert [record.backend for record in records] == ["torch", "torch"]
+    used = grad.abs().sum((1, 2, 3)) > 0
+    assert used.tolist() == [n in (1, 2, 3, 5, 8, 9) for n in range(10)]
+
+
+def test_packed_inputs_of_packed_sequences():
+    cu = np.array([0, 4, 9])
+    qkv = drawn(9, 3, HEADS, DIM)
+    options = {"causal": True, "window_size": (3, 0), "softcap": 2.0, "alibi_slopes": SLOPES[:2]}
+    q, k, v = (qkv[:, n] for n in range(3))
+    wanted, wanted_lse, _ = flash_attn_varlen_func(q, k, v, cu, cu, 5, 5, **options, return_attn_probs=True)
+    out, lse, _ = flash_attn_varlen_qkvpacked_func(qkv, cu, 5, **options, return_attn_probs=True)
+    np.testing.assert_array_equal(out, wanted)
+    np.testing.assert_array_equal(lse, wanted_lse)
+    out = flash_attn_varlen_kvpacked_func(q, qkv[:, 1:], cu, cu, 5, 5, **options)
+    np.testing.assert_array_equal(out, wanted)
+    with pytest.raises(ValueError, match=r"^qkv: wanted axes \(total, 3, heads, dim\)"):
+        flash_attn_varlen_qkvpacked_func(qkv[:, :2], cu, 5)
+    with pytest.raises(ValueError, match=r"^kv: wanted axes \(total, 2, heads, dim\)"):
+        flash_attn_varlen_kvpacked_func(q, qkv, cu, cu, 5, 5)
+
+
 def test_packed_errors_name_the_argument():
     q, cu = drawn(6, HEADS, DIM), np.array([0, 6])
     with pytest.raises(ValueError, match="max_seqlen_q: wanted at least 6"):
         flash_attn_varlen_func(q, q, q, cu, cu, 3, 6)
-    with pytest.raises(NotImplementedError, match="block_table: "):
+    with pytest.raises(ValueError, match=r"k: wanted \(pages, page_size, heads, dim\) with block_table"):
         flash_attn_varlen_func(q, q, q, cu, cu, 6, 6, block_table=TABLE)
+    pages = drawn(3, PAGE, HEADS, DIM)
+    with pytest.raises(ValueError, match="block_table: wanted integers of 2 axes for 1 sequences"):
+        flash_attn_varlen_func(q, pages, pages, cu, cu, 6, 6, block_table=TABLE)
+    with pytest.raises(ValueError, match="block_table: wanted numbers from 0 to 2, got 5"):
+        flash_attn_varlen_func(q, pages, pages, cu, cu, 6, 6, block_table=TABLE[:1])
+    with pytest.raises(ValueError, match="block_table: wanted pages of 4 for 6 tokens, got 1 to a sequence"):
+        flash_attn_varlen_func(q, pages, pages, cu, cu, 6, 6, block_table=TABLE[:1, :1])
+    with pytest.raises(ValueError, match="max_seqlen_k: wanted at least 6"):
+        flash_attn_varlen_func(q, pages, pages, cu, cu, 6, 5, block_table=TABLE[1:2] % 2)
     with pytest.raises(ValueError, match="dropout_p: wanted a probability"):
         flash_attn_varlen_func(q, q, q, cu, cu, 6, 6, 1.5)
 
@@ -158,11 +240,13 @@ def test_a_full_cache_and_padding_on_the_left():
         ({"k": None}, "v: wanted an array with k"),
         ({"k": drawn(3, 2, 1, DIM)}, r"k: wanted shape \(3, 'n', 3, 8\)"),
         ({"cache_seqlens": 10}, "cache_seqlens: wanted 0 to 9, so that 3 new tokens fit, got 10 to 10"),
+        ({"cache_seqlens": 13, "k": None, "v": None}, "cache_seqlens: wanted 0 to 12"),
         ({"cache_seqlens": np.array([1, 2])}, r"cache_seqlens: wanted integers of shape \(3,\)"),
         ({"rotary_cos": ANGLES}, "rotary_sin: wanted an array with rotary_cos"),
         ({"rotary_cos": np.ones((40, 5)), "rotary_sin": np.ones((40, 5))}, "rotary_cos: wanted at most 4"),
         ({"block_table": TABLE, "cache_batch_idx": np.arange(3)}, "cache_batch_idx: wanted None"),
         ({"block_table": TABLE[0]}, "block_table: wanted integers of 2 axes"),
+        ({"cache_batch_idx": np.array([0, 3, 1])}, "cache_batch_idx: wanted numbers from 0 to 2, got 3"),
         ({"q": drawn(2, 1, HEADS, DIM), "k": None, "v": None}, "k_cache: wanted 2 sequences like q"),
         ({"window_size": (1,)}, "window_size: wanted a pair"),
         ({"num_splits": -1}, "num_splits: wanted 0 or more"),

@@ -12,7 +12,7 @@ from anyattn.errors import UnsupportedCallError
 from anyattn.numbers import integer
 from anyattn.scores import Score
 
-__all__ = ["NAMES", "alibi", "check_deterministic", "window_bounds"]
+__all__ = ["NAMES", "alibi", "check_deterministic", "unpacked", "window_bounds"]
 
 # Arguments of anyattn in the words of FlashAttention.
 NAMES = {
@@ -61,3 +61,13 @@ def check_deterministic(q: Array, k: Array, v: Array, options: dict[str, Any]) -
             f"deterministic: backend {chosen.name!r}, which would run this call, {reason}",
             {chosen.name: (reason,)},
         )
+
+
+def unpacked(packed: Array, name: str, lead: tuple[str, ...], count: int) -> tuple[Array, ...]:
+    """Views of the `count` arrays that lie along the axis behind those of `lead`."""
+    arrays.check_plain(packed, name)
+    if packed.ndim != len(lead) + 3 or packed.shape[len(lead)] != count:
+        wanted = ", ".join((*lead, str(count), "heads", "dim"))
+        raise ValueError(f"{name}: wanted axes ({wanted}), got shape {tuple(packed.shape)}")
+    before = (slice(None),) * len(lead)
+    return tuple(packed[(*before, n, ...)] for n in range(count))

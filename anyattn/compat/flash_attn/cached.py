@@ -9,6 +9,7 @@ from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.attention import attention
 from anyattn.compat.flash_attn.arguments import NAMES, alibi, window_bounds
+from anyattn.compat.flash_attn.pages import check_pages, check_table, of_table
 from anyattn.compat.renaming import renaming
 from anyattn.expr.nodes import B, Expr, J, load
 from anyattn.expr.tables import table_of
@@ -16,7 +17,6 @@ from anyattn.kv_cache import write
 from anyattn.lookup import Cache, Lookup
 from anyattn.masks import Mask
 from anyattn.numbers import boolean, integer
-from anyattn.paged_cache import in_pages
 from anyattn.rope import rotate
 
 __all__ = ["flash_attn_with_kvcache"]
@@ -103,8 +103,11 @@ def flash_attn_with_kvcache(
         q = _turn(q, at + rows[:q_len] if moving else at, rotary_cos, rotary_sin, rotary_interleaved)
         if k is not None:
             k = _turn(k, at + rows[:new], rotary_cos, rotary_sin, rotary_interleaved)
+    _check_room(before, new, room)
+    if table is not None:
+        name = "block_table" if cache_batch_idx is None else "cache_batch_idx"
+        check_pages(table, before + new, k_cache, name)
     if k is not None and new:
-        _check_room(before, new, room)
         place = _places(before, new, table, size, xp, index, device)
         k_cache, v_cache = write(k_cache, place, k), write(v_cache, place, v)
     lengths = before + new
@@ -138,19 +141,10 @@ class _Given(Cache):
 
 
 def _lookup(k_cache: Array, v_cache: Array, table: Array | None, lengths: Array, index: Any) -> Lookup:
-    xp, device = arrays.namespace(k_cache), arrays.device(k_cache)
     if table is None:
+        xp = arrays.namespace(k_cache)
         return Lookup(xp.moveaxis(k_cache, 1, 2), xp.moveaxis(v_cache, 1, 2), lengths)
-    pages, size = int(k_cache.shape[0]), int(k_cache.shape[1])
-    batch, most = (int(n) for n in table.shape)
-    numbers = xp.arange(most, dtype=index, device=device)
-    # Entries behind the last page of a sequence may hold anything; they go to a column that is cut off.
-    used = numbers < xp.expand_dims(-(-lengths // size), axis=-1)
-    column = xp.where(used, table, pages)
-    row = xp.expand_dims(xp.arange(batch, dtype=index, device=device), axis=-1)
-    entry = xp.full((batch, pages + 1), -1, dtype=index, device=device)
-    entry = write(entry, (row, column), xp.broadcast_to(numbers, (batch, most)))
-    return in_pages(k_cache, v_cache, entry[:, :pages], lengths)
+    return of_table(k_cache, v_cache, table, lengths, index)
 
 
 def _places(
@@ -240,12 +234,7 @@ def _check(
         raise ValueError("cache_batch_idx: wanted None with block_table, which says where sequences lie")
     for name, table, rank in (("block_table", block_table, 2), ("cache_batch_idx", cache_batch_idx, 1)):
         if table is not None:
-            arrays.check_beside(table, name, q, "q")
-            if arrays.kind(table) != "int" or table.ndim != rank or table.shape[0] != q.shape[0]:
-                raise ValueError(
-                    f"{name}: wanted integers of {rank} axes for {q.shape[0]} sequences, "
-                    f"got {arrays.dtype_name(table)} {tuple(table.shape)}"
-                )
+            check_table(table, name, rank, int(q.shape[0]), q)
     if block_table is None and cache_batch_idx is None and k_cache.shape[0] != q.shape[0]:
         raise ValueError(
             f"k_cache: wanted {q.shape[0]} sequences like q, or cache_batch_idx, got {k_cache.shape[0]}"

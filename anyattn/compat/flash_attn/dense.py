@@ -7,7 +7,13 @@ from typing import Any
 from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.attention import attention
-from anyattn.compat.flash_attn.arguments import NAMES, alibi, check_deterministic, window_bounds
+from anyattn.compat.flash_attn.arguments import (
+    NAMES,
+    alibi,
+    check_deterministic,
+    unpacked,
+    window_bounds,
+)
 from anyattn.compat.renaming import renaming
 from anyattn.compat.seeds import drawn_seed
 from anyattn.numbers import boolean
@@ -130,7 +136,7 @@ def flash_attn_qkvpacked_func(
     array or tuple
         As `flash_attn_func`.
     """
-    q, k, v = _unpack(qkv, "qkv", 3)
+    q, k, v = unpacked(qkv, "qkv", ("batch", "length"), 3)
     return flash_attn_func(
         q,
         k,
@@ -174,7 +180,7 @@ def flash_attn_kvpacked_func(
     array or tuple
         As `flash_attn_func`.
     """
-    k, v = _unpack(kv, "kv", 2)
+    k, v = unpacked(kv, "kv", ("batch", "length"), 2)
     return flash_attn_func(
         q,
         k,
@@ -188,13 +194,3 @@ def flash_attn_kvpacked_func(
         deterministic,
         return_attn_probs,
     )
-
-
-def _unpack(packed: Array, name: str, count: int) -> tuple[Array, ...]:
-    """Views of the arrays that lie along the third axis."""
-    arrays.check_plain(packed, name)
-    if packed.ndim != 5 or packed.shape[2] != count:
-        raise ValueError(
-            f"{name}: wanted axes (batch, length, {count}, heads, dim), got shape {tuple(packed.shape)}"
-        )
-    return tuple(packed[:, :, n, :, :] for n in range(count))
