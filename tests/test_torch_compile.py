@@ -258,6 +258,23 @@ def test_tensors_of_a_mask_made_before_are_not_kept():
     assert held() is None
 
 
+def test_as_many_masks_made_before_are_known_as_are_kept(monkeypatch):
+    from anyattn_torch import recipes
+
+    monkeypatch.setattr(recipes, "_KEPT", 3)
+    monkeypatch.setattr(recipes, "_known", recipes.OrderedDict())
+    made = {n: masks.prefix(n) for n in range(1, 6)}
+    q = draw(2, 11, 8)
+    compiled = torch.compile(lambda q, mask: attend(q, q, q, mask=mask), fullgraph=True, backend="eager")
+    for n in (1, 2, 3, 1, 4, 1):  # the fourth is in the place of the second, as the first was used since
+        torch.testing.assert_close(compiled(q, made[n]), attend(q, q, q, mask=made[n]))
+        assert len(recipes._known) <= 3
+    with pytest.raises(RuntimeError, match=r"while 3 others did.*torch\._dynamo\.reset"):
+        compiled(q, made[2])
+    torch._dynamo.reset()
+    torch.testing.assert_close(compiled(q, made[2]), attend(q, q, q, mask=made[2]))
+
+
 def test_inductor_takes_it():
     def function(q, k, v):
         return attend(q, k, v, causal=True, sinks=SLOPES, layout="blhd", return_lse=True)

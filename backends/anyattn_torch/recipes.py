@@ -12,6 +12,8 @@ import ast
 import copy
 import hashlib
 import operator
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -35,8 +37,10 @@ __all__ = ["as_text", "options_of", "read", "remember", "with_derived"]
 Tensors = Sequence[torch.Tensor]
 
 # Masks and scores that were made outside of a compiled function, without their tensors, by what they are
-# apart from these. A graph that names one may live as long as the process.
-_known: dict[str, Mask | Score] = {}
+# apart from these: the last used ones, as nobody tells when a graph that names one is gone.
+_known: OrderedDict[str, Mask | Score] = OrderedDict()
+_KEPT = 1024
+_lock = threading.Lock()
 
 
 def remember(value: Mask | Score) -> tuple[str, tuple[tuple[str | int, ...], ...]]:
@@ -53,10 +57,13 @@ def remember(value: Mask | Score) -> tuple[str, tuple[tuple[str | int, ...], ...
                 content.append(f"{part.value.dtype} {part.value.shape} {part.value.tobytes().hex()}")
         key = hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
     given, paths = _given(value.expr), _paths(value.expr)
-    if key not in _known:
-        bare = copy.copy(value)
-        bare.expr, bare.reads = _over(value.expr, [None] * len(given)), ()
+    bare = copy.copy(value)
+    bare.expr, bare.reads = _over(value.expr, [None] * len(given)), ()
+    with _lock:
         _known[key] = bare
+        _known.move_to_end(key)
+        while len(_known) > _KEPT:
+            _known.popitem(last=False)
     return key, tuple(("expr", *paths[id(part)], "value") for part in given)
 
 
@@ -117,7 +124,7 @@ def _derives(recipe: Any) -> bool:
     if not isinstance(recipe, tuple):
         return False
     if recipe[:1] == ("object",):
-        return any(isinstance(n, Deferred) and n.derive is not None for n in walk(_known[recipe[1]].expr))
+        return any(isinstance(n, Deferred) and n.derive is not None for n in walk(_bare(recipe[1]).expr))
     return recipe[:3] == ("entry", "scores", "relative_keys") or any(_derives(x) for x in recipe)
 
 
@@ -197,14 +204,22 @@ _JOINED: dict[str, Callable[..., Any]] = {
 
 def _remembered(key: str, tensors: list[torch.Tensor]) -> Mask | Score:
     """A mask or score that was made before, over other tensors."""
-    if key not in _known:
-        raise RuntimeError(
-            "a compiled graph names a mask or score that this process has not made: build it inside the "
-            "compiled function, or compile again"
-        )
-    value = copy.copy(_known[key])
+    value = copy.copy(_bare(key))
     value.expr = _over(value.expr, tensors)
     return value
+
+
+def _bare(key: str) -> Mask | Score:
+    """A mask or score that was made before, without tensors."""
+    with _lock:
+        if key in _known:
+            _known.move_to_end(key)
+            return _known[key]
+    raise RuntimeError(
+        f"a compiled graph names a mask or score that this process has not made, or whose graph did not run "
+        f"while {_KEPT} others did: build it inside the compiled function, or compile again after "
+        f"torch._dynamo.reset()"
+    )
 
 
 def _over(root: Expr, tensors: Sequence[torch.Tensor | None]) -> Expr:
