@@ -124,6 +124,44 @@ def test_agrees_with_reference_uncompiled(options, monkeypatch):
     torch.testing.assert_close(found, wanted)
 
 
+def test_all_that_a_kernel_gets_lies_on_the_device(monkeypatch):
+    """Made as for a device without memory, and looked at in place of being compiled."""
+    given = {}
+
+    def compiled(kind):
+        def attend(q, k, v, **options):
+            given.update(options, q=q, k=k, v=v)
+            return q.new_empty(*q.shape[:-1], v.shape[-1]), torch.nn.attention.flex_attention.AuxOutput(
+                lse=q.new_empty(q.shape[:-1])
+            )
+
+        return attend
+
+    monkeypatch.setattr(flex, "_compiled", compiled)
+    with torch.device("meta"):
+        q, k = torch.empty(2, 4, 600, 16), torch.empty(2, 2, 600, 16)
+        options = Options(
+            mask=masks.documents(torch.zeros(600, dtype=torch.int64)) | masks.global_tokens([3, 500]),
+            window=(70, 0),
+            q_offset=torch.zeros(2, dtype=torch.int64),
+            bias=torch.empty(1, 4, 600, 600),
+            score_mod=aa.scores.alibi([0.5, 0.25, 0.125, 1.0]),
+            return_lse=True,
+        )
+        with torch.device("cpu"):  # where what names no device would go
+            out, lse = flex.attend(describe("attention", q, k, k, options))
+        mask, score = given["block_mask"], given["score_mod"]
+        indices = [torch.zeros(1, dtype=torch.int32) for _ in range(4)]
+        results = out, lse, mask.mask_mod(*indices), score(torch.zeros(1), *indices)
+    found = [*results, *(given[name] for name in "qkv"), *(getattr(mask, field) for field in FIELDS)]
+    for function in (mask.mask_mod, score):
+        captured = [cell.cell_contents for cell in function.__closure__]
+        captured = [x for part in captured for x in (part if isinstance(part, tuple) else (part,))]
+        found += [x for x in captured if isinstance(x, torch.Tensor)]
+    assert {x.device.type for x in found} == {"meta"}
+    assert len(found) > 20
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 def test_a_compiled_kernel_agrees_and_serves_other_numbers():
     slopes = draw(4).abs()

@@ -46,9 +46,13 @@ def torch_functions(
     import torch
 
     kinds = {"bool": torch.bool, "int": torch.int64, "float": getattr(torch, accumulate)}
-    first = torch.as_tensor(offset, dtype=torch.int64, device=device)
+    # Filled where they lie: a copy from the host would wait for the device.
+    if isinstance(offset, int):
+        first = torch.full((), offset, dtype=torch.int64, device=device)
+    else:
+        first = torch.as_tensor(offset, dtype=torch.int64, device=device)
     numbers = [
-        torch.tensor(value, dtype=kinds[kind], device=device)
+        torch.full((), value, dtype=kinds[kind], device=device)
         for kind, value in zip(program.parameter_kinds, program.parameters, strict=True)
     ]
     captured = (*numbers, *program.tables, *aligned)
