@@ -79,7 +79,7 @@ class KVCache(GrowingCache):
         The buffers.
     k_scales, v_scales : arrays (..., Hkv, capacity, 1), or None
         What the rows of int8 buffers are times.
-    lengths : numpy.ndarray, shape (...)
+    lengths : numpy.ndarray, shape (...), read-only
         Tokens of each sequence that were appended, those forgotten included.
     longest : int
         The largest of them.
@@ -139,9 +139,13 @@ class KVCache(GrowingCache):
         return self._lengths
 
     def _keep(self, lengths: numpy.ndarray[Any, Any]) -> None:
-        self._lengths = lengths
+        import numpy
+
+        self._lengths = numpy.asarray(lengths)
+        # Writing to them would leave `longest`, and what calls have read of them, as it was.
+        self._lengths.flags.writeable = False
         # A number, as a compiled function reads no array of NumPy's.
-        self.longest = int(lengths.max(initial=0))
+        self.longest = int(self._lengths.max(initial=0))
 
     @property
     def capacity(self) -> int:
@@ -241,7 +245,7 @@ class KVCache(GrowingCache):
         length: Any = lengths
         if self.lengths.ndim:
             # The host's, so that a schedule knows them wherever the buffer lies.
-            length = load(table_of(self.lengths.reshape(-1), "tokens of each sequence", host=True), (B,))
+            length = load(table_of(self.lengths.flatten(), "tokens of each sequence", host=True), (B,))
         last = length - 1
         in_ring = last - (last - J) % self.window
         is_first = self.sink_tokens > J
@@ -254,7 +258,8 @@ class KVCache(GrowingCache):
         if not self.lengths.ndim:
             return self.lengths.item()
         xp, device = arrays.namespace(self.k), arrays.device(self.k)
-        return xp.asarray(self.lengths, dtype=arrays.index_dtype(xp, device), device=device)
+        # torch would share the memory, which nobody may write to.
+        return xp.asarray(self.lengths, dtype=arrays.index_dtype(xp, device), device=device, copy=True)
 
     def reorder(self, indices: Sequence[int] | Array) -> None:
         """Sequence n becomes what sequence ``indices[n]`` was, as beam search wants it.
