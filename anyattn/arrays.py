@@ -337,6 +337,22 @@ def take_range(x: Array, start: Any, size: int, axis: int) -> Array:
     return sys.modules["jax"].lax.dynamic_slice_in_dim(x, start, size, axis=axis)
 
 
+def moveaxis(xp: Namespace, x: Array, source: int, destination: int) -> Array:
+    """A view with an axis elsewhere."""
+    if library(x) == "torch":
+        # torch.func.vmap has a rule for this one of the two (2.13).
+        return x.movedim(source, destination)
+    return xp.moveaxis(x, source, destination)
+
+
+def clip(xp: Namespace, x: Array, low: float, high: float) -> Array:
+    """`x` with numbers below `low` and above `high` replaced by these, in its dtype."""
+    if library(x) == "cupy":
+        # array_api_compat's (1.16) writes through a mask, whose count the host waits for.
+        return x.clip(low, high)
+    return xp.clip(x, low, high)
+
+
 def take(xp: Namespace, x: Array, indices: Array, axis: int) -> Array:
     """Entries of `x` along a negative `axis`, by a one-dimensional integer array."""
     if library(x) == "dask" and indices.shape == (1,):
@@ -349,9 +365,12 @@ def exactly(x: Array) -> AbstractContextManager[Any]:
     """A context in which the library computes as it is told.
 
     NumPy does not warn of NaN and infinity, which come for entries thrown away too; torch's autocast does not
-    turn float32 products into 16 bits.
+    turn float32 products into 16 bits; CuPy computes on the device of `x`, whichever is current.
     """
     lib = library(x)
+    if lib == "cupy":
+        there: AbstractContextManager[Any] = device(x)
+        return there
     if lib in ("numpy", "array_api_strict"):
         import numpy
 

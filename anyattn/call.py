@@ -161,7 +161,7 @@ class AttentionCall:
         """A result (..., Hq, Lq, Dv) in the layout and with the axes that the caller uses."""
         if not self.has_heads:
             return out[0, ...]
-        return self.xp.moveaxis(out, -2, -3) if self.layout == "blhd" else out
+        return arrays.moveaxis(self.xp, out, -2, -3) if self.layout == "blhd" else out
 
     def restore_rows(self, x: Array) -> Array:
         """A per-head result (..., Hq, ...) without the head axis where the caller has none."""
@@ -177,4 +177,4 @@ def canonical(x: Array, layout: str) -> Array:
     """`x` as a view (..., H, L, D)."""
     if x.ndim == 2:
         return arrays.namespace(x).expand_dims(x, axis=0)
-    return arrays.namespace(x).moveaxis(x, -3, -2) if layout == "blhd" else x
+    return arrays.moveaxis(arrays.namespace(x), x, -3, -2) if layout == "blhd" else x

@@ -339,7 +339,7 @@ class CompiledAttention:
         }
         given = {name: values[name]() for name in self._per_call}
         if self._options.layout == "blhd":
-            q, k, v = (xp.moveaxis(x, -3, -2) for x in (q, k, v))
+            q, k, v = (arrays.moveaxis(xp, x, -3, -2) for x in (q, k, v))
         return (q, k, v), replace(self._options, **given)
 
 

@@ -65,13 +65,13 @@ def _join(outs: Sequence[Array], lses: Sequence[Array], layout: str) -> tuple[Ar
         # A part without weight adds nothing, also where its values are not finite.
         joined = joined + xp.where(share == 0, xp.zeros_like(wide), wide * (share / total))
     lse = xp.where(seen, top + xp.log(total), xp.full_like(total, -xp.inf))
-    lse = xp.moveaxis(lse, -3, -2) if layout == "blhd" and outs[0].ndim > 2 else lse
+    lse = arrays.moveaxis(xp, lse, -3, -2) if layout == "blhd" and outs[0].ndim > 2 else lse
     return arrays.cast(xp, joined, outs[0].dtype), lse[..., 0]
 
 
 def _column(xp: arrays.Namespace, lse: Array, out: Array, layout: str) -> Array:
     column = xp.expand_dims(lse, axis=-1)
-    return xp.moveaxis(column, -3, -2) if layout == "blhd" and out.ndim > 2 else column
+    return arrays.moveaxis(xp, column, -3, -2) if layout == "blhd" and out.ndim > 2 else column
 
 
 def _check(outs: Sequence[Array], lses: Sequence[Array], layout: str) -> None:

@@ -215,7 +215,7 @@ def relative_keys(
     )
 
     def rows_of(xp: Namespace, q: Array) -> Array:
-        queries = xp.moveaxis(q, -3, -2) if layout == "blhd" and q.ndim > 2 else q
+        queries = arrays.moveaxis(xp, q, -3, -2) if layout == "blhd" and q.ndim > 2 else q
         return xp.expand_dims(queries, axis=0) if queries.ndim == 2 else queries
 
     def derive(xp: Namespace, accumulate: str, q: Array, table: Array) -> Array:

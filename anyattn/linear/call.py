@@ -135,7 +135,7 @@ class LinearCall:
         """A result (..., Hq, L, Dv) in the layout and with the axes that the caller uses."""
         if not self.has_heads:
             return out[0, ...]
-        return self.xp.moveaxis(out, -2, -3) if self.layout == "blhd" else out
+        return arrays.moveaxis(self.xp, out, -2, -3) if self.layout == "blhd" else out
 
     def restore_state(self, state: Array, axes: int = 2) -> Array:
         """A state (..., Hkv, F, Dv), or a normalizer with `axes` = 1, with the axes that the caller uses."""

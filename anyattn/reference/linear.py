@@ -199,7 +199,7 @@ def _grouped(call: LinearCall, q: Array) -> Array:
     """(..., Hq, L, F) -> (..., Hkv, L, G, F): the queries of a state side by side, none expanded."""
     *lead, _, length, n = q.shape
     q = call.xp.reshape(q, (*lead, call.num_kv_heads, call.group_size, length, n))
-    return call.xp.moveaxis(q, -3, -2)
+    return arrays.moveaxis(call.xp, q, -3, -2)
 
 
 def _whole_batch(call: LinearCall, x: Array, axes: int) -> Array:
@@ -211,7 +211,7 @@ def _finish(call: LinearCall, rows: Array) -> Array:
     """(..., Hkv, L, G, Dv) -> (..., Hq, L, Dv), scaled and normalised."""
     xp = call.xp
     *lead, heads, length, group, columns = rows.shape
-    out = xp.reshape(xp.moveaxis(rows, -3, -2), (*lead, heads * group, length, columns))
+    out = xp.reshape(arrays.moveaxis(xp, rows, -3, -2), (*lead, heads * group, length, columns))
     out = xp.broadcast_to(out, (*call.batch_shape, *out.shape[-3:]))
     if call.normalize:
         total = out[..., -1:]

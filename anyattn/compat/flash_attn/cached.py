@@ -143,7 +143,7 @@ class _Given(Cache):
 def _lookup(k_cache: Array, v_cache: Array, table: Array | None, lengths: Array, index: Any) -> Lookup:
     if table is None:
         xp = arrays.namespace(k_cache)
-        return Lookup(xp.moveaxis(k_cache, 1, 2), xp.moveaxis(v_cache, 1, 2), lengths)
+        return Lookup(*(arrays.moveaxis(xp, x, 1, 2) for x in (k_cache, v_cache)), lengths)
     return of_table(k_cache, v_cache, table, lengths, index)
 
 
@@ -156,7 +156,7 @@ def _places(
     if table is None:
         entry = xp.arange(batch, dtype=index, device=device)
         return xp.broadcast_to(xp.expand_dims(entry, axis=-1), (batch, new)), token
-    page = xp.clip(token // size, 0, int(table.shape[1]) - 1)
+    page = arrays.clip(xp, token // size, 0, int(table.shape[1]) - 1)
     row = xp.expand_dims(xp.arange(batch, dtype=index, device=device), axis=-1) * int(table.shape[1])
     flat = arrays.take(xp, xp.reshape(table, (-1,)), xp.reshape(row + page, (-1,)), axis=-1)
     return xp.reshape(flat, (batch, new)), token % size

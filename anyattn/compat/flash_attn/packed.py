@@ -130,7 +130,7 @@ def _in_pages(
     table = arrays.cast(xp, block_table, index)
     check_pages(table, lengths, k_pages, "block_table")
     pages = of_table(k_pages, v_pages, table, lengths, index)
-    k, v = (xp.moveaxis(x, 0, 1) for x in (pages.k, pages.v))
+    k, v = (arrays.moveaxis(xp, x, 0, 1) for x in (pages.k, pages.v))
     options |= packed_options(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlens=longest, mask=None, pages=pages, **own
     )
