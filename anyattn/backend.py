@@ -135,8 +135,9 @@ class Backend:
 
         It may have a method ``resized(k, v)``, which gives a function for calls that differ in the number of
         keys alone, as many as in these arrays like `call.k` and `call.v`, or None where it cannot. Strides of
-        k and v may differ too. Row 0 stands at Lk - Lq there, unless `call.others` has the offset. It is
-        asked where no array lies along the keys, and answers without `unsupported` being asked again.
+        k and v may differ too, those of scales do not. Row 0 stands at Lk - Lq there, unless `call.others`
+        has the offset. It is asked where no other array lies along the keys, and answers without
+        `unsupported` being asked again.
 
         The function is kept while there is room: it holds on to none of the caller's arrays, nor to `call`.
         No call that is traced or takes part in automatic differentiation is prepared, nor one without query

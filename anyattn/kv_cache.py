@@ -237,11 +237,9 @@ class KVCache(GrowingCache):
             token += run
 
     def lookup(self) -> Lookup:
-        lengths = self._lengths_beside()
-        k_scales, v_scales = (None if x is None else x[..., 0] for x in (self.k_scales, self.v_scales))
-        found = Lookup(self.k, self.v, lengths, k_scales=k_scales, v_scales=v_scales)
         if self.window is None:
-            return replace(found, longest=self.longest)
+            return self._first_places(self.lengths)
+        lengths = self._beside(self.lengths)
         length: Any = lengths
         if self.lengths.ndim:
             # The host's, so that a schedule knows them wherever the buffer lies.
@@ -249,17 +247,50 @@ class KVCache(GrowingCache):
         last = length - 1
         in_ring = last - (last - J) % self.window
         is_first = self.sink_tokens > J
-        kept = where(is_first, length > J, in_ring >= self.sink_tokens)
-        forgets = self.longest > self.window + self.sink_tokens
-        most = self.window if forgets else None
-        return replace(found, visible=kept, token=where(is_first, J, in_ring), most_queries=most)
+        return Lookup(
+            **self._buffers_for_attention(),
+            lengths=lengths,
+            visible=where(is_first, length > J, in_ring >= self.sink_tokens),
+            token=where(is_first, J, in_ring),
+            most_queries=self.window if self.longest > self.capacity else None,
+        )
 
-    def _lengths_beside(self) -> Any:
-        if not self.lengths.ndim:
-            return self.lengths.item()
+    def lookup_in_first_places(self, *, in_order: bool) -> Lookup | None:
+        import numpy
+
+        # Until a ring is full, its tokens lie where masks count them.
+        if self.window is None or not self._has_views or (in_order and self.longest > self.capacity):
+            return None
+        return self._first_places(numpy.minimum(self.lengths, self.capacity))
+
+    def _first_places(self, lengths: numpy.ndarray[Any, Any]) -> Lookup:
+        """The first places of the buffers as the tokens of sequences, so many of each."""
+        found = Lookup(**self._buffers_for_attention(), lengths=0, longest=int(lengths.max(initial=0)))
+        if self._has_views and len(set(lengths.ravel().tolist())) <= 1:
+            # Keys without room for more need no mask.
+            return replace(found.without_room(), lengths=found.longest)
+        return replace(found, lengths=self._beside(lengths))
+
+    @property
+    def _has_views(self) -> bool:
+        """Whether some of the keys cost no more to call with than all.
+
+        JAX compiles each number of keys anew; on a device a plan is of one number, and a schedule knows the
+        lengths in a ring's mask, which are the host's.
+        """
+        return arrays.library(self.k) in ("numpy", "torch") and arrays.is_concrete_cpu(self.k)
+
+    def _buffers_for_attention(self) -> dict[str, Array | None]:
+        k_scales, v_scales = (None if x is None else x[..., 0] for x in (self.k_scales, self.v_scales))
+        return {"k": self.k, "v": self.v, "k_scales": k_scales, "v_scales": v_scales}
+
+    def _beside(self, lengths: numpy.ndarray[Any, Any]) -> Any:
+        """Lengths as an array beside the buffers, or a number where there is one sequence without an axis."""
+        if not lengths.ndim:
+            return lengths.item()
         xp, device = arrays.namespace(self.k), arrays.device(self.k)
         # torch would share the memory, which nobody may write to.
-        return xp.asarray(self.lengths, dtype=arrays.index_dtype(xp, device), device=device, copy=True)
+        return xp.asarray(lengths, dtype=arrays.index_dtype(xp, device), device=device, copy=True)
 
     def reorder(self, indices: Sequence[int] | Array) -> None:
         """Sequence n becomes what sequence ``indices[n]`` was, as beam search wants it.

@@ -32,7 +32,7 @@ class Lookup:
     k, v : arrays (..., Hkv, L, D) and (..., Hkv, L, Dv)
         Floats, or int8 with scales.
     lengths : integer array (B,), or an integer
-        Tokens of each sequence.
+        Tokens of each sequence; an integer is that of all of them.
     visible : Expr or None
         Which places of the key axis hold a token of the sequence; None: the first `lengths` ones.
     token : Expr or None
@@ -71,6 +71,13 @@ class Cache(ABC):
     def lookup(self) -> Lookup:
         """Where the tokens are."""
 
+    def lookup_in_first_places(self, *, in_order: bool) -> Lookup | None:
+        """The same where the first places hold the tokens, in their order or in any, and others none.
+
+        None where they do not, and where `lookup` says as much.
+        """
+        return None
+
     def arguments(self, q: Array, given: tuple[Any, ...]) -> tuple[Array, Array, tuple[Any, ...]]:
         """k, v and the options of a call of `attention` for queries at the end of the sequences.
 
@@ -82,24 +89,30 @@ class Cache(ABC):
         for name in ("kv_lengths", "q_offset"):
             if options[name] is not None:
                 raise ValueError(f"{name}: wanted None with a cache, which knows it")
-        found = self.lookup()
-        if _counts_keys(options):
-            found = found.without_room()
         changed = dict(options)
         blhd = options["layout"] == "blhd"
         q_len = int(q.shape[-3 if blhd and q.ndim > 2 else -2])
+        if q_len == 1 and options["causal"] is True:
+            changed["causal"] = False  # the last token sees all before it
+        found = None
+        counts_keys = _counts_keys(options)
+        if not counts_keys:
+            found = self.lookup_in_first_places(in_order=q_len > 1 or _counts_tokens(options))
+        if found is None:
+            found = self.lookup()
+            found = found.without_room() if counts_keys else found
         if found.most_queries is not None and q_len > found.most_queries:
             raise ValueError(
                 f"q: wanted at most {found.most_queries} queries, whose keys the ring still holds, got "
                 f"{q_len}; "
                 "ask in pieces, of a ring that is wider by a piece than what a query shall see"
             )
-        changed["q_offset"] = found.lengths - q_len
         changed["k_scales"], changed["v_scales"] = found.k_scales, found.v_scales
-        if found.visible is None:
-            changed["kv_lengths"] = found.lengths
-        else:
-            changed |= _relocated(found, options)
+        if found.visible is not None:
+            changed |= _relocated(found, changed)
+            changed["q_offset"] = found.lengths - q_len
+        elif type(found.lengths) is not int or found.lengths < found.k.shape[-2]:
+            changed["q_offset"], changed["kv_lengths"] = found.lengths - q_len, found.lengths
         k, v = found.k, found.v
         if blhd:
             xp = arrays.namespace(k)
@@ -130,6 +143,12 @@ def _counts_keys(options: dict[str, Any]) -> bool:
         return any(isinstance(n, Aligned) or (isinstance(n, Deferred) and not n.local) for n in nodes)
 
     return any(counts(options[name]) for name in ("bias", "mask", "score_mod"))
+
+
+def _counts_tokens(options: dict[str, Any]) -> bool:
+    """Whether an option asks for the number of a token, other than that causal does."""
+    given = ("window", "mask", "bias", "score_mod")
+    return any(options[name] is not None for name in given) or options["dropout"] != 0
 
 
 def _relocated(found: Lookup, options: dict[str, Any]) -> dict[str, Any]:

@@ -92,6 +92,7 @@ class _Kinds:
 _kinds: dict[tuple[type, ...], _Kinds] = {}
 _PLAIN = (type(None), bool, int, str)
 _LAYOUT = ARGUMENTS.index("layout")
+_SCALES = ARGUMENTS.index("k_scales")
 
 
 def _find_readers(types: tuple[type, ...]) -> tuple[tuple[int, _Reader], ...] | None:
@@ -287,6 +288,10 @@ def _without_keys(key: Any) -> Hashable:
     count = k[1][axis]
     if count != v[1][axis] or not 0 < count <= MOST_KEYS:
         return None
+    if values[_SCALES] is not None:
+        # Those of caches, along the keys; a plan of another number of keys has their strides.
+        scales = ((arrays.without_length(x, -1), x[2]) for x in values[_SCALES : _SCALES + 2])
+        values = (*values[:_SCALES], *scales, *values[_SCALES + 2 :])
     return (q, arrays.without_length(k, axis), arrays.without_length(v, axis), values, *others)
 
 

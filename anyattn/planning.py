@@ -21,8 +21,8 @@ from anyattn.plan import MOST_KEYS, Feed, Plan, Signature
 
 __all__ = ["plan_of"]
 
-# Arguments whose arrays may be none along the keys.
-_ANY_LENGTH = {"mask", "score_mod", "sinks", "kv_lengths", "q_offset"}
+# Arguments whose arrays are none along the keys, or scales of a row, which a backend's `resized` counts on.
+_ANY_LENGTH = {"mask", "score_mod", "sinks", "kv_lengths", "q_offset", "k_scales", "v_scales"}
 
 
 def plan_of(known: Signature | None, call: AttentionCall, backend: Any) -> Plan | None:
