@@ -139,6 +139,9 @@ class Backend:
         has the offset. It is asked where no other array lies along the keys, and answers without
         `unsupported` being asked again.
 
+        A backend may have a method ``converted(name, value)``, which hears of each array that the front door
+        makes anew in such a call from an argument, and may raise.
+
         The function is kept while there is room: it holds on to none of the caller's arrays, nor to `call`.
         No call that is traced or takes part in automatic differentiation is prepared, nor one without query
         heads.

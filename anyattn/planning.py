@@ -6,6 +6,7 @@ array besides q, k and v has a feed, which reads and checks it, or takes what al
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ def plan_of(known: Signature | None, call: AttentionCall, backend: Any) -> Plan 
         return None
     # Duck-typed backends may do without.
     prepare = getattr(backend, "prepare", None)
-    feeds = _feeds(known, call)
+    feeds = _feeds(known, call, getattr(backend, "converted", None))
     prepared = None if prepare is None or feeds is None else prepare(call)
     if prepared is None or feeds is None:
         return None
@@ -49,27 +50,48 @@ def plan_of(known: Signature | None, call: AttentionCall, backend: Any) -> Plan 
     )
 
 
-def _feeds(known: Signature, call: AttentionCall) -> tuple[Feed, ...] | None:
+def _feeds(known: Signature, call: AttentionCall, converted: _Converted | None) -> tuple[Feed, ...] | None:
     """How `call.others` come from the arguments of a call; None where they do not."""
     feeds: list[Feed] = []
+
+    def told(name: str, feed: Feed) -> Feed:
+        return feed if converted is None else _told(name, feed, converted)
+
     if call.kv_lengths is not None:
-        feeds.append(_lengths(call) if "kv_lengths" in known.given else _always(call.kv_lengths))
+        of_call = "kv_lengths" in known.given
+        feeds.append(told("kv_lengths", _lengths(call)) if of_call else _always(call.kv_lengths))
     if {"kv_lengths", "q_offset"} & known.given.keys() and not isinstance(call.offset, int):
         if not (arrays.is_array(call.offset) and _takes_any_offset(call)):
             return None
-        feeds.append(_offset(call) if "q_offset" in known.given else _last)
+        by_array = "q_offset" in known.given
+        feeds.append(told("q_offset", _offset(call)) if by_array else told("kv_lengths", _last))
     elif "q_offset" in known.given:
         return None  # the call holds the value of an array without axes as a number
     elif arrays.is_array(call.offset):
         feeds.append(_always(call.offset))
     if call.sinks is not None:
         by_array = "sinks" in known.given
-        feeds.append(_sinks(call.xp, call.sinks.dtype) if by_array else _always(call.sinks))
+        cast = told("sinks", _sinks(call.xp, call.sinks.dtype)) if by_array else _always(call.sinks)
+        feeds.append(cast)
     for name in ("k_scales", "v_scales", "mask", "score_mod", "bias"):
         feeds += [_nth(name, n) for n in range(len(known.given.get(name, ())))]
     if call.dropout_seed is not None:
-        feeds.append(_seed(call.xp, call.device))
+        feeds.append(told("dropout_seed", _seed(call.xp, call.device)))
     return tuple(feeds)
+
+
+# Hears the name and the value of an argument from which a call has made an array of its own.
+_Converted = Callable[[str, Any], None]
+
+
+def _told(name: str, feed: Feed, converted: _Converted) -> Feed:
+    def telling(given: dict[str, list[Array]], before: list[Array], k_len: int) -> Array | None:
+        found = feed(given, before, k_len)
+        if found is not given[name][0]:
+            converted(name, given[name][0])
+        return found
+
+    return telling
 
 
 def _always(value: Array) -> Feed:
