@@ -39,8 +39,16 @@ _CLASS_NAMES = {
     "dask": {"Array"},
     "array_api_strict": {"Array"},
 }
-# Their extra meaning (masked entries, two axes always) would be lost.
-_REFUSED = {"MaskedArray": "masked entries would be ignored", "matrix": "numpy.matrix always has two axes"}
+# Their extra meaning (masked entries, two axes always) would be lost. By name: library and reason.
+_REFUSED = {
+    "MaskedArray": ("numpy", "masked entries would be ignored"),
+    "matrix": ("numpy", "numpy.matrix always has two axes"),
+    "MaskedTensor": ("torch", "masked entries would be ignored"),
+    "CausalBias": (
+        "torch",
+        "it has no entries: causal=True says what it says, with q_offset=0 at the upper left",
+    ),
+}
 
 
 _libraries: dict[type, str | None] = {}
@@ -81,8 +89,10 @@ def refused_type(x: Any) -> str | None:
         if torch._C._get_tracing_state() is not None:
             return "torch.jit.trace would keep what it gives as a constant (torch.export does not)"
     for base in type(x).__mro__:
-        if base.__name__ in _REFUSED and base.__module__.partition(".")[0] == "numpy":
-            return _REFUSED[base.__name__]
+        if base.__name__ in _REFUSED:
+            root, reason = _REFUSED[base.__name__]
+            if base.__module__.partition(".")[0] == root:
+                return reason
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from inspect import signature
 
 import pytest
@@ -141,6 +142,28 @@ def test_compiled_without_breaks(monkeypatch):
         inputs = q, k[:, :, :5], v[:, :, :5], mask[:, :5], slopes
         compiled = torch.compile(call, backend="eager", fullgraph=True)(*inputs)
         torch.testing.assert_close(compiled, call(*inputs))
+
+
+@pytest.mark.parametrize("lengths", [(5, 7), (7, 5), (6, 6)], ids=str)
+@pytest.mark.parametrize("corner", ["causal_upper_left", "causal_lower_right"])
+@pytest.mark.filterwarnings("ignore:Lower right causal bias will produce NaNs")
+def test_torchs_own_words_for_causal_order(corner, lengths):
+    """They are tensors of memory that nobody wrote: what they say is asked for."""
+    q_len, k_len = lengths
+    q, k, v = tensors((2, 4, q_len, 8), (2, 4, k_len, 8), (2, 4, k_len, 6))
+    bias = getattr(import_module("torch.nn.attention.bias"), corner)(q_len, k_len)
+    found = scaled_dot_product_attention(q, k, v, bias, scale=0.3)
+    seen = torch.ones(q_len, k_len).tril(k_len - q_len if corner == "causal_lower_right" else 0) > 0
+    wanted = theirs(q, k, v, seen, scale=0.3)
+    torch.testing.assert_close(found, wanted)
+    for a, b in zip(*(torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (found, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(TypeError, match=r"^bias: CausalBias is not taken, it has no entries"):
+        aa.attention(q, k, v, bias=bias)
+    with pytest.raises(ValueError, match="attn_mask: wanted a CausalBias of"):
+        scaled_dot_product_attention(q, k[:, :, 1:], v[:, :, 1:], bias)
+    with pytest.raises(ValueError, match="is_causal: wanted False"):
+        scaled_dot_product_attention(q, k, v, bias, is_causal=True)
 
 
 def test_signature_is_torchs():

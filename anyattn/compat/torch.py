@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.attention import attention
@@ -45,7 +47,8 @@ def scaled_dot_product_attention(
     value : array, shape (..., H, S, Ev)
         As `key`.
     attn_mask : array, broadcastable to (..., Hq, L, S), optional
-        Boolean, True where a key takes part, or of float32 or the dtype of `query`, added to the scores.
+        Boolean, True where a key takes part, or of float32 or the dtype of `query`, added to the scores; or
+        what `torch.nn.attention.bias.causal_upper_left` or `causal_lower_right` gives.
     dropout_p : float, default 0.0
         Probability with which a weight is dropped, in training or not, as in torch; below 1. The seed comes
         from torch's generator (`torch.manual_seed` repeats it), or from NumPy's or CuPy's for their arrays.
@@ -80,6 +83,9 @@ def scaled_dot_product_attention(
         if x.ndim < (3 if enable_gqa else 2):
             wanted = "(..., heads, length, dim) where enable_gqa" if enable_gqa else "(..., length, dim)"
             raise ValueError(f"{name}: wanted axes {wanted}, got shape {tuple(x.shape)}")
+    q_offset = 0
+    if attn_mask is not None and type(attn_mask).__name__ == "CausalBias":
+        q_offset, is_causal, attn_mask = _first_query(attn_mask, query, key), True, None
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     rank = max(query.ndim, key.ndim, value.ndim)
     query, key, value = (_with_axes(x, min(rank, 3)) for x in (query, key, value))
@@ -103,10 +109,20 @@ def scaled_dot_product_attention(
         mask=mask,
         bias=bias,
         scale=scale,
-        q_offset=0,
+        q_offset=q_offset,
         dropout=dropout_p,
         dropout_seed=drawn_seed(dropout_p, query, "dropout_p"),
     )
+
+
+def _first_query(bias: Any, query: Array, key: Array) -> int:
+    """The position of the first query under torch's own word for causal order, a tensor without entries."""
+    lengths = int(query.shape[-2]), int(key.shape[-2])
+    if (bias.seq_len_q, bias.seq_len_kv) != lengths:
+        raise ValueError(
+            f"attn_mask: wanted a CausalBias of {lengths}, got one of {(bias.seq_len_q, bias.seq_len_kv)}"
+        )
+    return lengths[1] - lengths[0] if bias.variant.name == "LOWER_RIGHT" else 0
 
 
 def _with_axes(x: Array, rank: int) -> Array:
