@@ -143,7 +143,8 @@ class _Given(Cache):
 def _lookup(k_cache: Array, v_cache: Array, table: Array | None, lengths: Array, index: Any) -> Lookup:
     if table is None:
         xp = arrays.namespace(k_cache)
-        return Lookup(*(arrays.moveaxis(xp, x, 1, 2) for x in (k_cache, v_cache)), lengths)
+        k, v = (arrays.moveaxis(xp, x, 1, 2) for x in (k_cache, v_cache))
+        return Lookup(k, v, lengths)
     return of_table(k_cache, v_cache, table, lengths, index)
 
 
