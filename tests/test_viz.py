@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -61,6 +62,20 @@ def test_positions_and_rows_that_see_nothing():
     assert viz.summarise(np.zeros((3, 5)))[0].entropy == 0.0
 
 
+def test_heads_that_are_nan_are_called_so():
+    w = np.stack([EVEN, EVEN])
+    w[1, 3] = np.nan
+    assert [head.kind for head in viz.summarise(w)] == ["broad", "undefined"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_dtypes_and_libraries(dtype):
+    torch = pytest.importorskip("torch")
+    w = torch.asarray(np.stack([shifted(-1), FIRST])).to(getattr(torch, dtype)).requires_grad_()
+    assert [head.kind for head in viz.summarise(w)] == ["previous token", "first token"]
+    assert viz.summarise(np.ones((1, 1, 1), np.float16))[0].kind == "same token"
+
+
 def test_layers_and_heads_are_found_by_two_numbers():
     heads = np.stack([np.stack([shifted(-1), FIRST]), np.stack([EVEN, shifted(0)])])
     summary = viz.summarise(heads.astype(np.float32))
@@ -85,14 +100,15 @@ def test_rollout_multiplies_layers():
 
 def test_pictures_have_text():
     pytest.importorskip("matplotlib")
-    words = ["The", "cat", "<sat>", "$5", "&", "mat"]
+    words = ["The", "cat\x00\n", "<sat>", "$5", "&", "mat"]
     x = np.random.default_rng(0).standard_normal((1, 2, 6, 4))
     w = aa.attention_weights(x, x, causal=True)
-    figure = viz.heat_map(w[0, 0], words, title="One head")
+    figure = viz.heat_map(w[0, 0], words, title="One $ head $")
     svg = viz.to_svg(figure)
-    assert svg == viz.to_svg(viz.heat_map(w[0, 0], words, title="One head"))
+    ElementTree.fromstring(svg)
+    assert svg == viz.to_svg(viz.heat_map(w[0, 0], words, title="One $ head $"))
     found = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
-    for text in ("One head", "The", "&lt;sat&gt;", "&amp;", "mat", "$5", "weight", "looks"):
+    for text in ("One $ head $", "The", r"cat\x00\n", "&lt;sat&gt;", "&amp;", "mat", "$5", "weight", "looks"):
         assert text in found, text
     # The first row sees itself alone; the numbers of the last row are its weights.
     assert "100" in found
@@ -119,6 +135,9 @@ def test_a_grid_names_heads_and_kinds(tmp_path):
         (lambda: viz.heat_map(np.zeros((3, 3)), ["a"]), "tokens: wanted 3 names, got 1"),
         (lambda: viz.head_grid(np.zeros((3, 3))), "weights: wanted \\(heads, rows, keys\\)"),
         (lambda: viz.head_grid(np.zeros((2, 3, 3)), names=["a"]), "names: wanted 2 names"),
+        (lambda: viz.head_grid(np.zeros((2, 3, 3)), columns=0), "columns: wanted 1 or more"),
+        (lambda: viz.heat_map(np.zeros((0, 3))), "weights: wanted one head"),
+        (lambda: viz.heat_map(np.array([[0.5, -0.5]])), "weights: wanted softmax weights, which are 0 or"),
         (lambda: viz.summarise(np.zeros(3)), "weights: wanted floats of shape"),
         (lambda: viz.summarise([[1.0]]), "weights: wanted an array, got list"),
         (lambda: viz.rollout(np.zeros((1, 2, 3, 4))), "weights: wanted layers"),

@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("pictures need matplotlib: pip install 'anyattn[viz]'") from error
 
 from anyattn.arrays import Array
+from anyattn.numbers import integer
 from anyattn.viz.heads import host_weights, summarise
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def heat_map(
         small ones show.
     """
     w = host_weights(weights, "weights")
-    if w.ndim != 2:
+    if w.ndim != 2 or 0 in w.shape:
         raise ValueError(f"weights: wanted one head, (rows, keys), got shape {w.shape}; head_grid draws more")
     if key_tokens is None and w.shape[0] == w.shape[1]:
         key_tokens = tokens
@@ -77,7 +78,7 @@ def heat_map(
     bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[x**0.5 for x in marks], label="weight")
     bar.ax.set_yticklabels([f"{100 * x:g} %" for x in marks])
     if title is not None:
-        axes.set_title(title)
+        axes.set_title(_plain(title))
     return figure
 
 
@@ -105,6 +106,7 @@ def head_grid(
     matplotlib.figure.Figure
     """
     w = host_weights(weights, "weights")
+    columns = None if columns is None else integer(columns, "columns", least=1)
     if w.ndim not in (3, 4) or 0 in w.shape:
         raise ValueError(f"weights: wanted (heads, rows, keys) or (layers, heads, rows, keys), got {w.shape}")
     if w.ndim == 4:
@@ -124,9 +126,9 @@ def head_grid(
         axes.set_axis_off()
     for axes, one, name, found in zip(grid.flat, maps, names, summarise(maps), strict=False):
         _draw(axes, one)
-        axes.set_title(f"{name}\n{found.kind}", fontsize=7)
+        axes.set_title(f"{_plain(name)}\n{found.kind}", fontsize=7)
     if title is not None:
-        figure.suptitle(title)
+        figure.suptitle(_plain(title))
     return figure
 
 
@@ -172,8 +174,13 @@ def _name_axis(axis: Any, names: Sequence[str] | None, count: int, argument: str
     if len(names) != count:
         raise ValueError(f"{argument}: wanted {count} names, got {len(names)}")
     step = -(-count // _MOST_NAMED)
-    # A dollar sign would begin a formula.
-    axis.set_ticks(range(0, count, step), [name.replace("$", r"\$") for name in names[::step]])
+    axis.set_ticks(range(0, count, step), [_plain(name) for name in names[::step]])
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib writes as it is: a dollar sign would begin a formula, and XML has no NUL."""
+    shown = (x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+    return "".join(shown).replace("$", r"\$")
 
 
 def _write_numbers(axes: Axes, weights: numpy.ndarray[Any, Any]) -> None:

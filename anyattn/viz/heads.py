@@ -55,12 +55,14 @@ class HeadSummary:
 
     @property
     def kind(self) -> str:
-        """What such a head is usually called, after what takes most of its weight.
+        """What such a head is usually called, after what takes most of its weight; "undefined" of NaN.
 
         "first token" (an attention sink: G. Xiao et al. 2023), "previous token", "next token" and "same
         token" take half of it or more (K. Clark et al., "What Does BERT Look At?", 2019); a "local" head has
         80 % within four tokens, a "broad" one spreads nearly evenly; the others are "mixed".
         """
+        if math.isnan(self.entropy):
+            return "undefined"
         shares = {
             "first token": self.first,
             "previous token": self.previous,
@@ -228,13 +230,19 @@ def host_weights(weights: Any, name: str) -> NDArray:
         raise TypeError(
             f"{name}: wanted an array that the host can read, got one on {arrays.device(weights)}"
         )
-    found = arrays.to_host(weights)
-    if arrays.kind(weights) != "float" or found.ndim < 2:
+    if arrays.kind(weights) != "float" or weights.ndim < 2:
         raise ValueError(
             f"{name}: wanted floats of shape (..., rows, keys), got {arrays.dtype_name(weights)} "
-            f"{tuple(found.shape)}"
+            f"{tuple(weights.shape)}"
         )
-    return numpy.asarray(found, dtype=numpy.float64)
+    if arrays.dtype_name(weights) == "bfloat16" and arrays.library(weights) != "numpy":
+        # torch hands NumPy none of these.
+        xp = arrays.namespace(weights)
+        weights = arrays.cast(xp, weights, xp.float32)
+    found = numpy.asarray(arrays.to_host(weights), dtype=numpy.float64)
+    if (found < 0).any():
+        raise ValueError(f"{name}: wanted softmax weights, which are 0 or more, got {found.min()}")
+    return found
 
 
 def _layers(weights: Any) -> Iterator[Any]:
