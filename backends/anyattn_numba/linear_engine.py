@@ -9,10 +9,11 @@ import numpy
 
 from anyattn.arrays import Array, cast, exactly
 from anyattn.linear.call import LinearCall
-from anyattn_numba import linear_forward as a
+from anyattn_numba import linear_arguments as a
 from anyattn_numba.engine import run, scratch
 from anyattn_numba.hostarrays import address_of, as_numpy, empty_like, from_numpy
 from anyattn_numba.kernels import kernel_address, shape_for
+from anyattn_numba.linear_loads import tile_of
 from anyattn_numba.thread_count import thread_count
 
 __all__ = ["linear"]
@@ -21,6 +22,9 @@ NDArray = numpy.ndarray[Any, Any]
 
 # Products that another thread is worth: entering it takes microseconds, waking it up some tens.
 _WORK_FOR_THREADS = 1 << 22
+
+# Tokens of a chunk: its weights cost the square of their number, the state is read and written once for it.
+_TOKENS, _FADING_TOKENS = 48, 16
 
 
 def linear(call: LinearCall) -> tuple[Array, Array, Array | None]:
@@ -72,7 +76,7 @@ def _beside(call: LinearCall) -> tuple[NDArray, NDArray]:
 def _parts(call: LinearCall) -> int:
     """Into how many parts the columns of the state are cut, so that every thread has some.
 
-    Columns have nothing to do with each other; the weights of a chunk, a fourth of its products, are computed
+    Columns have nothing to do with each other; the weights of a chunk, a sixth of its products, are computed
     for each part.
     """
     strands = math.prod(call.batch_shape) * call.num_sequences * call.num_kv_heads
@@ -85,9 +89,19 @@ def _parts(call: LinearCall) -> int:
 
 def _threads(call: LinearCall) -> int:
     """How many threads the work of a call is worth."""
-    most = shape_for(call.accumulate).queries
-    products = call.k_len * call.num_heads * (call.head_dim + most) * (call.v_head_dim + call.normalize)
+    products = call.k_len * call.num_heads * (call.head_dim + _TOKENS) * (call.v_head_dim + call.normalize)
     return 1 if products * math.prod(call.batch_shape) < _WORK_FOR_THREADS else thread_count()
+
+
+def _tokens(channels: int, tile: int) -> int:
+    """Tokens of a chunk: fewer where keys fade by channel, which costs the square of their number."""
+    wanted = _FADING_TOKENS if channels > 1 else _TOKENS
+    return max(wanted // tile, 1) * tile
+
+
+def _in_place(x: NDArray) -> bool:
+    """Whether the numbers of a row lie one beside the other."""
+    return x.strides[-1] == x.itemsize or x.shape[-1] == 1
 
 
 def _states(call: LinearCall, parts: int) -> tuple[NDArray | None, NDArray]:
@@ -145,10 +159,12 @@ def _strands(
 def _run(call: LinearCall, tensors: tuple[NDArray, ...], strands: NDArray, parts: int, dtype: str) -> None:
     q, k, v, out, decay, beta = tensors
     shape = shape_for(call.accumulate)
-    dim, v_dim, most = call.head_dim, call.v_head_dim // parts, shape.queries
+    dim, v_dim = call.head_dim, call.v_head_dim // parts
     columns = v_dim + call.normalize
     channels = 0 if call.decay is None else decay.shape[-1]
-    wide, wide_columns = (-(-n // shape.lanes) * shape.lanes for n in (dim, columns))
+    tile = tile_of(shape)
+    most = _tokens(channels, tile)
+    wide, wide_columns = (-(-n // tile) * tile for n in (dim, columns))
     block = numpy.zeros(a.BLOCK_WORDS, numpy.int64)
 
     def put(place: int, value: int) -> None:
@@ -156,19 +172,25 @@ def _run(call: LinearCall, tensors: tuple[NDArray, ...], strands: NDArray, parts
 
     size = 0
     for place, numbers in (
-        (a.AT_KEYS, most * dim),
+        (a.AT_KEYS, most * wide),
+        (a.AT_TURNED, wide * most),
         (a.AT_VALUES, most * wide_columns),
-        (a.AT_STATE, dim * wide_columns),
+        (a.AT_STATE, wide * wide_columns),
         (a.AT_QUERY, most * wide),
-        (a.AT_STAGE, most * max(wide, wide_columns)),
+        (a.AT_OUT, most * wide_columns),
         (a.AT_SCORE, most * most),
-        (a.AT_SUM, most * wide_columns),
-        (a.AT_ONES, most),
-        (a.AT_FACTORS, most * channels),
+        (a.AT_KEPT, most * max(channels, 1)),
+        (a.AT_SINCE, most * max(channels, 1)),
         (a.AT_BETA, most),
+        (a.AT_FACTORS, 2 * most),
+        (a.AT_LEFT, most),
+        (a.AT_STATE_KEPT, wide),
+        (a.AT_ONES, most),
     ):
         put(place, size)
         size += -(-numbers * shape.itemsize // 64) * 64
+    as_read = dtype == call.accumulate
+    whole = as_read and columns == v_dim and v_dim % shape.lanes == 0
     number = max(1, min(_threads(call), len(strands)))
     for place, value in (
         (a.NUM_STRANDS, len(strands)),
@@ -181,8 +203,13 @@ def _run(call: LinearCall, tensors: tuple[NDArray, ...], strands: NDArray, parts
         (a.COLUMNS, columns),
         (a.CAUSAL, int(call.causal)),
         (a.SCALE, int(numpy.float64(call.scale).view(numpy.int64))),
+        (a.TOKENS, most),
         (a.CHANNELS, channels),
         (a.DELTA, int(call.beta is not None)),
+        (a.Q_IN_PLACE, int(as_read and _in_place(q))),
+        (a.K_IN_PLACE, int(as_read and _in_place(k) and dim % tile == 0)),
+        (a.V_IN_PLACE, int(whole and _in_place(v) and call.beta is None)),
+        (a.OUT_IN_PLACE, int(whole)),
         (a.Q_HEAD, q.strides[-3]),
         (a.Q_ROW, q.strides[-2]),
         (a.Q_STEP, q.strides[-1]),

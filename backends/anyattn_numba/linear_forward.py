@@ -3,19 +3,21 @@
 Katharopoulos et al., "Transformers are RNNs", 2020, in chunks. A strand is a sequence of one key/value head.
 Plainly, for each chunk of keys K and values V, and the queries Q of each head that reads the state S (F, Dv):
 
-    weights = K Q^T, 0 where the key comes after the query
-    out = scale (S^T Q^T + V^T weights)
+    weights = scale Q K^T, 0 where the key comes after the query
+    out = scale Q S + weights V
     S = S + K^T V
 
-With decays the weights fade from key to query, queries and S to the start of the chunk, and K to its end
+With decays the weights fade from key to query, Q to the start of the chunk, and K to its end
 (`anyattn_numba.linear_decay`). With beta, V becomes first what the delta rule writes, U with
 (I + N) U = beta (V - K S) (Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence
 Length", 2024, section 3.2): the rows -beta K are taken for queries, their weights are -N, and rows of U are
-found from the first to the last.
+found from the first to the last, a tile of registers at a time.
 
-All of it is done by the micro-kernels of attention. A lane is a query in the first two lines, and a channel
-of V in the third: S and V lie in blocks of as many columns as a block has lanes. The normalizer is one more
-column, that of a value that is always 1.
+All products are one micro-kernel's (`anyattn_numba.linear_products`). K^T is the only thing that is turned
+round. What lies in memory as the micro-kernel reads it is read in place; other dtypes, strides and ends of
+sequences are copied, padded with 0 to whole tiles (`anyattn_numba.linear_loads`). S lies in blocks of
+columns, each as wide as a tile of registers. The normalizer is one more column, that of a value that is
+always 1.
 """
 
 from __future__ import annotations
@@ -25,440 +27,340 @@ from typing import Any
 
 from numba import types
 
+from anyattn_numba import linear_arguments as a
 from anyattn_numba.atomics import fetch_add
 from anyattn_numba.jit import carray, compiled, task
-from anyattn_numba.linear_decay import fade_head_kernel, fade_kernel, fade_keys_kernel
-from anyattn_numba.memory import pointer, read_real, read_word, transpose_kernel
-from anyattn_numba.microkernels import score_kernel, weigh_kernel
-from anyattn_numba.rows import ITEMSIZE, all_finite, reader, writer
+from anyattn_numba.linear_decay import fade_kernel, seen_kernel
+from anyattn_numba.linear_loads import loading, padding
+from anyattn_numba.linear_products import ADD, NEW, SOLVE, product_kernel
+from anyattn_numba.memory import pointer, read_real, read_word
+from anyattn_numba.rows import ITEMSIZE, all_finite, writer
 from anyattn_numba.target import Shape
-from anyattn_numba.vector_math import exp_float32, exp_float64
 
-__all__ = ["BLOCK_WORDS", "STRAND_WORDS", "linear_kernel"]
-
-# The words of the argument block, then those of a strand.
-BLOCK_WORDS = 40
-(
-    COUNTER,
-    NUM_STRANDS,
-    STRANDS,
-    SCRATCH,
-    SCRATCH_SIZE,
-    GROUP_SIZE,
-    HEAD_DIM,
-    V_HEAD_DIM,
-    # V_HEAD_DIM, and one more with the normalizer.
-    COLUMNS,
-    CAUSAL,
-    SCALE,
-    # Decays of a token: none, one, or one for each channel of a key.
-    CHANNELS,
-    DELTA,
-    Q_HEAD,
-    Q_ROW,
-    Q_STEP,
-    K_ROW,
-    K_STEP,
-    V_ROW,
-    V_STEP,
-    OUT_HEAD,
-    OUT_ROW,
-    DECAY_ROW,
-    DECAY_STEP,
-    BETA_ROW,
-    # Where the parts of a thread's memory begin, in bytes.
-    AT_KEYS,
-    AT_VALUES,
-    AT_STATE,
-    AT_QUERY,
-    AT_STAGE,
-    AT_SCORE,
-    AT_SUM,
-    AT_ONES,
-    AT_FACTORS,
-    AT_BETA,
-) = range(0, 8 * 35, 8)
-STRAND_WORDS = 10
-(
-    STRAND_Q,
-    STRAND_K,
-    STRAND_V,
-    STRAND_OUT,
-    STRAND_DECAY,
-    STRAND_BETA,
-    STATE_BEFORE,
-    STATE_AFTER,
-    Q_LEN,
-    K_LEN,
-) = range(0, 8 * STRAND_WORDS, 8)
+__all__ = ["linear_kernel"]
 
 
 @lru_cache
 def linear_kernel(shape: Shape, dtype: str) -> Any:
     """The task (`anyattn_numba.threads.TASK`) that computes linear attention for arrays of a dtype."""
-    lanes, size, rows, most = shape.lanes, shape.itemsize, shape.rows, shape.queries
-    kind = getattr(types, shape.element)
-    read, write = reader(dtype, shape.element), writer(dtype, shape.element)
-    read_wide = reader(shape.element, shape.element)
-    stored = ITEMSIZE[dtype]
-    score, score_one = score_kernel(shape, rows), score_kernel(shape, 1)
-    weigh, weigh_one = weigh_kernel(shape, rows), weigh_kernel(shape, 1)
-    # Of a whole chunk, for the lanes from some vector on: queries before a key see nothing of it.
-    most_vectors, by_diagonal = shape.vectors, lanes % rows == 0
-    score_from, weigh_from = (
-        score_kernel(shape, rows, shape.vectors),
-        weigh_kernel(shape, rows, shape.vectors),
-    )
-    transpose = transpose_kernel(shape.element, lanes)
+    lanes, size, rows, most = shape.lanes, shape.itemsize, shape.rows, shape.vectors
+    kind, stored = getattr(types, shape.element), ITEMSIZE[dtype]
+    padded, write = padding(shape), writer(dtype, shape.element)
+    load_rows, load_values, load_factors, turn = loading(shape, dtype)
+    product, seen, fade = product_kernel(shape), seen_kernel(shape), fade_kernel(shape)
     finite = all_finite(shape.element)
-    fade, fade_head = fade_kernel(shape), fade_head_kernel(shape)
-    fade_keys = fade_keys_kernel(shape.element)
-    exp = exp_float32 if shape.element == "float32" else exp_float64
 
     @compiled
-    def padded(count: int) -> int:
-        return (count + lanes - 1) // lanes * lanes
+    def width_at(columns: int, start: int) -> int:
+        """Vectors of the block of columns from `start` on: so many that blocks hardly differ."""
+        vectors = (columns - start + lanes - 1) // lanes
+        blocks = (vectors + most - 1) // most
+        return (vectors + blocks - 1) // blocks
 
     @compiled
-    def sum_up(
-        vectors: int, values: int, stride: int, weights: int, count: int, ones: int, out: int, channels: int
-    ) -> None:
-        """out[c, :] += sum over n < count of values[n, c] weights[n, :]."""
-        width = vectors * lanes * size
-        c = 0
-        while c + rows <= channels:
-            weigh(vectors, values + c * size, stride, weights, count, ones, out + c * width)
-            c += rows
-        while c < channels:
-            weigh_one(vectors, values + c * size, stride, weights, count, ones, out + c * width)
-            c += 1
+    def set_factors(block: int, scratch: int, count: int, delta: int) -> None:
+        """What the weights of rows are multiplied by, then what they read of the state is."""
+        span, channels = padded(count), read_word(block + a.CHANNELS)
+        normalized = read_word(block + a.COLUMNS) > read_word(block + a.V_HEAD_DIM)
+        scale = kind(1) if normalized else kind(read_real(block + a.SCALE))
+        factors = carray(pointer(scratch + read_word(block + a.AT_FACTORS)), (2, span), kind)
+        betas = carray(pointer(scratch + read_word(block + a.AT_BETA)), count, kind)
+        since = carray(pointer(scratch + read_word(block + a.AT_SINCE)), count, kind)
+        for n in range(span):
+            factor = kind(0)
+            if n < count:
+                factor = -betas[n] if delta else scale
+            factors[0, n] = factor
+            factors[1, n] = factor * since[n] if channels == 1 and n < count else factor
 
     @compiled
-    def sum_seen(values: int, stride: int, weights: int, ones: int, out: int, channels: int) -> None:
-        """What `sum_up` does for a whole chunk, whose queries see the keys up to their own."""
-        width = most * size
-        for c in range(0, channels, rows):
-            for skip in range(most_vectors):
-                first, at = skip * lanes, skip * lanes * size
-                weigh_from(
-                    most_vectors - skip,
-                    values + first * stride + c * size,
-                    stride,
-                    weights + first * width + at,
-                    lanes,
-                    ones,
-                    out + c * width + at,
-                )
-
-    @compiled
-    def load_keys(block: int, strand: int, scratch: int, first: int, count: int) -> None:
-        """The keys and values of a chunk; the columns of values in blocks, padded with 0."""
-        dim, v_dim, columns = (
-            read_word(block + HEAD_DIM),
-            read_word(block + V_HEAD_DIM),
-            read_word(block + COLUMNS),
-        )
-        keys, values = scratch + read_word(block + AT_KEYS), scratch + read_word(block + AT_VALUES)
-        stage = scratch + read_word(block + AT_STAGE)
-        k_row, v_row = read_word(block + K_ROW), read_word(block + V_ROW)
-        betas = carray(pointer(scratch + read_word(block + AT_BETA)), most, kind)
-        if read_word(block + DELTA):
-            at = read_word(strand + STRAND_BETA) + first * read_word(block + BETA_ROW)
-            read_wide(at, read_word(block + BETA_ROW), count, 1.0, scratch + read_word(block + AT_BETA))
-        else:
-            for n in range(count):
-                betas[n] = 1
+    def fade_rows(block: int, scratch: int, source: int, row: int, count: int, target: int) -> None:
+        """Rows of queries times what their channels keep since the start of the chunk."""
+        dim = read_word(block + a.HEAD_DIM)
         for n in range(count):
-            at = read_word(strand + STRAND_K) + (first + n) * k_row
-            read(at, read_word(block + K_STEP), dim, 1.0, keys + n * dim * size)
-            at = read_word(strand + STRAND_V) + (first + n) * v_row
-            read(at, read_word(block + V_STEP), v_dim, betas[n], stage)
-            row = carray(pointer(stage), v_dim, kind)
-            for start in range(0, columns, most):
-                width = min(most, padded(columns - start))
-                target = carray(pointer(values + (start * most + n * width) * size), width, kind)
-                for c in range(width):
-                    here = start + c
-                    target[c] = row[here] if here < v_dim else kind(1 if here < columns else 0)
+            own = carray(pointer(source + n * row), dim, kind)
+            kept = carray(pointer(scratch + read_word(block + a.AT_SINCE) + n * dim * size), dim, kind)
+            faded = carray(pointer(target + n * padded(dim) * size), dim, kind)
+            for d in range(dim):
+                faded[d] = own[d] * kept[d]
 
     @compiled
-    def load_factors(block: int, strand: int, scratch: int, first: int, count: int) -> None:
-        """What each token of a chunk keeps."""
-        channels, factors = read_word(block + CHANNELS), scratch + read_word(block + AT_FACTORS)
-        row = read_word(block + DECAY_ROW)
-        at = read_word(strand + STRAND_DECAY) + first * row
-        if channels == 1:
-            read_wide(at, row, count, 1.0, factors)
-        else:
-            for n in range(count):
-                here = factors + n * channels * size
-                read_wide(at + n * row, read_word(block + DECAY_STEP), channels, 1.0, here)
-        kept = carray(pointer(factors), count * channels, kind)
-        for n in range(count * channels):
-            kept[n] = exp(kept[n])
-
-    @compiled
-    def add_keys(block: int, scratch: int, count: int) -> None:
-        """S = S + K^T V, what was there before faded."""
-        dim, columns = read_word(block + HEAD_DIM), read_word(block + COLUMNS)
-        keys, ones = scratch + read_word(block + AT_KEYS), scratch + read_word(block + AT_ONES)
-        channels, left = read_word(block + CHANNELS), scratch + read_word(block + AT_STAGE)
-        if channels:
-            fade_keys(keys, scratch + read_word(block + AT_FACTORS), channels, left, dim, count)
-        for start in range(0, columns, most):
-            width = min(most, padded(columns - start))
-            values = scratch + read_word(block + AT_VALUES) + start * most * size
-            state = scratch + read_word(block + AT_STATE) + start * dim * size
-            if channels:
-                kept, old = carray(pointer(left), dim, kind), carray(pointer(state), (dim, width), kind)
-                for d in range(dim):
-                    for c in range(width):
-                        old[d, c] *= kept[d]
-            sum_up(width // lanes, keys, dim * size, values, count, ones, state, dim)
-
-    @compiled
-    def load_queries(block: int, scratch: int, source: int, stride: int, step: int, count: int) -> None:
-        """Queries side by side: (F, lanes)."""
-        dim, width = read_word(block + HEAD_DIM), padded(count)
-        wide = padded(dim)
-        stage, query = scratch + read_word(block + AT_STAGE), scratch + read_word(block + AT_QUERY)
-        for lane in range(width):
-            target = stage + lane * wide * size
-            if lane < count:
-                read(source + lane * stride, step, dim, 1.0, target)
+    def weigh_keys(block: int, scratch: int, queries: int, row: int, count: int, strict: int) -> None:
+        """The weights of a chunk's keys for rows of queries; with a decay for each channel, keys fade."""
+        dim, span = read_word(block + a.HEAD_DIM), padded(count)
+        turned, scores = scratch + read_word(block + a.AT_TURNED), scratch + read_word(block + a.AT_SCORE)
+        factors, ones = scratch + read_word(block + a.AT_FACTORS), scratch + read_word(block + a.AT_ONES)
+        kept, pitch = scratch + read_word(block + a.AT_KEPT), span * size
+        by_channel = read_word(block + a.CHANNELS) > 1
+        left = scratch + read_word(block + a.AT_LEFT)
+        start = 0
+        while start < span:
+            vectors = min(most, (span - start) // lanes)
+            own, here, first = turned + start * size, scores + start * size, start // rows * rows
+            if by_channel:
+                for t in range(start, count):
+                    factor, query = kept + t * dim * size, queries + t * row
+                    fade(vectors, own, pitch, factor, query, dim, t - start, here + t * pitch)
             else:
-                empty = carray(pointer(target), wide, kind)
-                for n in range(wide):
-                    empty[n] = 0
-        for d in range(0, wide, lanes):
-            for lane in range(0, width, lanes):
-                transpose(
-                    stage + (lane * wide + d) * size,
-                    wide * size,
-                    query + (d * width + lane) * size,
-                    width * size,
-                )
+                for t in range(first, count, rows):
+                    some = min(vectors, (t + rows - start + lanes - 1) // lanes)
+                    query, to = queries + t * row, here + t * pitch
+                    product(some, NEW, query, row, own, pitch, dim, ones, 0, 0, 0, 0, 0, to, pitch)
+            seen(
+                vectors,
+                here + start * pitch,
+                pitch,
+                ones if by_channel else kept + start * size,
+                factors + start * size,
+                first - start,
+                count - start,
+                strict,
+                left + start * size,
+            )
+            start += vectors * lanes
 
     @compiled
-    def weigh_chunk(block: int, scratch: int, count: int) -> None:
-        """The weights of a chunk's keys for its queries, 0 for those that come later; queries fade."""
-        dim, width = read_word(block + HEAD_DIM), padded(count)
-        keys, query = scratch + read_word(block + AT_KEYS), scratch + read_word(block + AT_QUERY)
-        scores, vectors = scratch + read_word(block + AT_SCORE), width // lanes
-        factors, channels = scratch + read_word(block + AT_FACTORS), read_word(block + CHANNELS)
-        # Nobody asks for the largest.
-        largest = scratch + read_word(block + AT_STAGE)
-        if channels > 1:
-            for back in range(count):
-                n = count - 1 - back
-                # The lanes before have nothing to do with it.
-                skip = n // lanes
-                own = factors + (n + 1 if back else n) * dim * size
-                fade(
-                    vectors - skip,
-                    query + skip * lanes * size,
-                    width * size,
-                    own,
-                    keys + n * dim * size,
-                    dim,
-                    n - skip * lanes,
-                    scores + (n * width + skip * lanes) * size,
-                )
-            fade(vectors, query, width * size, factors, keys, dim, -1, largest)
-        elif count == most and by_diagonal:
-            for n in range(0, count, rows):
-                skip = n // lanes
-                at = skip * lanes * size
-                score_from(
-                    vectors - skip,
-                    keys + n * dim * size,
-                    dim * size,
-                    query + at,
-                    dim,
-                    scores + n * width * size + at,
-                    largest,
-                    keys,
-                    dim * size,
-                )
-        else:
-            n = 0
-            while n < count:
-                here, to = keys + n * dim * size, scores + n * width * size
-                if n + rows <= count:
-                    score(vectors, here, dim * size, query, dim, to, largest, here, dim * size)
-                    n += rows
-                else:
-                    score_one(vectors, here, dim * size, query, dim, to, largest, here, dim * size)
-                    n += 1
-        if channels == 1:
-            fade_head(vectors, scores, factors, count, query, dim)
-        else:
-            weights = carray(pointer(scores), (count, width), kind)
-            for j in range(count):
-                for lane in range(j):
-                    weights[j, lane] = 0
-
-    @compiled
-    def write_rows(block: int, target: int, scratch: int, count: int, inside: int) -> None:
-        """The rows of some queries of a head; `inside` says that keys of the chunk count as well."""
-        dim, v_dim, columns = (
-            read_word(block + HEAD_DIM),
-            read_word(block + V_HEAD_DIM),
-            read_word(block + COLUMNS),
-        )
-        width, wide = padded(count), padded(columns)
-        vectors = width // lanes
-        query, ones = scratch + read_word(block + AT_QUERY), scratch + read_word(block + AT_ONES)
-        sums, scores = scratch + read_word(block + AT_SUM), scratch + read_word(block + AT_SCORE)
-        empty = carray(pointer(sums), wide * width, kind)
-        for n in range(wide * width):
-            empty[n] = 0
-        for start in range(0, columns, most):
-            own = min(most, padded(columns - start))
-            channels = min(most, columns - start)
-            out = sums + start * width * size
-            state = scratch + read_word(block + AT_STATE) + start * dim * size
-            sum_up(vectors, state, own * size, query, dim, ones, out, channels)
-            if inside:
-                values = scratch + read_word(block + AT_VALUES) + start * most * size
-                if count == most and by_diagonal and channels % rows == 0:
-                    sum_seen(values, own * size, scores, ones, out, channels)
-                else:
-                    sum_up(vectors, values, own * size, scores, count, ones, out, channels)
-        stage = scratch + read_word(block + AT_STAGE)
-        for c in range(0, wide, lanes):
-            for lane in range(0, width, lanes):
-                transpose(
-                    sums + (c * width + lane) * size,
-                    width * size,
-                    stage + (lane * wide + c) * size,
-                    wide * size,
-                )
-        for lane in range(count):
-            factor = read_real(block + SCALE)
-            row = carray(pointer(stage + lane * wide * size), wide, kind)
+    def finish_rows(block: int, out: int, out_row: int, target: int, count: int) -> None:
+        """Rows as the caller's memory has them, divided by their normalizers."""
+        v_dim, columns = read_word(block + a.V_HEAD_DIM), read_word(block + a.COLUMNS)
+        factor = read_real(block + a.SCALE) if columns > v_dim else 1.0
+        for n in range(count):
             if columns > v_dim:
+                row = carray(pointer(out + n * out_row), columns, kind)
                 total = row[v_dim]
                 for c in range(v_dim):
                     row[c] = row[c] / total if total != 0 else kind(0)
-            write(
-                stage + lane * wide * size, v_dim, factor, target + lane * read_word(block + OUT_ROW), stored
-            )
+            write(out + n * out_row, v_dim, factor, target + n * read_word(block + a.OUT_ROW), stored)
 
     @compiled
-    def correct(block: int, strand: int, scratch: int, first: int, count: int) -> None:
+    def write_rows(
+        block: int,
+        scratch: int,
+        queries: int,
+        row: int,
+        values: int,
+        v_row: int,
+        target: int,
+        count: int,
+        inside: int,
+    ) -> None:
+        """The rows of some queries of a head; `inside` says that keys of the chunk count as well."""
+        dim, columns, pitch = (
+            read_word(block + a.HEAD_DIM),
+            read_word(block + a.COLUMNS),
+            padded(count) * size,
+        )
+        scores, state = scratch + read_word(block + a.AT_SCORE), scratch + read_word(block + a.AT_STATE)
+        factors = scratch + read_word(block + a.AT_FACTORS) + pitch
+        in_place = read_word(block + a.OUT_IN_PLACE) != 0 and count == padded(count)
+        out_row = read_word(block + a.OUT_ROW) if in_place else padded(columns) * size
+        out = target if in_place else scratch + read_word(block + a.AT_OUT)
+        start = 0
+        while start < columns:
+            vectors = width_at(columns, start)
+            width = vectors * lanes * size
+            own, first = state + start * padded(dim) * size, values + start * size
+            for t in range(0, count, rows):
+                keys = min(t + rows, count) if inside else 0
+                query, weights, to = queries + t * row, scores + t * pitch, out + start * size + t * out_row
+                of_rows = factors + t * size
+                product(
+                    vectors, NEW, query, row, own, width, dim, of_rows, weights, pitch, first, v_row, keys,
+                    to, out_row,
+                )  # fmt: skip
+            start += vectors * lanes
+        if not in_place:
+            finish_rows(block, out, out_row, target, count)
+
+    @compiled
+    def correct(block: int, scratch: int, keys: int, row: int, count: int) -> None:
         """V = U."""
-        dim, columns, width = read_word(block + HEAD_DIM), read_word(block + COLUMNS), padded(count)
-        query, ones = scratch + read_word(block + AT_QUERY), scratch + read_word(block + AT_ONES)
-        scores = scratch + read_word(block + AT_SCORE)
-        row = read_word(block + K_ROW)
-        source = read_word(strand + STRAND_K) + first * row
-        load_queries(block, scratch, source, row, read_word(block + K_STEP), count)
-        betas = carray(pointer(scratch + read_word(block + AT_BETA)), most, kind)
-        queries = carray(pointer(query), (dim, width), kind)
-        for d in range(dim):
-            for lane in range(count):
-                queries[d, lane] *= -betas[lane]
-        weigh_chunk(block, scratch, count)
-        for start in range(0, columns, most):
-            own = min(most, padded(columns - start))
-            vectors = own // lanes
-            state = scratch + read_word(block + AT_STATE) + start * dim * size
-            values = scratch + read_word(block + AT_VALUES) + start * most * size
-            sum_up(vectors, query, width * size, state, dim, ones, values, count)
-            for block_start in range(0, count, rows):
-                end = min(block_start + rows, count)
-                here, weights = values + block_start * own * size, scores + block_start * size
-                sum_up(vectors, weights, width * size, values, block_start, ones, here, end - block_start)
-                for t in range(block_start + 1, end):
-                    weights = scores + (block_start * width + t) * size
-                    out = values + t * own * size
-                    weigh_one(vectors, weights, width * size, here, t - block_start, ones, out)
+        dim, columns, pitch = (
+            read_word(block + a.HEAD_DIM),
+            read_word(block + a.COLUMNS),
+            padded(count) * size,
+        )
+        scores, state = scratch + read_word(block + a.AT_SCORE), scratch + read_word(block + a.AT_STATE)
+        factors = scratch + read_word(block + a.AT_FACTORS) + pitch
+        values, v_row = scratch + read_word(block + a.AT_VALUES), padded(columns) * size
+        delta = read_word(block + a.DELTA)
+        set_factors(block, scratch, count, delta)
+        weigh_keys(block, scratch, keys, row, count, delta)
+        readers, reader_row = keys, row
+        if read_word(block + a.CHANNELS) > 1:
+            readers, reader_row = scratch + read_word(block + a.AT_QUERY), padded(dim) * size
+            fade_rows(block, scratch, keys, row, count, readers)
+        start = 0
+        while start < columns:
+            vectors = width_at(columns, start)
+            width = vectors * lanes * size
+            own, first = state + start * padded(dim) * size, values + start * size
+            for t in range(0, count, rows):
+                key, weights, to = readers + t * reader_row, scores + t * pitch, first + t * v_row
+                of_rows = factors + t * size
+                product(
+                    vectors, SOLVE, key, reader_row, own, width, dim, of_rows, weights, pitch, first, v_row,
+                    t, to, v_row,
+                )  # fmt: skip
+            start += vectors * lanes
+
+    @compiled
+    def add_keys(block: int, scratch: int, values: int, v_row: int, count: int) -> None:
+        """S = S + K^T V, what was there before faded."""
+        dim, columns, pitch = (
+            read_word(block + a.HEAD_DIM),
+            read_word(block + a.COLUMNS),
+            padded(count) * size,
+        )
+        channels, turned = read_word(block + a.CHANNELS), scratch + read_word(block + a.AT_TURNED)
+        since = scratch + read_word(block + a.AT_SINCE) + (count - 1) * max(channels, 1) * size
+        last = carray(pointer(since), max(channels, 1), kind)
+        at_kept = scratch + read_word(block + a.AT_STATE_KEPT)
+        kept = carray(pointer(at_kept), padded(dim), kind)
+        for d in range(padded(dim)):
+            kept[d] = (last[d] if d < dim else kind(0)) if channels > 1 else last[0]
+        if channels == 1:
+            left = carray(pointer(scratch + read_word(block + a.AT_LEFT)), count, kind)
+            for d in range(dim):
+                keys = carray(pointer(turned + d * pitch), count, kind)
+                for n in range(count):
+                    keys[n] *= left[n]
+        start = 0
+        while start < columns:
+            vectors = width_at(columns, start)
+            width = vectors * lanes * size
+            own = scratch + read_word(block + a.AT_STATE) + start * padded(dim) * size
+            first = values + start * size
+            for d in range(0, dim, rows):
+                keys, to, factor = turned + d * pitch, own + d * width, at_kept + d * size
+                product(vectors, ADD, 0, 0, 0, 0, 0, factor, keys, pitch, first, v_row, count, to, width)
+            start += vectors * lanes
 
     @compiled
     def move_state(block: int, scratch: int, address: int, out: int) -> None:
         """Between the rows (F, columns) at an address and the blocks of columns; 0 is a state of zeros."""
-        dim, columns = read_word(block + HEAD_DIM), read_word(block + COLUMNS)
-        for start in range(0, columns, most):
-            width = min(most, padded(columns - start))
-            channels = min(most, columns - start)
-            state = scratch + read_word(block + AT_STATE) + start * dim * size
-            for d in range(dim):
+        dim, columns = read_word(block + a.HEAD_DIM), read_word(block + a.COLUMNS)
+        start = 0
+        while start < columns:
+            width = width_at(columns, start) * lanes
+            channels = min(width, columns - start)
+            state = scratch + read_word(block + a.AT_STATE) + start * padded(dim) * size
+            for d in range(dim if out else padded(dim)):
                 own = carray(pointer(state + d * width * size), width, kind)
-                if address == 0:
-                    for c in range(width):
-                        own[c] = 0
+                other = carray(pointer(address + (d * columns + start) * size), channels, kind)
+                if out:
+                    for c in range(channels):
+                        other[c] = own[c]
                 else:
-                    other = carray(pointer(address + (d * columns + start) * size), channels, kind)
-                    if out:
-                        for c in range(channels):
-                            other[c] = own[c]
-                    else:
-                        for c in range(width):
-                            own[c] = other[c] if c < channels else kind(0)
+                    for c in range(width):
+                        own[c] = other[c] if address != 0 and d < dim and c < channels else kind(0)
+            start += width
 
     @compiled
-    def load_chunk(block: int, strand: int, scratch: int, first: int, most_tokens: int) -> int:
-        """Keys, factors and what is written of as many tokens as the chunk has, a number that is returned.
+    def read_chunk(
+        block: int,
+        strand: int,
+        scratch: int,
+        at: int,
+        count: int,
+        key: int,
+        k_row: int,
+        value: int,
+        v_row: int,
+    ) -> None:
+        """The rows of the queries of all heads; `key` is 0 where these come after all keys."""
+        dim, row, step = (
+            read_word(block + a.HEAD_DIM),
+            read_word(block + a.Q_ROW),
+            read_word(block + a.Q_STEP),
+        )
+        source = read_word(strand + a.STRAND_Q) + at * row
+        target = read_word(strand + a.STRAND_OUT) + at * read_word(block + a.OUT_ROW)
+        turned, own = scratch + read_word(block + a.AT_TURNED), scratch + read_word(block + a.AT_QUERY)
+        by_channel, delta = read_word(block + a.CHANNELS) > 1, read_word(block + a.DELTA)
+        in_place, no = read_word(block + a.Q_IN_PLACE) != 0 and count == padded(count), types.int64(0)
+        set_factors(block, scratch, count, no)
+        for head in range(read_word(block + a.GROUP_SIZE)):
+            query, query_row = source, row
+            if not in_place:
+                query, query_row = own, padded(dim) * size
+                load_rows(source, row, step, dim, count, query)
+            if key:
+                if by_channel and (head > 0 or delta):
+                    turn(key, k_row, dim, count, turned)
+                weigh_keys(block, scratch, query, query_row, count, no)
+            if by_channel:
+                fade_rows(block, scratch, query, query_row, count, own)
+                query, query_row = own, padded(dim) * size
+            write_rows(block, scratch, query, query_row, value, v_row, target, count, key != 0)
+            source += read_word(block + a.Q_HEAD)
+            target += read_word(block + a.OUT_HEAD)
 
-        Later tokens are multiplied by 0: where one is not finite, or what it writes, it goes alone.
+    @compiled
+    def add_chunk(block: int, strand: int, scratch: int, at: int, count: int) -> bool:
+        """Read and write the state for a chunk, unless it is not finite and must go token by token.
+
+        Later tokens are multiplied by 0: where one is not finite, or what it writes, none may be there.
         """
-        count = most_tokens
-        if read_word(block + CHANNELS):
-            load_factors(block, strand, scratch, first, count)
-        columns, values = read_word(block + COLUMNS), scratch + read_word(block + AT_VALUES)
-        sound = False
-        while not sound:
-            load_keys(block, strand, scratch, first, count)
-            if read_word(block + DELTA):
-                correct(block, strand, scratch, first, count)
-            sound = True
-            if count > 1 and read_word(block + CAUSAL):
-                for start in range(0, columns, most):
-                    width = min(most, padded(columns - start))
-                    sound = sound and finite(values + start * most * size, width * size, count, width)
-            if not sound:
-                count = 1
-        return count
+        dim, columns, causal = (
+            read_word(block + a.HEAD_DIM),
+            read_word(block + a.COLUMNS),
+            read_word(block + a.CAUSAL),
+        )
+        k_row, v_row = read_word(block + a.K_ROW), read_word(block + a.V_ROW)
+        key, value = read_word(strand + a.STRAND_K) + at * k_row, read_word(strand + a.STRAND_V) + at * v_row
+        load_factors(block, strand, scratch, at, count)
+        if not read_word(block + a.K_IN_PLACE) or count < padded(count):
+            source, key = key, scratch + read_word(block + a.AT_KEYS)
+            load_rows(source, k_row, read_word(block + a.K_STEP), dim, count, key)
+            k_row = padded(dim) * size
+        turn(key, k_row, dim, count, scratch + read_word(block + a.AT_TURNED))
+        if not read_word(block + a.V_IN_PLACE):
+            load_values(block, value, v_row, scratch, count)
+            value, v_row = scratch + read_word(block + a.AT_VALUES), padded(columns) * size
+        if read_word(block + a.DELTA):
+            correct(block, scratch, key, k_row, count)
+        if causal:
+            if count > 1 and not finite(value, v_row, count, columns):
+                return False
+            read_chunk(block, strand, scratch, at, count, key, k_row, value, v_row)
+        add_keys(block, scratch, value, v_row, count)
+        return True
 
     @compiled
     def follow(block: int, strand: int, scratch: int) -> None:
         """All of a strand: chunks of keys, which queries read in between, or after the last without order."""
-        keys, causal = read_word(strand + K_LEN), read_word(block + CAUSAL)
-        group, end = read_word(block + GROUP_SIZE), keys + (0 if causal else read_word(strand + Q_LEN))
-        ones = carray(pointer(scratch + read_word(block + AT_ONES)), most, kind)
-        for n in range(most):
+        tokens, keys, queries = (
+            read_word(block + a.TOKENS),
+            read_word(strand + a.K_LEN),
+            read_word(strand + a.Q_LEN),
+        )
+        # Numba compiles a function once more for a literal number.
+        no, yes = types.int64(0), types.int64(1)
+        ones = carray(pointer(scratch + read_word(block + a.AT_ONES)), tokens, kind)
+        for n in range(tokens):
             ones[n] = 1
-        move_state(block, scratch, read_word(strand + STATE_BEFORE), 0)
-        at = 0
-        while at < end:
-            inside = at < keys
-            count = min(most, (keys if inside else end) - at)
-            if inside:
-                count = load_chunk(block, strand, scratch, at, count)
-            if causal or not inside:
-                first, row = at if inside else at - keys, read_word(block + Q_ROW)
-                source = read_word(strand + STRAND_Q) + first * row
-                target = read_word(strand + STRAND_OUT) + first * read_word(block + OUT_ROW)
-                for _ in range(group):
-                    load_queries(block, scratch, source, row, read_word(block + Q_STEP), count)
-                    if inside:
-                        weigh_chunk(block, scratch, count)
-                    write_rows(block, target, scratch, count, inside)
-                    source += read_word(block + Q_HEAD)
-                    target += read_word(block + OUT_HEAD)
-            if inside:
-                add_keys(block, scratch, count)
-            at += count
-        move_state(block, scratch, read_word(strand + STATE_AFTER), 1)
+        move_state(block, scratch, read_word(strand + a.STATE_BEFORE), no)
+        for first in range(0, keys, tokens):
+            at, end = first, min(first + tokens, keys)
+            count = end - at
+            while at < end:
+                if add_chunk(block, strand, scratch, at, count):
+                    at += count
+                else:
+                    count = 1
+        if not read_word(block + a.CAUSAL):
+            for at in range(0, queries, tokens):
+                read_chunk(block, strand, scratch, at, min(tokens, queries - at), no, no, no, no)
+        move_state(block, scratch, read_word(strand + a.STATE_AFTER), yes)
 
     @task
     def linear(block: int, worker: int) -> int:
-        scratch = read_word(block + SCRATCH) + worker * read_word(block + SCRATCH_SIZE)
+        scratch = read_word(block + a.SCRATCH) + worker * read_word(block + a.SCRATCH_SIZE)
         while True:
-            number = fetch_add(block + COUNTER, 1)
-            if number >= read_word(block + NUM_STRANDS):
+            number = fetch_add(block + a.COUNTER, 1)
+            if number >= read_word(block + a.NUM_STRANDS):
                 return 0
-            follow(block, read_word(block + STRANDS) + number * (8 * STRAND_WORDS), scratch)
+            follow(block, read_word(block + a.STRANDS) + number * (8 * a.STRAND_WORDS), scratch)
 
     return linear
