@@ -61,18 +61,19 @@ def describe(operation: Operation, q: Array, k: Array, v: Array | None, options:
     mask = None if options.mask is None else masks.as_mask(options.mask, "mask")
     score_mod = None if options.score_mod is None else scores.as_score(options.score_mod)
     bias = None if options.bias is None else _bias(options.bias)
-    lengths, lengths_host = _integers(options.kv_lengths, "kv_lengths", place, limit=place.k_len)
-    visible = _visible(options.causal, window, mask, lengths, batch_shape)
-    score = _score(softcap, score_mod, bias)
-    positional = any(part is not None and depends_on(part, "i") for part in (visible, score))
-    offset, offset_host = _offset(options.q_offset, place, lengths, lengths_host, positional)
+    with arrays.exactly(q):
+        lengths, lengths_host = _integers(options.kv_lengths, "kv_lengths", place, limit=place.k_len)
+        visible = _visible(options.causal, window, mask, lengths, batch_shape)
+        score = _score(softcap, score_mod, bias)
+        positional = any(part is not None and depends_on(part, "i") for part in (visible, score))
+        offset, offset_host = _offset(options.q_offset, place, lengths, lengths_host, positional)
 
-    geometry = replace(place, offset_host=offset_host)
-    visible = None if visible is None else bind(visible, geometry, "q_offset" if mask is None else "mask")
-    score = None if score is None else bind(score, geometry, "score_mod")
-    keep, seed = dropout_of(options.dropout, options.dropout_seed, geometry)
-    sinks = _sinks(options.sinks, geometry)
-    rows = _rows(options.rows, geometry)
+        geometry = replace(place, offset_host=offset_host)
+        visible = None if visible is None else bind(visible, geometry, "q_offset" if mask is None else "mask")
+        score = None if score is None else bind(score, geometry, "score_mod")
+        keep, seed = dropout_of(options.dropout, options.dropout_seed, geometry)
+        sinks = _sinks(options.sinks, geometry)
+        rows = _rows(options.rows, geometry)
 
     read = [*views.values()]
     for root in (visible, score, keep):
@@ -291,7 +292,7 @@ def _integers(value: Any, name: str, place: Geometry, limit: int | None = None) 
     placed = value if arrays.is_array(value) else place.host_array(host)
     if host is None and limit is not None:
         # Before the cast: an unsigned length must not wrap.
-        placed = xp.clip(placed, 0, min(limit, int(xp.iinfo(placed.dtype).max)))
+        placed = arrays.clip(xp, placed, 0, min(limit, int(xp.iinfo(placed.dtype).max)))
     return arrays.cast(xp, placed, index), host if host is None else host.astype(numpy.int64)
 
 
@@ -362,7 +363,7 @@ def _rows(rows: Any, geometry: Geometry) -> Array | None:
             f"rows: wanted numbers of the {geometry.q_len} rows, from 0, got {host.min()} to {host.max()}"
         )
     if host is None:
-        placed = geometry.xp.clip(placed, 0, max(geometry.q_len - 1, 0))
+        placed = arrays.clip(geometry.xp, placed, 0, max(geometry.q_len - 1, 0))
     return arrays.cast(geometry.xp, placed, arrays.index_dtype(geometry.xp, geometry.device))
 
 

@@ -47,7 +47,8 @@ def default_positions(x: Array, kv: Array | None, options: Mapping[str, Any]) ->
             offset = kv.shape[-2] - length
         elif length == 1:
             # `attention` clamps lengths that the host cannot read.
-            offset = arrays.namespace(x).clip(_indices("kv_lengths", kv_lengths, x), 0, kv.shape[-2]) - 1
+            lengths = _indices("kv_lengths", kv_lengths, x)
+            offset = arrays.clip(arrays.namespace(x), lengths, 0, kv.shape[-2]) - 1
         else:
             raise ValueError(
                 "q_offset: wanted, as rope turns rows by their positions and there are kv_lengths: "

@@ -55,6 +55,8 @@ def _feeds(known: Signature, call: AttentionCall, converted: _Converted | None) 
     feeds: list[Feed] = []
 
     def told(name: str, feed: Feed) -> Feed:
+        if call.library == "cupy":
+            feed = _there(name, feed)
         return feed if converted is None else _told(name, feed, converted)
 
     if call.kv_lengths is not None:
@@ -94,6 +96,19 @@ def _told(name: str, feed: Feed, converted: _Converted) -> Feed:
     return telling
 
 
+def _there(name: str, feed: Feed) -> Feed:
+    """What CuPy computes from an array on that array's device, whichever is current."""
+
+    def computed(given: dict[str, list[Array]], before: list[Array], k_len: int) -> Array | None:
+        value = given[name][0]
+        if not arrays.is_array(value):
+            return feed(given, before, k_len)  # a seed of the host
+        with arrays.exactly(value):
+            return feed(given, before, k_len)
+
+    return computed
+
+
 def _always(value: Array) -> Feed:
     return lambda given, before, k_len: value
 
@@ -129,7 +144,8 @@ def _clamped(xp: Any, dtype: Any) -> Feed:
     def feed(given: dict[str, list[Array]], before: list[Array], k_len: int) -> Array | None:
         value = given["kv_lengths"][0]
         # Before the cast, as where calls are described: an unsigned length must not wrap.
-        return arrays.cast(xp, xp.clip(value, 0, min(k_len, int(xp.iinfo(value.dtype).max))), dtype)
+        most = min(k_len, int(xp.iinfo(value.dtype).max))
+        return arrays.cast(xp, arrays.clip(xp, value, 0, most), dtype)
 
     return feed
 

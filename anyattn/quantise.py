@@ -33,7 +33,7 @@ def quantise(x: Array) -> tuple[Array, Array]:
         scales = xp.where(finite, largest / MOST, xp.nan)
         # Rows of zeros, or of numbers so small that the scale is 0, become 0.
         divisor = xp.where(finite & (scales > 0), scales, 1.0)
-        numbers = xp.clip(xp.round(xp.where(finite, wide, 0.0) / divisor), -MOST, MOST)
+        numbers = arrays.clip(xp, xp.round(xp.where(finite, wide, 0.0) / divisor), -MOST, MOST)
         return xp.astype(numbers, xp.int8), scales
 
 

@@ -302,7 +302,7 @@ def _sequences(cu_seqlens: Any, name: str, x: Array, total: int | None, longest:
     starts = arrays.cast(xp, cu_seqlens[:-1], ends.dtype)
     row = xp.arange(total or 0, dtype=ends.dtype, device=arrays.device(x))
     number = xp.searchsorted(ends, row, side="right")
-    number = xp.clip(arrays.cast(xp, number, ends.dtype), 0, max(int(ends.shape[0]) - 1, 0))
+    number = arrays.clip(xp, arrays.cast(xp, number, ends.dtype), 0, max(int(ends.shape[0]) - 1, 0))
     start = arrays.take(xp, starts, number, axis=-1)
     return _Sequences(int(ends.shape[0]), number, start, ends - starts, host=False)
 

@@ -91,8 +91,8 @@ def flat_index(node: Load, indices: list[Array], tile: Tile) -> Array | None:
     ):
         if kind == "float":
             # NaN reads entry 0, and beyond 2**24 entries float32 rounds the last one up.
-            index = tile.cast(xp.clip(xp.where(index > 0, index, 0.0), 0, max(size - 1, 0)), "int")
-        inside = tile.cast(xp.clip(index, 0, max(size - 1, 0)), "int")
+            index = tile.cast(arrays.clip(xp, xp.where(index > 0, index, 0.0), 0, max(size - 1, 0)), "int")
+        inside = tile.cast(arrays.clip(xp, index, 0, max(size - 1, 0)), "int")
         flat = inside if flat is None else flat * size + inside
     return flat
 
