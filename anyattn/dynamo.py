@@ -258,7 +258,7 @@ def _of_cache(q: Any, cache: Any, v: Any, options: dict[str, Any]) -> tuple[Any,
         # Some of these count keys. A number that changes compiles once more, then it is a size of the graph.
         k, v = k[..., : cache.longest, :], v[..., : cache.longest, :]
     blhd = options.get("layout") == "blhd"
-    lengths = torch.as_tensor(cache.lengths).to(k.device)
+    lengths = torch.as_tensor(cache._lengths).to(k.device)
     found = {"kv_lengths": lengths, "q_offset": lengths - q.shape[-3 if blhd else -2]}
     if blhd:
         k, v = k.transpose(-2, -3), v.transpose(-2, -3)
