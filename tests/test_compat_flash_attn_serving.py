@@ -239,6 +239,12 @@ def test_a_full_cache_and_padding_on_the_left():
     [
         ({"k": None}, "v: wanted an array with k"),
         ({"k": drawn(3, 2, 1, DIM)}, r"k: wanted shape \(3, 'n', 3, 8\)"),
+        ({"k": drawn(3, NEW, KV_HEADS, DIM).astype(np.float32)}, "k: wanted dtype float64 like k_cache"),
+        (
+            {"v_cache": np.broadcast_to(1.0, (3, SPACE, KV_HEADS, V_DIM))},
+            "v_cache: wanted an array that can be",
+        ),
+        ({"rotary_cos": ANGLES[:9], "rotary_sin": ANGLES}, "rotary_cos: wanted 10 rows, one for each"),
         ({"cache_seqlens": 10}, "cache_seqlens: wanted 0 to 9, so that 3 new tokens fit, got 10 to 10"),
         ({"cache_seqlens": 13, "k": None, "v": None}, "cache_seqlens: wanted 0 to 12"),
         ({"cache_seqlens": np.array([1, 2])}, r"cache_seqlens: wanted integers of shape \(3,\)"),

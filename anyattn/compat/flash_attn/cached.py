@@ -96,10 +96,11 @@ def flash_attn_with_kvcache(
     before = _lengths(room if cache_seqlens is None else cache_seqlens, "cache_seqlens", batch, q, index)
     new = 0 if k is None else int(k.shape[1])
     bounds = window_bounds(window_size)
+    moving = boolean(causal, "causal") or bounds != (None, None)
     if rotary_cos is not None:
+        _check_rotations(rotary_cos, rotary_sin, before, max(q_len if moving else 1, new))
         at = xp.expand_dims(before, axis=-1)
         rows = xp.arange(max(q_len, new), dtype=index, device=device)
-        moving = boolean(causal, "causal") or bounds != (None, None)
         q = _turn(q, at + rows[:q_len] if moving else at, rotary_cos, rotary_sin, rotary_interleaved)
         if k is not None:
             k = _turn(k, at + rows[:new], rotary_cos, rotary_sin, rotary_interleaved)
@@ -200,6 +201,18 @@ def _lengths(given: Any, name: str, batch: int, q: Array, index: Any) -> Array:
     return arrays.cast(xp, given, index)
 
 
+def _check_rotations(cos: Array, sin: Array | None, before: Array, count: int) -> None:
+    """Raise where the host can read that a table ends before the last position."""
+    if arrays.is_concrete_cpu(before):
+        host = arrays.to_host(before)
+        last = int(host.max(initial=0)) + count
+        for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+            if arrays.is_array(table) and table.shape[0] < last:
+                raise ValueError(
+                    f"{name}: wanted {last} rows, one for each position, got shape {tuple(table.shape)}"
+                )
+
+
 def _check_room(before: Array, new: int, room: int) -> None:
     if arrays.is_concrete_cpu(before):
         host = arrays.to_host(before)
@@ -220,15 +233,23 @@ def _check(
     cache_batch_idx: Array | None,
 ) -> None:
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        arrays.check_plain(x, name)
+        arrays.check_beside(x, name, q, "q")
         if x.ndim != 4:
             raise ValueError(f"{name}: wanted four axes, got shape {tuple(x.shape)}")
     if (k is None) != (v is None):
         raise ValueError("v: wanted an array with k, and None without")
     for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        if new is not None and (
-            new.ndim != 4 or new.shape[0] != q.shape[0] or tuple(new.shape[2:]) != tuple(cache.shape[2:])
-        ):
+        if new is None:
+            continue
+        arrays.check_beside(new, name, q, "q")
+        if arrays.dtype_name(new) != arrays.dtype_name(cache):
+            raise TypeError(
+                f"{name}: wanted dtype {arrays.dtype_name(cache)} like {name}_cache, "
+                f"got {arrays.dtype_name(new)}"
+            )
+        if arrays.library(cache) == "numpy" and not cache.flags.writeable:
+            raise ValueError(f"{name}_cache: wanted an array that can be written to, got a read-only one")
+        if new.ndim != 4 or new.shape[0] != q.shape[0] or tuple(new.shape[2:]) != tuple(cache.shape[2:]):
             wanted = (int(q.shape[0]), "n", *(int(n) for n in cache.shape[2:]))
             raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(new.shape)}")
     if block_table is not None and cache_batch_idx is not None:
