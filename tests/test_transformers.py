@@ -221,6 +221,26 @@ def test_gradients(model, side):
         close(parameter.grad, wanted[name].grad, 1e-4, usual)
 
 
+def test_the_usual_loss_of_left_padding_is_that_of_sdpa():
+    """The last row of padding, of which eager gives the mean of all values, predicts the first token."""
+    eager, ours = pair(named("Llama"))
+    sdpa = type(eager)._from_config(copy.deepcopy(eager.config), attn_implementation="sdpa").eval()
+    sdpa.load_state_dict(eager.state_dict())
+    given, counts = inputs_of(named("Llama"), "left")
+    labels = given["input_ids"].masked_fill(~counts, -100)
+
+    def losses(labels):
+        with torch.no_grad():
+            return [made(**given, labels=labels).loss.item() for made in (eager, sdpa, ours)]
+
+    by_eager, by_sdpa, found = losses(labels)
+    assert found == pytest.approx(by_sdpa, rel=1e-5)
+    assert abs(found - by_eager) > 1e-3
+    labels[torch.arange(2), counts.int().argmax(1)] = -100
+    by_eager, *others = losses(labels)
+    assert others == pytest.approx([by_eager] * 2, rel=1e-5)
+
+
 def test_compiled_without_a_break():
     eager, ours = pair(named("Llama"))
     given, counts = inputs_of(named("Llama"), "left")
