@@ -96,6 +96,32 @@ def test_what_comes_later_does_not_matter_even_if_it_is_not_finite(backend):
     np.testing.assert_allclose(got[2:, 8:, 0], out[2:, 8:, 0], rtol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize(
+    ("rule", "what", "value"),
+    [
+        ("gated", "decay", np.nan),
+        ("delta", "beta", np.inf),
+        ("gated_delta", "beta", np.nan),
+        ("gated_delta", "decay", np.nan),
+        # What is written overflows, though all that was given is finite.
+        ("delta", "beta", 1e308),
+    ],
+)
+def test_later_decays_and_writes_that_are_not_finite_do_not_matter(backend, rule, what, value):
+    if not aa.backends()[backend].available:
+        pytest.skip(f"{backend} is not installed")
+    q, k, v, options = given(rule, length=40)
+    v *= 10
+    options |= {"backend": backend, "return_state": True}
+    out, _ = aa.linear_attention(q, k, v, **options)
+    options[what][0, 21] = value
+    got, state = aa.linear_attention(q, k, v, **options)
+    np.testing.assert_allclose(got[:2, :21], out[:2, :21], rtol=1e-12)
+    np.testing.assert_allclose(got[2:], out[2:], rtol=1e-12)
+    assert not np.isfinite(state[0]).any()
+
+
 def test_the_delta_rule_holds_what_it_was_told_last():
     """With beta = 1 and keys of length 1, a key recalls the value that was written with it last."""
     k = np.repeat(np.eye(4)[None], 2, axis=1)  # each key twice

@@ -109,7 +109,7 @@ def tokens(call: LinearCall, state: Array, first: int, end: int) -> tuple[Array,
             q, k, v = _whole_batch(call, q, 4), _whole_batch(call, k, 3), _whole_batch(call, v, 3)
             decay = None if decay is None else _whole_batch(call, decay, 3)
             beta = None if beta is None else _whole_batch(call, beta, 2)
-        rows, state = _way(call, k, v)(call.xp, q, k, v, state, decay, beta)
+        rows, state = _advanced(call, q, k, v, state, decay, beta)
         return state, _finish(call, rows)
 
     block = LAZY_CHUNK if call.library == "dask" else CHUNK
@@ -117,13 +117,17 @@ def tokens(call: LinearCall, state: Array, first: int, end: int) -> tuple[Array,
     return rows, state
 
 
-def _way(call: LinearCall, k: Array, v: Array) -> Callable[..., tuple[Array, Array]]:
-    """What runs a chunk: `advance`, or `recurrence` where NaN or infinity must not reach earlier rows."""
+def _advanced(
+    call: LinearCall, q: Array, k: Array, v: Array, state: Array, decay: Array | None, beta: Array | None
+) -> tuple[Array, Array]:
+    """What `advance` gives, or `recurrence` where NaN or infinity may have reached earlier rows: 0 times it."""
     if call.library == "dask":
-        return _lazily
-    if call.readable and not all(bool(call.xp.all(call.xp.isfinite(x))) for x in (k, v)):
-        return recurrence
-    return _compiled() if call.library == "jax" else advance
+        return _lazily(call.xp, q, k, v, state, decay, beta)
+    run = _compiled() if call.library == "jax" else advance
+    found = run(call.xp, q, k, v, state, decay, beta)
+    if call.readable and not all(bool(call.xp.all(call.xp.isfinite(x))) for x in found):
+        return recurrence(call.xp, q, k, v, state, decay, beta)
+    return found
 
 
 @cache
