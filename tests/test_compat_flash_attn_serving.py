@@ -8,6 +8,7 @@ from flash_attn_definition import defined, turned
 
 import anyattn as aa
 from anyattn.compat.flash_attn import (
+    flash_attn_func,
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
@@ -270,3 +271,18 @@ def test_errors_name_the_argument(change, message):
     }
     with pytest.raises((TypeError, ValueError), match=message):
         flash_attn_with_kvcache(**arguments)
+
+
+def test_what_does_not_belong_into_compiled_functions_says_so():
+    torch = pytest.importorskip("torch")
+    q, k, table = torch.zeros(3, 2, 2, 8), torch.zeros(3, 4, 2, 8), torch.zeros(3, 1, dtype=torch.int32)
+    cu = torch.arange(4, dtype=torch.int32)
+    calls = [
+        lambda: flash_attn_func(q, k, k, deterministic=True),
+        lambda: flash_attn_with_kvcache(q, k, k),
+        lambda: flash_attn_varlen_func(q[:, 0], k, k, cu, cu, 1, 1, block_table=table),
+    ]
+    for call in calls:
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="call it outside of the compiled function"):
+            torch.compile(call, backend="eager", fullgraph=True)()

@@ -8,6 +8,7 @@ from anyattn import arrays, dispatch, scores
 from anyattn.arrays import Array
 from anyattn.backend import Backend
 from anyattn.describe import Options, describe
+from anyattn.dynamo import leave_out
 from anyattn.errors import UnsupportedCallError
 from anyattn.numbers import integer
 from anyattn.scores import Score
@@ -61,6 +62,12 @@ def check_deterministic(q: Array, k: Array, v: Array, options: dict[str, Any]) -
             f"deterministic: backend {chosen.name!r}, which would run this call, {reason}",
             {chosen.name: (reason,)},
         )
+
+
+leave_out(
+    check_deterministic,
+    "deterministic=True asks for the backend that runs; call it outside of the compiled function",
+)
 
 
 def unpacked(packed: Array, name: str, lead: tuple[str, ...], count: int) -> tuple[Array, ...]:

@@ -11,6 +11,7 @@ from anyattn.attention import attention
 from anyattn.compat.flash_attn.arguments import NAMES, alibi, window_bounds
 from anyattn.compat.flash_attn.pages import check_pages, check_table, of_table
 from anyattn.compat.renaming import renaming
+from anyattn.dynamo import leave_out
 from anyattn.expr.nodes import B, Expr, J, load
 from anyattn.expr.tables import table_of
 from anyattn.kv_cache import write
@@ -129,6 +130,12 @@ def flash_attn_with_kvcache(
     if k is not None and arrays.library(k_cache) == "jax":
         parts = (*parts, k_cache, v_cache)
     return parts if len(parts) > 1 else parts[0]
+
+
+leave_out(
+    flash_attn_with_kvcache,
+    "flash_attn_with_kvcache writes into a cache; call it outside of the compiled function",
+)
 
 
 @dataclass(frozen=True, eq=False)

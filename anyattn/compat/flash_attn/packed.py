@@ -139,7 +139,7 @@ def _in_pages(
     return attention(q, k, v, **options)
 
 
-leave_out(_in_pages, "block_table is looked up outside of compiled functions")
+leave_out(_in_pages, "block_table is looked up on the host; call it outside of the compiled function")
 
 
 def flash_attn_varlen_qkvpacked_func(
