@@ -24,7 +24,7 @@ NDArray = numpy.ndarray[Any, Any]
 _WORK_FOR_THREADS = 1 << 22
 
 # Tokens of a chunk: its weights cost the square of their number, the state is read and written once for it.
-_TOKENS, _FADING_TOKENS = 48, 16
+_TOKENS, _FADING_TOKENS = 32, 16
 
 
 def linear(call: LinearCall) -> tuple[Array, Array, Array | None]:
