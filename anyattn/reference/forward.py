@@ -70,7 +70,10 @@ def advance(logits: Logits, state: State, score: Array) -> tuple[State, Array, A
     base = xp.where(new == -xp.inf, 0.0, new)
     decay = xp.exp(top - base)
     p = xp.exp(score - xp.expand_dims(base, axis=-1))
-    return (new, total * decay + xp.sum(p, axis=-1)), decay, p
+    total = total * decay + xp.sum(p, axis=-1)
+    if logits.undefined is not None:
+        p = p * xp.where(score == -xp.inf, 1.0, logits.undefined)
+    return (new, total), decay, p
 
 
 def largest(logits: Logits, x: Array) -> Array:
@@ -84,7 +87,10 @@ def log_sum(logits: Logits, state: State) -> Array:
     """Log of the softmax denominator; of rows that saw nothing the sink, or -inf."""
     seen, base, total, _ = _joined_by_sink(logits, state)
     sink = -logits.xp.inf if logits.call.sinks is None else _sink(logits)
-    return logits.xp.where(seen, base + logits.xp.log(total), sink)
+    total = logits.xp.log(total)
+    if logits.undefined is not None:
+        total = total * logits.undefined[..., 0]
+    return logits.xp.where(seen, base + total, sink)
 
 
 def divided(logits: Logits, state: State, sums: Array) -> Array:
@@ -106,7 +112,8 @@ def _joined_by_sink(logits: Logits, state: State) -> tuple[Array, Array, Array, 
     if logits.call.sinks is None:
         return seen, base, total, None
     # Where it is all that there is, it may be of any value, and this branch still has a derivative.
-    sink = xp.where(seen, _sink(logits), -xp.inf)
+    counts = seen if logits.undefined is None else seen & ~xp.isnan(logits.undefined[..., 0])
+    sink = xp.where(counts, _sink(logits), -xp.inf)
     larger = xp.maximum(base, arrays.stop_gradient(sink))
     factor = xp.exp(base - larger)
     return seen, larger, total * factor + xp.exp(sink - larger), factor
@@ -142,7 +149,10 @@ def _merged_chunks(logits: Logits) -> tuple[Array, Array]:
         out, lse = merge([out, part[0]], [lse, part[1]])
     if logits.call.sinks is None:
         return out, lse
-    return _finish(logits, (lse, logits.xp.astype(lse != -logits.xp.inf, logits.dtype)), out)
+    seen = lse != -logits.xp.inf
+    if logits.undefined is not None:
+        out = out * logits.xp.where(logits.xp.expand_dims(seen, axis=-1), logits.undefined, 1.0)
+    return _finish(logits, (lse, logits.xp.astype(seen, logits.dtype)), out)
 
 
 def _chunks(call: AttentionCall) -> Iterator[tuple[int, int]]:

@@ -36,6 +36,7 @@ class Logits:
         # Where values are at hand, blocks are looked at and finite ones need no care.
         self.readable = call.readable
         self.differentiable = bool(call.features & {"gradients", "traced"}) and call.library != "dask"
+        self.undefined = self._undefined()
         self.score = call.score
         if self.score is not None and self.differentiable:
             self.score = hold_unpicked(self.score, masked=call.visible is not None)
@@ -160,6 +161,20 @@ class Logits:
             "row": row,
             "i": row + offset,
         }
+
+    def _undefined(self) -> Array | None:
+        """For each head 1, or NaN where its sink is NaN or infinity (Hq, 1, 1); None where all are 1.
+
+        Weights at seen keys are times it, and the sums that they are divided by leave such sinks out: NaN
+        there would reach the gradients of hidden values, times their weight of 0.
+        """
+        xp, sinks = self.xp, self.call.sinks
+        if sinks is None:
+            return None
+        fine = xp.isfinite(sinks) | (sinks == -xp.inf)
+        if self.readable and bool(xp.all(fine)):
+            return None
+        return xp.reshape(1 + xp.where(fine, 0.0, 0 * sinks), (self.call.num_heads, 1, 1))
 
     def _tile(self, start: Array | int, size: int) -> Tile:
         j = self.xp.arange(size, dtype=self.index, device=self.call.device) + start

@@ -176,12 +176,14 @@ def _empty_rows() -> Iterator[Case]:
         "sinks that are not finite, beside a head that sees keys", FAMILY, "tiles that another head opens",
         heads=3, kv_heads=1, mask=beside, sinks=Given("sinks", (INF, NAN, 0.5), "float32"), return_lse=True,
     )  # fmt: skip
-    undefined: dict[str, Any] = {"mask": some, "sinks": Given("sinks", (NAN, 0.5), "float32")}
+    undefined: dict[str, Any] = {"heads": 3, "kv_heads": 1, "mask": some}
+    undefined["sinks"] = Given("sinks", (NAN, INF, 0.5), "float32")
     why_beside = "rows of one tile that see keys are NaN, those that see none are 0"
-    yield call("a sink of NaN", FAMILY, why_beside, return_lse=True, **undefined)
-    yield call("a sink of NaN, weights", FAMILY, why_beside, operation="weights", **undefined)
+    sinks = "sinks of NaN and of infinity"
+    yield call(sinks, FAMILY, why_beside, return_lse=True, **undefined)
+    yield call(f"{sinks}, weights", FAMILY, why_beside, operation="weights", **undefined)
     yield call(
-        "a sink of NaN, stats", FAMILY, why_beside, operation="stats", stats=("entropy", "max"), **undefined
+        f"{sinks}, stats", FAMILY, why_beside, operation="stats", stats=("entropy", "max"), **undefined
     )
     for word, mask in {"": None, ", and a mask": some}.items():
         yield call(

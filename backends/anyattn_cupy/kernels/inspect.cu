@@ -90,7 +90,8 @@ inspect(const __grid_constant__ Arguments a, const __grid_constant__ program::Ca
         Real factor[ROWS], log_all[ROWS], entropy[ROWS] = {}, peak[ROWS] = {};
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            const Real sink = sink_of(a, item.head);
+            // One of infinity is NaN beside what a row sees; as the base it would leave nothing of that.
+            const Real given = sink_of(a, item.head), sink = given == INFINITE ? given - given : given;
             Real now = larger(sink, top[r]);
 #pragma unroll
             for (int lane = 1; lane < 8; lane *= 2) now = larger(__shfl_xor_sync(~0u, now, lane), now);
