@@ -163,7 +163,7 @@ def cuda_tests() -> list[str]:
 def cuda_full(session: nox.Session) -> None:
     """All of the conformance kit through the launch code of `cupy`, on the PTX interpreter."""
     install_cuda(session)
-    kit = ["-p", "cuda_full", "--pyargs", "anyattn.testing", "--anyattn-backend=interpreted"]
+    kit = ["-p", "cuda_full", "--pyargs", "anyattn.testing", "--anyattn-backend=interpreted", "--anyattn-full"]
     env = {"PYTHONPATH": str(ROOT / "tests"), **KERNELS}
     session.run("pytest", *PARALLEL, *kit, "--anyattn-library=numpy", *session.posargs, env=env)
 
@@ -236,7 +236,9 @@ def run_kit(
     """Run the conformance kit, or a family of it, for this processor or another."""
     chosen = [f"--anyattn-library={variant}" for variant in variants]
     chosen += [f"--anyattn-family={family}"] if family else []
-    if backend == "numba" and not session.name.startswith("conformance_full"):
+    if session.name.startswith("conformance_full"):
+        chosen.append("--anyattn-full")
+    elif backend == "numba":
         # Each drawn call has a mask or score of its own, which takes a second to compile.
         chosen.append("--anyattn-examples=40")
     env = {**KERNELS, **PATIENT, **CHEAP_XLA}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from anyattn import arrays
 from anyattn.arrays import Array
 from anyattn.expr.functions import where
-from anyattn.expr.nodes import B, J, load
+from anyattn.expr.nodes import B, Expr, J, load
 from anyattn.expr.tables import table_of
 from anyattn.lookup import GrowingCache, Lookup
 from anyattn.numbers import host_integers, integer
@@ -136,14 +136,16 @@ class KVCache(GrowingCache):
 
     @property
     def lengths(self) -> numpy.ndarray[Any, Any]:
-        return self._lengths
+        shown = self._lengths.view()
+        # Writing to them would leave `longest`, and what calls have read of them, as it was.
+        shown.flags.writeable = False
+        return shown
 
     def _keep(self, lengths: numpy.ndarray[Any, Any]) -> None:
         import numpy
 
+        # Writable themselves: torch.compile (2.13) compiles anew at each call that reads one which is not.
         self._lengths = numpy.asarray(lengths)
-        # Writing to them would leave `longest`, and what calls have read of them, as it was.
-        self._lengths.flags.writeable = False
         # A number, as a compiled function reads no array of NumPy's.
         self.longest = int(self._lengths.max(initial=0))
 
@@ -177,14 +179,14 @@ class KVCache(GrowingCache):
                 raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(new.shape)}")
         count = int(k.shape[-2])
         added = numpy.broadcast_to(
-            host_integers(count if lengths is None else lengths, "lengths", _KEPT), self.lengths.shape
+            host_integers(count if lengths is None else lengths, "lengths", _KEPT), self._lengths.shape
         )
         if added.size and (added.min() < 0 or added.max() > count):
             raise ValueError(
                 f"lengths: wanted numbers between 0 and the {count} new tokens, "
                 f"got {added.min()} to {added.max()}"
             )
-        longest = int((self.lengths + added).max(initial=0))
+        longest = int((self._lengths + added).max(initial=0))
         if self.window is None and longest > self.capacity:
             self._grow(max(longest, 2 * self.capacity))
         rows = stored_rows(k, v, quantized=self.quantize is not None)
@@ -194,7 +196,7 @@ class KVCache(GrowingCache):
                 taken = (*entry, slice(None), slice(first, last), slice(None))
                 for name, x in rows.items():
                     setattr(self, name, write(getattr(self, name), index, x[taken]))
-        self._keep(self.lengths + added)
+        self._keep(self._lengths + added)
 
     def _grow(self, capacity: int) -> None:
         xp = arrays.namespace(self.k)
@@ -214,11 +216,11 @@ class KVCache(GrowingCache):
 
         if not added.size:
             return
-        if (self.lengths == self.lengths.flat[0]).all() and (added == added.flat[0]).all():
-            yield (slice(None),) * added.ndim, int(self.lengths.flat[0]), int(added.flat[0])
+        if (self._lengths == self._lengths.flat[0]).all() and (added == added.flat[0]).all():
+            yield (slice(None),) * added.ndim, int(self._lengths.flat[0]), int(added.flat[0])
             return
         for entry in numpy.ndindex(added.shape):
-            yield entry, int(self.lengths[entry]), int(added[entry])
+            yield entry, int(self._lengths[entry]), int(added[entry])
 
     def _places(self, start: int, size: int) -> Iterator[tuple[slice, int, int]]:
         """Where tokens start, ..., start + size - 1 go: places in a row, and which of the new tokens."""
@@ -237,13 +239,13 @@ class KVCache(GrowingCache):
             token += run
 
     def lookup(self) -> Lookup:
+        return self.lookup_beside(self._lengths.shape)
+
+    def lookup_beside(self, batch_shape: tuple[int, ...]) -> Lookup:
         if self.window is None:
-            return self._first_places(self.lengths)
-        lengths = self._beside(self.lengths)
-        length: Any = lengths
-        if self.lengths.ndim:
-            # The host's, so that a schedule knows them wherever the buffer lies.
-            length = load(table_of(self.lengths.flatten(), "tokens of each sequence", host=True), (B,))
+            return self._first_places(self._lengths, self.longest)
+        lengths = self._beside(self._lengths)
+        length: Any = self._length_of(batch_shape) if self._lengths.ndim else lengths
         last = length - 1
         in_ring = last - (last - J) % self.window
         is_first = self.sink_tokens > J
@@ -255,17 +257,35 @@ class KVCache(GrowingCache):
             most_queries=self.window if self.longest > self.capacity else None,
         )
 
+    def _length_of(self, batch_shape: tuple[int, ...]) -> Expr:
+        """Tokens of the sequence of each batch entry of a call with queries of these batch axes."""
+        import numpy
+
+        from anyattn.expr.bind import batch_indices
+
+        own = self._lengths.shape
+        try:
+            whole = numpy.broadcast_shapes(own, batch_shape)
+        except ValueError:
+            whole = own  # the description of the call says so
+        same = whole == own
+        kept = self._lengths.flatten() if same else self._lengths.copy()
+        # The host's, so that a schedule knows them wherever the buffer lies.
+        table = table_of(kept, "tokens of each sequence", host=True)
+        return load(table, (B,) if same else batch_indices(own, whole))
+
     def lookup_in_first_places(self, *, in_order: bool) -> Lookup | None:
         import numpy
 
         # Until a ring is full, its tokens lie where masks count them.
         if self.window is None or not self._has_views or (in_order and self.longest > self.capacity):
             return None
-        return self._first_places(numpy.minimum(self.lengths, self.capacity))
+        held = numpy.minimum(self._lengths, self.capacity)
+        return self._first_places(held, min(self.longest, self.capacity))
 
-    def _first_places(self, lengths: numpy.ndarray[Any, Any]) -> Lookup:
+    def _first_places(self, lengths: numpy.ndarray[Any, Any], longest: int) -> Lookup:
         """The first places of the buffers as the tokens of sequences, so many of each."""
-        found = Lookup(**self._buffers_for_attention(), lengths=0, longest=int(lengths.max(initial=0)))
+        found = Lookup(**self._buffers_for_attention(), lengths=0, longest=longest)
         if self._has_views and len(set(lengths.ravel().tolist())) <= 1:
             # Keys without room for more need no mask.
             return replace(found.without_room(), lengths=found.longest)
@@ -300,17 +320,17 @@ class KVCache(GrowingCache):
         indices : sequence or integer array, shape (B,)
             Of a cache with one batch axis; repeated and left out as the search decides.
         """
-        if self.lengths.ndim != 1:
-            raise ValueError(f"reorder: wanted a cache with one batch axis, got {self.lengths.ndim}")
+        if self._lengths.ndim != 1:
+            raise ValueError(f"reorder: wanted a cache with one batch axis, got {self._lengths.ndim}")
         chosen = host_integers(indices, "indices", _KEPT)
-        count = len(self.lengths)
+        count = len(self._lengths)
         if chosen.ndim != 1 or (chosen.size and (chosen.min() < 0 or chosen.max() >= count)):
             raise ValueError(f"indices: wanted numbers of the {count} sequences, from 0, got {indices!r}")
         xp, device = arrays.namespace(self.k), arrays.device(self.k)
         placed = xp.asarray(chosen, dtype=arrays.index_dtype(xp, device), device=device)
         for name, x in self._buffers().items():
             setattr(self, name, arrays.take(xp, x, placed, axis=-x.ndim))
-        self._keep(self.lengths[chosen])
+        self._keep(self._lengths[chosen])
 
     def crop(self, lengths: int | Sequence[int] | Array) -> None:
         """Forget tokens from the end.
@@ -327,23 +347,23 @@ class KVCache(GrowingCache):
         """
         import numpy
 
-        kept = numpy.minimum(self.lengths, host_integers(lengths, "lengths", _KEPT))
+        kept = numpy.minimum(self._lengths, host_integers(lengths, "lengths", _KEPT))
         if kept.size and kept.min() < 0:
             raise ValueError(f"lengths: wanted 0 or more, got {lengths!r}")
         if (
             self.window is not None
-            and ((kept < self.lengths) & (self.lengths > self.window + self.sink_tokens)).any()
+            and ((kept < self._lengths) & (self._lengths > self.window + self.sink_tokens)).any()
         ):
             raise ValueError("crop: the ring has overwritten tokens that would be the last ones again")
         self._keep(kept)
 
     def __repr__(self) -> str:
-        lengths = sorted({int(n) for n in self.lengths.flat})
+        lengths = sorted({int(n) for n in self._lengths.flat})
         tokens = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else str(*lengths or [0])
         heads = int(self.k.shape[-3])
         ring = "" if self.window is None else f", the last {self.window} kept"
         ring += f" and the first {self.sink_tokens}" if self.sink_tokens else ""
-        count = math.prod(self.lengths.shape)
+        count = math.prod(self._lengths.shape)
         return (
             f"KVCache({count} sequence{'s' * (count != 1)} of {tokens} tokens{ring}, "
             f"{heads} head{'s' * (heads != 1)}, capacity {self.capacity}, "

@@ -71,6 +71,10 @@ class Cache(ABC):
     def lookup(self) -> Lookup:
         """Where the tokens are."""
 
+    def lookup_beside(self, batch_shape: tuple[int, ...]) -> Lookup:
+        """The same for queries of these batch axes, which those of the cache broadcast with."""
+        return self.lookup()
+
     def lookup_in_first_places(self, *, in_order: bool) -> Lookup | None:
         """The same where the first places hold the tokens, in their order or in any, and others none.
 
@@ -99,7 +103,7 @@ class Cache(ABC):
         if not counts_keys:
             found = self.lookup_in_first_places(in_order=q_len > 1 or _counts_tokens(options))
         if found is None:
-            found = self.lookup()
+            found = self.lookup_beside(tuple(q.shape[:-3]))
             found = found.without_room() if counts_keys else found
         if found.most_queries is not None and q_len > found.most_queries:
             raise ValueError(

@@ -9,9 +9,7 @@ import pytest
 
 import anyattn as aa
 from anyattn.testing.case import CACHES
-from anyattn.testing.cases.cached import case
-from anyattn.testing.cases.vocabulary import COMBINED, SCORES
-from anyattn.testing.cases.vocabulary import MASKS as MASKS_OF_THE_KIT
+from anyattn.testing.cases.cached import EVERY, OF_A_BUFFER, VOCABULARY, case, every
 from anyattn.testing.libraries import LIBRARIES
 from anyattn.testing.running import check_values
 
@@ -87,32 +85,26 @@ def test_decoding_equals_the_whole_sequence(name, kind):
         close(found, whole[:, :, first:last])
 
 
-EVERYTHING = {
-    **{f"masks.{name}": {"mask": entry} for name, entry in (MASKS_OF_THE_KIT | COMBINED).items()},
-    **{f"scores.{name}": {"score_mod": entry} for name, entry in SCORES.items()},
-}
-# Arrays along rows and keys, or along rows, and what hangs on the number of keys.
-OF_A_BUFFER = ("block_sparse", "dense", "random_blocks", "relative_keys", "not of an array", "big bird")
-
-
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("kind", CACHES)
 def test_decoding_with_every_mask_and_score_there_is(kind, backend):
-    """Backends that compile take one of each kind, in the family `caches` of the kit."""
+    """Backends that compile take one of each kind, and all of them in `pytest --anyattn-full`."""
     library = LIBRARIES["numpy" if backend == "reference" else pytest.importorskip(backend).__name__]
-    refused = []
-    for name, options in EVERYTHING.items():
-        one = case(f"{kind}: {name}, once more", "every argument there is", kind, **options)
-        if kind != "buffer" and any(word in name for word in OF_A_BUFFER):
-            with pytest.raises(
-                ValueError, match=r"lie elsewhere in this call|depends on the sizes of a call"
-            ):
-                check_values(one, library, backend)
-            refused.append(name)
-        else:
-            check_values(one, library, backend)
-    assert len(EVERYTHING) == 71
-    assert len(refused) == (0 if kind == "buffer" else 17)
+    chosen = [one for one in every() if one.operation == kind]
+    for one in chosen:
+        check_values(one, library, backend)
+    assert {one.family for one in chosen} == {EVERY}
+    assert len(chosen) == (71 if kind == "buffer" else 54)
+
+
+@pytest.mark.parametrize("kind", ["ring", "pages"])
+def test_arrays_along_keys_that_lie_elsewhere_are_refused(kind):
+    refused = [name for name in VOCABULARY if any(word in name for word in OF_A_BUFFER)]
+    assert len(refused) == 17
+    for name in refused:
+        one = case(f"{kind}: {name}, refused", "keys lie elsewhere", kind, **VOCABULARY[name])
+        with pytest.raises(ValueError, match=r"lie elsewhere in this call|depends on the sizes of a call"):
+            check_values(one, LIBRARIES["numpy"], "reference")
 
 
 @pytest.mark.parametrize("backend", ["reference", "numba"])
@@ -191,6 +183,30 @@ def test_sequences_of_different_lengths():
     own = [np.concatenate([x[1, :, :3], x[1, :, 7:8], x[1, :, 9:10]], axis=1) for x in (k, v)]
     close(found[0], aa.attention(q[0, :, :1], k[0, :, :10], v[0, :, :10]))
     close(found[1], aa.attention(q[1, :, :1], *own))
+
+
+@pytest.mark.parametrize("kept", [{}, {"window": 5}, {"window": 5, "sink_tokens": 2}])
+def test_batch_axes_that_broadcast_with_those_of_the_queries(kept):
+    rng = np.random.default_rng(0)
+    lengths = np.array([9, 2, 5])
+    k, v = (rng.standard_normal((3, KV_HEADS, 9, n)) for n in (DIM, V_DIM))
+
+    def cache(k, v, lengths):
+        made = aa.KVCache(k[..., :0, :], v[..., :0, :], **kept)
+        made.append(k, v, lengths)
+        return made
+
+    for own, batch in (((3, 1), (1, 4)), ((3,), (2, 3)), ((3,), ())):
+        q = rng.standard_normal((*batch, HEADS, 1, DIM))
+        shared = cache(k.reshape(*own, *k.shape[1:]), v.reshape(*own, *v.shape[1:]), lengths.reshape(own))
+        found = aa.attention(q, shared, window=(3, 0), backend="reference")
+        whole = np.broadcast_shapes(own, batch)
+        numbers = np.broadcast_to(np.arange(3).reshape(own), whole)
+        queries = np.broadcast_to(q, (*whole, *q.shape[-3:]))
+        for entry in np.ndindex(whole):
+            n = numbers[entry]
+            alone = cache(k[n], v[n], lengths[n])
+            close(found[entry], aa.attention(queries[entry], alone, window=(3, 0), backend="reference"))
 
 
 def test_beams_and_cropping():

@@ -148,7 +148,9 @@ class Case:
         Of q, k and v.
     operation
         "attention", "weights", "stats", "linear" (`linear_attention`), "merge": attention in parts, joined,
-        or one of `CACHES`: attention through a cache, an int8 one where the case needs that.
+        "packed" (`varlen_attention`, its sequences end to end on the axes of length), or one of `CACHES`:
+        attention through a cache, an int8 one where the case needs that; with `kv_lengths`, which are no
+        option there, of sequences that have so many tokens.
     options
         Keyword arguments of the call; arrays are `Drawn` or `Given`, masks and scores `Entry`, `Combined` or
         `Function`, everything else is plain data.
@@ -205,6 +207,8 @@ class Case:
         }
         if self.operation in ("weights", "stats"):
             named.add(self.operation)
+        if self.operation == "packed":
+            named = named - {"causal", "window"} | {"mask"}
         if "kv_lengths" in named and self.q[-2] == 1:
             # The one query stands at kv_lengths - 1, a position of its own in each batch entry.
             named.add("q_offset")

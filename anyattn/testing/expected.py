@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,11 +46,11 @@ def expected(case: Case, arrays: Mapping[str, Value] | None = None) -> dict[str,
     dense, options = _dense(case, case.arrays() if arrays is None else arrays)
     bounds = Bounds.of(dense, case.dtype)
     wide = ACCUMULATION[case.dtype]
-    if case.operation in ("attention", *CACHES):
+    if case.operation in ("attention", "packed", *CACHES):
         found = {"out": Expected(*_both(dense, bounds.out, bounds.output(), features=True), case.dtype)}
         if options["return_lse"]:
             found["lse"] = Expected(*_both(dense, bounds.lse, bounds.logsumexp()), wide, nan_or_inf=True)
-        return found
+        return _packed(found, options["rows"]) if case.operation == "packed" else found
     if case.operation == "merge":
         out, lse = bounds.merged(len(case.cuts) + 1)
         return {
@@ -207,7 +207,34 @@ def _dense(case: Case, arrays: Mapping[str, Value]) -> tuple[oracle.Dense, dict[
     arguments, keywords = case.arguments({name: value.values for name, value in arrays.items()}, ORACLE)
     what = {"return_lse": keywords.pop("return_lse", False), "rows": keywords.pop("rows", None)}
     keywords.pop("stats", None)
+    if case.operation == "packed":
+        rows, keys = (np.diff(keywords.pop(name)) for name in ("cu_seqlens_q", "cu_seqlens_k"))
+        what["rows"] = rows
+        arguments = [_padded(x, n) for x, n in zip(arguments, (rows, keys, keys), strict=True)]
+        keywords |= {"kv_lengths": keys, "q_offset": keys - rows}
     return oracle.Dense.of(*arguments, **keywords), what
+
+
+def _padded(x: Array, lengths: Array) -> Array:
+    """Sequences (T, ...) that lie end to end as (N, longest, ...), each from 0 on."""
+    found = np.zeros((len(lengths), lengths.max(initial=0), *x.shape[1:]), x.dtype)
+    for own, part in zip(found, np.split(x, np.cumsum(lengths)[:-1]), strict=True):
+        own[: len(part)] = part
+    return found
+
+
+def _packed(found: Mapping[str, Expected], lengths: Array) -> dict[str, Expected]:
+    """Results (N, L, H, Dv) and (N, H, L) of padded sequences as (T, H, Dv) and (H, T) of packed ones."""
+
+    def joined(x: Array, name: str) -> Array:
+        axis = 0 if name == "out" else -1
+        rows = [np.take(own, np.arange(n), axis) for own, n in zip(x, lengths, strict=True)]
+        return np.concatenate(rows, axis)
+
+    return {
+        name: replace(one, values=joined(one.values, name), bound=joined(one.bound, name))
+        for name, one in found.items()
+    }
 
 
 def _both(dense: oracle.Dense, values: Array, bound: Array, *, features: bool = False) -> tuple[Array, Array]:

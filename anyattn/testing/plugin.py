@@ -16,6 +16,8 @@ import pytest
 
 PROPERTY = "anyattn_case"
 """Name of the user property in which a conformance test notes its library and what its case needs."""
+SELDOM = frozenset({"every mask in caches"})
+"""Families that run where their name or `--anyattn-full` asks for them: each case compiles a kernel."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,6 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="run the cases of this family alone, such as 'pairs' (calls in which every value of an option "
         "meets every value of every other); may be given again. An unknown name lists all",
+    )
+    group.addoption(
+        "--anyattn-full",
+        action="store_true",
+        help=f"run these families too, which take long on a backend that compiles: {', '.join(SELDOM)}",
     )
     group.addoption(
         "--anyattn-examples",
@@ -89,6 +96,8 @@ class _Bookkeeper:
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         wanted = config.getoption("anyattn_family")
         if wanted is None:
+            if not config.getoption("anyattn_full"):
+                items[:] = [item for item in items if _family(item) not in SELDOM]
             return
         families = {item.nodeid: _family(item) for item in items}
         known = sorted({family for family in families.values() if family is not None})

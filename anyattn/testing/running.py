@@ -76,9 +76,16 @@ def _perform(case: Case, arrays: Mapping[str, Array], backend: str) -> dict[str,
         return dict(anyattn.attention_stats(*arguments, **keywords, backend=backend))
     if case.operation == "linear":
         return _linear(anyattn.linear_attention(*arguments, **keywords, backend=backend), keywords)
+    attend: Callable[..., Any] = anyattn.attention
     if case.operation in CACHES:
-        arguments = [arguments[0], _cache(case, *arguments[1:])]
-    result = anyattn.attention(*arguments, **keywords, backend=backend)
+        lengths, _ = keywords.pop("kv_lengths", None), keywords.pop("q_offset", None)
+        q, k, v = arguments
+        arguments = [q, _cache(case, k, v, lengths)]
+    elif case.operation == "packed":
+        attend = anyattn.varlen_attention
+        arguments += [keywords.pop("cu_seqlens_q"), keywords.pop("cu_seqlens_k")]
+        del keywords["layout"]
+    result = attend(*arguments, **keywords, backend=backend)
     return {"out": result[0], "lse": result[1]} if keywords.get("return_lse") else {"out": result}
 
 
@@ -128,8 +135,8 @@ def _in_parts(case: Case, arrays: Mapping[str, Array], backend: str) -> dict[str
     return {"out": out, "lse": lse}
 
 
-def _cache(case: Case, k: Array, v: Array) -> Any:
-    """A cache that the tokens of a case went into, part by part."""
+def _cache(case: Case, k: Array, v: Array, lengths: Any) -> Any:
+    """A cache that the tokens of a case went into, part by part; of each sequence all or so many."""
     from array_api_compat import array_namespace, device
 
     import anyattn
@@ -137,17 +144,20 @@ def _cache(case: Case, k: Array, v: Array) -> Any:
     xp = array_namespace(k)
     if case.layout == "blhd":
         k, v = (xp.moveaxis(x, -3, -2) for x in (k, v))
-    edges = pairwise((0, *case.cuts, case.k[-2]))
+    edges = list(pairwise((0, *case.cuts, case.k[-2])))
     parts = [tuple(x[..., start:stop, :] for x in (k, v)) for start, stop in edges]
+    every = [case.k[-2]] * case.k[0] if lengths is None else lengths
+    added = [[min(max(n - start, 0), stop - start) for n in every] for start, stop in edges]
     quantize = "int8" if "int8" in case.needs else None
     if case.operation != "pages":
         # Room that nothing has been written to.
         kept: dict[str, Any] = {"capacity": case.k[-2] + 5}
         if case.operation == "ring":
             kept = {"window": 6, "sink_tokens": 2}
-        cache = anyattn.KVCache(*parts[0], quantize=quantize, **kept)
-        for part in parts[1:]:
-            cache.append(*part)
+        empty = (x[..., :0, :] for x in (k, v))
+        cache = anyattn.KVCache(*empty, quantize=quantize, **kept)
+        for (keys, values), counts in zip(parts, added, strict=True):
+            cache.append(keys, values, None if lengths is None else counts)
         return cache
     # Pages of 3 tokens, of which those of one sequence do not follow each other.
     dtype = xp.int8 if quantize else k.dtype
@@ -155,9 +165,9 @@ def _cache(case: Case, k: Array, v: Array) -> Any:
     pools = (xp.zeros((20, 3, heads, x.shape[-1]), dtype=dtype, device=device(k)) for x in (k, v))
     paged = anyattn.PagedKVCache(*pools)
     numbers = [paged.add() for _ in range(k.shape[0])]
-    for part in parts:
+    for part, counts in zip(parts, added, strict=True):
         for n in reversed(numbers):
-            paged.append(n, *(x[n, ...] for x in part))
+            paged.append(n, *(x[n, :, : counts[n], :] for x in part))
     return paged
 
 

@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 
 from anyattn.testing.bad_input import bad_calls
 from anyattn.testing.case import Case, call
-from anyattn.testing.cases import all_cases, gradient_cases, repeatable_cases
+from anyattn.testing.cases import all_cases, gradient_cases, repeatable_cases, seldom_cases
 from anyattn.testing.linear_strategies import linear_calls
 from anyattn.testing.plugin import Run
 from anyattn.testing.running import check_gradients, check_refused, check_same_bits, check_values
@@ -70,6 +70,12 @@ def _draw(run: Run, config: pytest.Config, strategy: Callable[..., SearchStrateg
 @pytest.mark.anyattn_cases.with_args(all_cases)
 def test_values(anyattn_run: Run) -> None:
     """Results are near the oracle, of the right dtype and library, and inputs are untouched."""
+    check_values(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name)
+
+
+@pytest.mark.anyattn_cases.with_args(seldom_cases)
+def test_values_seldom(anyattn_run: Run) -> None:
+    """The same of cases that run where they are asked for."""
     check_values(anyattn_run.case, anyattn_run.library, anyattn_run.backend.name)
 
 

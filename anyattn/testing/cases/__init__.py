@@ -17,6 +17,7 @@ from anyattn.testing.cases import (
     linear,
     memory,
     merging,
+    packed,
     pairwise,
     positions,
     shapes,
@@ -24,16 +25,21 @@ from anyattn.testing.cases import (
     vocabulary,
 )
 
-__all__ = ["all_cases", "gradient_cases", "repeatable_cases"]
+__all__ = ["all_cases", "gradient_cases", "repeatable_cases", "seldom_cases"]
 
 
 def all_cases() -> tuple[Case, ...]:
     """Every case whose results are compared with the oracle."""
     families = (
         each_option, shapes, hidden, softmax, positions, vocabulary, functions, memory, around, merging,
-        pairwise, linear, cached, dropout,
+        pairwise, linear, cached, packed, dropout,
     )  # fmt: skip
     return _distinct(case for family in families for case in family.cases())
+
+
+def seldom_cases() -> tuple[Case, ...]:
+    """More of the kind, which run where they are asked for (`plugin.SELDOM`)."""
+    return _distinct(cached.every())
 
 
 def gradient_cases() -> tuple[Case, ...]:
