@@ -312,7 +312,7 @@ def block_sparse(blocks: Array, block_size: int) -> Mask:
     return Mask(expr, _words("block_sparse", f"<blocks {tuple(blocks.shape)}>", block_size))
 
 
-def top_blocks(q: Array, k: Array, block_size: int, count: int) -> Mask:
+def top_blocks(q: Array, k: Array, block_size: int, count: int, *, causal: bool = False) -> Mask:
     """Each block of queries sees the `count` blocks of keys that its mean query likes best.
 
     Parameters
@@ -324,12 +324,17 @@ def top_blocks(q: Array, k: Array, block_size: int, count: int) -> Mask:
         Rows and keys of a block; the last ones may be shorter.
     count : int
         Blocks of keys that each block of queries of each head sees, those of highest mean(q) . mean(k); of
-        equal ones the lower. A mask beside it, such as `causal`, hides some of them.
+        equal ones the lower. A mask beside it hides some of them.
+    causal : bool, default False
+        Choose among the blocks that begin no later than the block's last query, where the last query stands
+        at the last key: for calls with ``causal=True``, which hide the others and parts of the one on the
+        diagonal.
     """
     from anyattn.top_blocks import top_blocks as choose
 
-    mask = block_sparse(choose(q, k, block_size, count), block_size)
-    return Mask(mask.expr, _words("top_blocks", f"<q {tuple(q.shape)}>", block_size, count))
+    mask = block_sparse(choose(q, k, block_size, count, causal=causal), block_size)
+    shown = f"<q {tuple(q.shape)}>", block_size, count, *(["causal=True"] if causal else [])
+    return Mask(mask.expr, _words("top_blocks", *shown))
 
 
 def random_blocks(count: int, block_size: int, seed: int, *, positions: bool = True) -> Mask:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from anyattn import arrays
 from anyattn.arrays import Array, Namespace
-from anyattn.numbers import integer
+from anyattn.numbers import boolean, integer
 
 __all__ = ["top_blocks"]
 
 
-def top_blocks(q: Array, k: Array, block_size: int, count: int) -> Array:
+def top_blocks(q: Array, k: Array, block_size: int, count: int, *, causal: bool = False) -> Array:
     """Boolean (..., Hq, ceil(Lq / block_size), ceil(Lk / block_size)): the `count` blocks of highest score.
 
     The score of two blocks is the product of the mean of the queries and the mean of the keys in them; among
-    equal ones the lower block is taken. See `anyattn.masks.top_blocks`.
+    equal ones the lower block is taken. With `causal`, blocks that are later than a block of queries are not.
+    See `anyattn.masks.top_blocks`.
     """
     block_size = integer(block_size, "top_blocks: block_size", least=1)
     count = integer(count, "top_blocks: count", least=0)
@@ -49,8 +50,23 @@ def top_blocks(q: Array, k: Array, block_size: int, count: int) -> Array:
         scores = xp.matmul(queries, xp.matrix_transpose(keys))
         if heads != kv_heads:
             scores = xp.reshape(scores, (*scores.shape[:-4], heads, *scores.shape[-2:]))
+    begun = None
+    if boolean(causal, "top_blocks: causal"):
+        begun = _begun(xp, q, int(k.shape[-2]), block_size)
+        scores = xp.where(begun, scores, -xp.inf)
     order = xp.argsort(-scores, axis=-1, stable=True)
-    return xp.argsort(order, axis=-1, stable=True) < count
+    chosen = xp.argsort(order, axis=-1, stable=True) < count
+    return chosen if begun is None else chosen & begun
+
+
+def _begun(xp: Namespace, q: Array, k_len: int, size: int) -> Array:
+    """Whether a block of keys begins no later than the last query of a block stands, (query, key blocks)."""
+    q_len, where = int(q.shape[-2]), arrays.device(q)
+    index = arrays.index_dtype(xp, where)
+    blocks = xp.arange(-(-q_len // size), dtype=index, device=where)
+    last = xp.clip((blocks + 1) * size, 0, q_len) - 1 + k_len - q_len
+    first = xp.arange(-(-k_len // size), dtype=index, device=where) * size
+    return first <= xp.expand_dims(last, axis=-1)
 
 
 def _block_means(xp: Namespace, x: Array, size: int) -> Array:

@@ -14,14 +14,18 @@ Q = RNG.standard_normal((2, HEADS, Q_LEN, 5))
 K = RNG.standard_normal((2, KV_HEADS, K_LEN, 5))
 
 
-def chosen(q, k, size, count):
+def chosen(q, k, size, count, causal=False):
     """The definition, a block at a time."""
+    ahead = k.shape[2] - q.shape[2]
     batch, heads, q_len, _ = q.shape
     found = np.zeros((batch, heads, -(-q_len // size), -(-k.shape[2] // size)), dtype=bool)
     for b, h, n in np.ndindex(found.shape[:3]):
         query = q[b, h, n * size : (n + 1) * size].mean(axis=0)
         keys = k[b, h // (heads // k.shape[1])]
         scores = [query @ keys[m * size : (m + 1) * size].mean(axis=0) for m in range(found.shape[3])]
+        if causal:
+            last = min((n + 1) * size, q_len) - 1 + ahead
+            scores = [x for m, x in enumerate(scores) if m * size <= last]
         for m in sorted(range(len(scores)), key=lambda m: (-scores[m], m))[:count]:
             found[b, h, n, m] = True
     return found
@@ -30,9 +34,14 @@ def chosen(q, k, size, count):
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax.numpy", "array_api_strict"])
 def test_blocks_of_highest_score(library):
     xp = pytest.importorskip(library)
-    for count in (0, 2, 5, 9):
-        found = top_blocks(xp.asarray(Q), xp.asarray(K), SIZE, count)
-        np.testing.assert_array_equal(np.asarray(found), chosen(Q, K, SIZE, count))
+    for count, causal in ((0, False), (2, False), (5, True), (9, False), (2, True)):
+        found = top_blocks(xp.asarray(Q), xp.asarray(K), SIZE, count, causal=causal)
+        np.testing.assert_array_equal(np.asarray(found), chosen(Q, K, SIZE, count, causal))
+    # More queries than keys: the first blocks see none.
+    found = top_blocks(xp.asarray(Q), xp.asarray(K[:, :, :9]), SIZE, 1, causal=True)
+    wanted = chosen(Q, K[:, :, :9], SIZE, 1, causal=True)
+    assert wanted.any(axis=-1).all(axis=(0, 1)).tolist() == [False, True, True]
+    np.testing.assert_array_equal(np.asarray(found), wanted)
 
 
 def test_equal_scores_take_the_lower_block():
@@ -48,6 +57,7 @@ def test_attention_sees_the_chosen_blocks_alone(backend):
     seen = chosen(Q, K, SIZE, 2).repeat(SIZE, axis=2)[:, :, :Q_LEN].repeat(SIZE, axis=3)[..., :K_LEN]
     mask = aa.masks.top_blocks(Q, K, SIZE, 2)
     assert repr(mask) == "top_blocks(<q (2, 4, 21, 5)>, 8, 2)"
+    assert repr(aa.masks.top_blocks(Q, K, 8, 2, causal=True)).endswith(", 8, 2, causal=True)")
     for options in ({}, {"causal": True}):
         found = aa.attention(Q, K, v, mask=mask, backend=backend, **options)
         wanted = aa.attention(Q, K, v, mask=seen, backend="reference", **options)
