@@ -62,15 +62,20 @@ def _feeds(known: Signature, call: AttentionCall, converted: _Converted | None) 
     if call.kv_lengths is not None:
         of_call = "kv_lengths" in known.given
         feeds.append(told("kv_lengths", _lengths(call)) if of_call else _always(call.kv_lengths))
-    if {"kv_lengths", "q_offset"} & known.given.keys() and not isinstance(call.offset, int):
-        if not (arrays.is_array(call.offset) and _takes_any_offset(call)):
-            return None
-        by_array = "q_offset" in known.given
-        feeds.append(told("q_offset", _offset(call)) if by_array else told("kv_lengths", _last))
-    elif "q_offset" in known.given:
-        return None  # the call holds the value of an array without axes as a number
-    elif arrays.is_array(call.offset):
+    if isinstance(call.offset, int):
+        if "q_offset" in known.given:
+            return None  # the call holds the value of an array without axes as a number
+    elif not arrays.is_array(call.offset):
+        return None
+    elif not {"kv_lengths", "q_offset"} & known.given.keys():
         feeds.append(_always(call.offset))
+    elif not _takes_any_offset(call):
+        return None
+    elif "q_offset" in known.given:
+        feeds.append(told("q_offset", _offset(call)))
+    else:
+        of_list = _key_options(known)["q_offset"] is not None
+        feeds.append(_always(call.offset) if of_list else told("kv_lengths", _last))
     if call.sinks is not None:
         by_array = "sinks" in known.given
         cast = told("sinks", _sinks(call.xp, call.sinks.dtype)) if by_array else _always(call.sinks)
@@ -80,6 +85,12 @@ def _feeds(known: Signature, call: AttentionCall, converted: _Converted | None) 
     if call.dropout_seed is not None:
         feeds.append(told("dropout_seed", _seed(call.xp, call.device)))
     return tuple(feeds)
+
+
+def _key_options(known: Signature) -> dict[str, Any]:
+    """The options of a call by name, as its signature has them."""
+    key: Any = known.key
+    return dict(zip(ARGUMENTS, key[3], strict=False))
 
 
 # Hears the name and the value of an argument from which a call has made an array of its own.
@@ -179,8 +190,7 @@ def _takes_any_length(known: Signature, call: AttentionCall, backend: Any) -> bo
     They do where nothing lies along the keys, and no list, number or expression hangs on how many there are.
     """
     key: Any = known.key
-    _, _, _, values, _, named, _, _ = key
-    options = dict(zip(ARGUMENTS, values, strict=False))
+    named, options = key[5], _key_options(known)
     if not known.given.keys() <= _ANY_LENGTH or any(
         options[name] is not None and name not in known.given for name in ("kv_lengths", "q_offset")
     ):

@@ -393,6 +393,20 @@ def test_values_that_do_not_pass_are_refused_in_a_planned_call(planner):
     assert planner.ran == 2
 
 
+@pytest.mark.parametrize("q_len", [1, 3])
+@pytest.mark.parametrize("offset", [list, np.array], ids=["list", "array"])
+@pytest.mark.parametrize("length", [list, np.array], ids=["list", "array"])
+def test_lengths_and_offsets_are_lists_or_arrays(planner, length, offset, q_len):
+    rng = np.random.default_rng(35)
+    for shift in (0, 1):
+        q, k, v = tensors(rng, q_len=q_len)
+        options = {"kv_lengths": length([6, 3, 7]), "q_offset": offset([shift, 2, 4]), "causal": True}
+        np.testing.assert_array_equal(
+            aa.attention(q, k, v, **options), aa.attention(q, k, v, backend="reference", **options)
+        )
+    assert (planner.prepared, planner.ran) == (1 + (offset is list), 2)
+
+
 def test_an_offset_far_away_is_described(planner):
     q, k, v = tensors(np.random.default_rng(12))
     for offset in (0, 10**6, -(10**6)):
