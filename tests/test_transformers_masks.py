@@ -197,12 +197,24 @@ def test_masks_of_the_user():
         ({"indices": object()}, NotImplementedError, "indices: keys chosen by an indexer"),
         ({"block_indices": object()}, NotImplementedError, "block_indices: "),
         ({"sinks": object()}, NotImplementedError, "sinks: sinks that differ"),
+        (
+            {"mask": torch.ones(B, 1, 5, 5, dtype=torch.int64)},
+            TypeError,
+            "attention_mask: wanted booleans or",
+        ),
         ({"mask": seen_keys(B, 5, 6)}, ValueError, r"wanted 5 rows and 5 keys, got .* \(2, 1, 5, 6\)"),
     ],
 )
 def test_what_is_refused(options, error, words):
     with pytest.raises(error, match=words):
         attend(**options)
+
+
+def test_a_mask_of_three_axes_is_no_padding():
+    with pytest.raises(
+        ValueError, match=r"attention_mask: wanted shape \(batch, tokens\), or .* got \(2, 5, 5\)"
+    ):
+        seen_keys(B, 5, 5, attention_mask=torch.ones(B, 5, 5, dtype=torch.bool).tril())
 
 
 def test_autocast_counts():

@@ -116,6 +116,8 @@ def _seen(
             )
         return dict(attention_mask.options)
     if attention_mask is not None:
+        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+            raise TypeError(f"attention_mask: wanted booleans or floats, got {attention_mask.dtype}")
         return {"mask" if attention_mask.dtype == torch.bool else "bias": attention_mask}
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not is_causal or q_length == 1:

@@ -175,6 +175,11 @@ def _unpadded(attention_mask: torch.Tensor | None, kv_length: int, first_key: An
     """The options that hide padding: lengths and first keys where the rest is in one piece."""
     if attention_mask is None:
         return {}
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask: wanted shape (batch, tokens), or (batch, 1, queries, keys) of pairs, "
+            f"got {tuple(attention_mask.shape)}"
+        )
     padded = masking_utils.prepare_padding_mask(attention_mask, kv_length, first_key)
     kept = padded[:, first_key : first_key + kv_length].to(torch.bool)
     if kept.all():
