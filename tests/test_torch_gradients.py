@@ -8,13 +8,15 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+from docs_scripts import DOCS, need_docs
 
 import anyattn as aa
+from anyattn import dispatch
 from anyattn.describe import Options, describe
 
 torch = pytest.importorskip("torch", reason="tests the tiles of the torch backend")
 
-from anyattn_torch import backward, chunks, tensors, tiles, visits  # noqa: E402
+from anyattn_torch import backward, chunks, joined, tensors, tiles, visits  # noqa: E402
 
 B, HQ, HKV, LQ, LK, D, DV = 2, 2, 1, 5, 7, 3, 2
 
@@ -67,29 +69,37 @@ COMBINATIONS = {
     "causal, grouped": (qkv(heads=4, kv_heads=2), {}, {"causal": True}),
     "window, softcap": (qkv(), {}, {"window": (2, 1), "softcap": 1.5}),
     "boolean array with an empty row": (qkv(), {}, {"mask": DENSE}),
-    "mask expression of b": (qkv(), {}, {"mask": lambda b, h, i, j: (i + j + b) % 3 != 0}),
+    "mask expression of the batch entry": (qkv(), {}, {"mask": lambda b, h, i, j: (i + j + b) % 3 != 0}),
     "bias of everything": (qkv(), {"bias": draw(B, HQ, LQ, LK)}, {"causal": True}),
     "bias of keys": (qkv(), {"bias": draw(1, LK)}, {}),
-    "bias of batch": (qkv(), {"bias": draw(B, 1, LQ, 1)}, {"softcap": 2.0}),
+    "bias of the batch": (qkv(), {"bias": draw(B, 1, LQ, 1)}, {"softcap": 2.0}),
     "sinks, some rows see nothing": (qkv(), {"sinks": draw(HQ)}, {"mask": DENSE}),
     "kv_lengths, q_offset": (qkv(), {}, {"kv_lengths": [4, 7], "q_offset": [0, 2], "causal": True}),
-    "batch axes that broadcast unlike": (
+    "batch axes that broadcast unlike each other": (
         (draw(2, 1, HQ, LQ, D), draw(1, 3, HKV, LK, D), draw(3, HKV, LK, DV)),
         {"bias": draw(2, 3, 1, 1, LK)},
         {"causal": True},
     ),
     "one sequence of keys for all": ((qkv()[0], *(x[0] for x in qkv()[1:])), {}, {"causal": True}),
-    "layout blhd": (tuple(x.transpose(1, 2) for x in qkv()), {}, {"layout": "blhd", "scale": -0.7}),
+    "layout blhd, negative scale": (
+        tuple(x.transpose(1, 2) for x in qkv()),
+        {},
+        {"layout": "blhd", "scale": -0.7},
+    ),
     "two axes": (tuple(x[0, 0] for x in qkv()), {}, {"causal": True}),
-    "alibi": (qkv(), {"slopes": draw(HQ).abs()}, {"causal": True}),
+    "ALiBi": (qkv(), {"slopes": draw(HQ).abs()}, {"causal": True}),
     "relative bias": (qkv(), {"table": draw(HQ, 5)}, {"softcap": 2.0}),
     "relative keys, q captured too": (qkv(), {"keys": draw(5, D)}, {}),
-    "function that is infinite where hidden": (qkv(), {"scale": draw(HQ)}, {"causal": True}),
-    "function": (qkv(), {"factor": draw(HQ), "shift": draw(B, LK)}, {"bias": draw(LQ, LK), "causal": True}),
+    "function, infinite where hidden": (qkv(), {"scale": draw(HQ)}, {"causal": True}),
+    "function of captured arrays, beside a bias": (
+        qkv(),
+        {"factor": draw(HQ), "shift": draw(B, LK)},
+        {"bias": draw(LQ, LK), "causal": True},
+    ),
 }
 
 
-def function_of(name):
+def function_of(name, attend=attend):
     """Its float arrays, and a function of these that gives out and lse."""
     (q, k, v), arrays, options = COMBINATIONS[name]
 
@@ -127,10 +137,10 @@ def test_gradcheck(name):
 SECOND = (
     "causal, grouped",
     "boolean array with an empty row",
-    "bias of batch",
+    "bias of the batch",
     "sinks, some rows see nothing",
-    "batch axes that broadcast unlike",
-    "function",
+    "batch axes that broadcast unlike each other",
+    "function of captured arrays, beside a bias",
 )
 
 
@@ -145,7 +155,48 @@ def test_gradgradcheck(name):
     assert torch.autograd.gradgradcheck(finite, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["causal, grouped", "boolean array with an empty row", "function"])
+# Each is a kernel of Numba's for float64, which takes seconds.
+JOINED = ("sinks, some rows see nothing", "function of captured arrays, beside a bias")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("name", JOINED)
+def test_gradcheck_with_numbas_forward(name, compiled, monkeypatch):
+    """As a function of autograd, and as the operation of a compiled graph."""
+    pytest.importorskip("numba", reason="numba is not installed")
+    ran = []
+    monkeypatch.setattr(joined, "forward", lambda call, real=joined.forward: ran.append(1) or real(call))
+    run, inputs = function_of(name, partial(aa.attention, return_lse=True) if compiled else attend)
+    if compiled:
+        torch._dynamo.reset()
+        run = torch.compile(run, backend="aot_eager", fullgraph=True)
+
+    def finite(*inputs):
+        out, lse = run(*inputs)
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+    with aa.use(order=("numba", "torch")), dispatch.recording() as records:
+        assert torch.autograd.gradcheck(finite, inputs, fast_mode=True)
+    assert {record.backend for record in records} == {"numba"} if compiled else ran
+
+
+def test_the_page_shows_what_is_checked():
+    lines = [
+        "| call | first order | second | Numba's forward, eager and compiled |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in COMBINATIONS:
+        ticks = (" ✓ " if name in checked else " " for checked in (COMBINATIONS, SECOND, JOINED))
+        lines.append(f"| {name} |{'|'.join(ticks)}|")
+    need_docs()
+    page = (DOCS / "torch.md").read_text(encoding="utf-8")
+    assert "\n".join(lines) in page, "wanted in docs/torch.md:\n" + "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["causal, grouped", "boolean array with an empty row", "function of captured arrays, beside a bias"],
+)
 def test_values_that_are_not_read(name, monkeypatch):
     """Where the host may not read values, every tile is taken with care: the same derivatives."""
     run, inputs = function_of(name)
@@ -226,7 +277,7 @@ def test_same_bits():
 
 def test_func_grad_and_hessian():
     """`torch.func` in reverse, to the second order, gives what autograd gives."""
-    run, inputs = function_of("function")
+    run, inputs = function_of("function of captured arrays, beside a bias")
     plain = [x.detach() for x in inputs]
     positions = tuple(range(len(inputs)))
     wanted = torch.autograd.grad(run(*inputs)[0].sin().sum(), inputs)
