@@ -18,7 +18,11 @@ from pathlib import Path
 
 from missing import missing
 
-__all__ = ["Compiled", "Resources", "compiled", "need_nvrtc"]
+__all__ = ["ADDED", "Compiled", "Resources", "compiled", "need_nvrtc"]
+
+
+# What CuPy adds to the options of a `RawModule`.
+ADDED = ("-ftz=true", "--device-as-default-execution-space")
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def compiled(source: str, architecture: str, options: tuple[str, ...] = ("-std=c
     """Compile for `compute_80` (PTX alone) or `sm_80` (machine code too)."""
     from cupy.cuda import nvrtc
 
-    flags = (f"-arch={architecture}", "-lineinfo", "-default-device", "--ptxas-options=-v", *options)
+    flags = (f"-arch={architecture}", "-lineinfo", "--ptxas-options=-v", *options, *ADDED)
     folder = os.environ.get("ANYATTN_CACHE_DIR")
     if folder is None:
         return _compile(source, flags)

@@ -8,7 +8,8 @@ it is an error.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,9 +28,11 @@ class ndarray(np.ndarray):  # noqa: N801
     """An array of an arena."""
 
     arena: _Memory | None = None
+    block: _Block | None = None
 
     def __array_finalize__(self, obj: Any) -> None:
         self.arena = getattr(obj, "arena", None)
+        self.block = getattr(obj, "block", None)
 
     @property
     def data(self) -> Any:
@@ -39,13 +42,33 @@ class ndarray(np.ndarray):  # noqa: N801
             raise ValueError("an array that NumPy made has no address on the device")
         return SimpleNamespace(ptr=Arena.BASE + at)
 
-    def astype(self, dtype: Any) -> ndarray:
-        return placed(self.arena, np.asarray(self).astype(dtype))
+    def astype(self, dtype: Any, copy: bool = True) -> ndarray:
+        return placed(self.arena, np.asarray(self).astype(dtype)) if copy or self.dtype != dtype else self
 
     def copy(self) -> ndarray:
         assert self.arena is not None
         self.arena.check_order(self)
         return placed(self.arena, self)
+
+
+class _Block:
+    """Memory that is given back when no array is left of it, and its pool keeps it no more."""
+
+    def __init__(self, arena: _Memory, offset: int):
+        self.arena, self.offset = arena, offset
+
+    def __del__(self) -> None:
+        self.arena.free(self.offset)
+
+
+class _Pool:
+    """A pool of memory: one that a graph has for its own keeps all that it gave out."""
+
+    def __init__(self) -> None:
+        self.kept: list[_Block] = []
+
+    def malloc(self, nbytes: int) -> None:
+        raise NotImplementedError("the stand-in asks its current pool itself")
 
 
 class _Memory(Arena):
@@ -55,6 +78,14 @@ class _Memory(Arena):
         super().__init__(size)
         self.where = [(0, 0)]
         self.copies: list[tuple[slice, set[tuple[int, int]]]] = []
+        self.pools = [_Pool()]
+
+    def block(self, offset: int) -> _Block:
+        """What keeps an allocation."""
+        made = _Block(self, offset)
+        if len(self.pools) > 1:
+            self.pools[-1].kept.append(made)
+        return made
 
     def unordered(self) -> list[slice]:
         """Memory that the current stream may find as it was before a copy."""
@@ -74,7 +105,7 @@ def placed(arena: Arena, x: Any) -> ndarray:
 
 def _view(arena: Arena, address: int, shape: tuple[int, ...], dtype: Any) -> ndarray:
     found = arena.read(address, shape, dtype).view(ndarray)
-    found.arena = arena
+    found.arena, found.block = arena, arena.block(address - Arena.BASE)
     return found
 
 
@@ -102,6 +133,8 @@ class Standin:
     """
 
     __version__ = "14.2.0"
+    ndarray = ndarray
+    asnumpy = staticmethod(np.array)
 
     def __init__(
         self,
@@ -119,14 +152,18 @@ class Standin:
         self.change = change
         self.where = self.arena.where
         self.events: list[SimpleNamespace] = []
-        self.capturing = False
+        self.graphs: dict[tuple[int, int], _Graph] = {}
         self.cuda = SimpleNamespace(
             get_current_stream=lambda: _Current(self, *self.where[-1]),
             Device=self._device,
-            ExternalStream=self._stream,
+            Stream=_Streams(self),
             Event=self._event,
+            MemoryPool=_Pool,
+            get_allocator=lambda: self.arena.pools[-1].malloc,
+            using_allocator=self._using,
             nvrtc=SimpleNamespace(getVersion=lambda: (13, 5)),
         )
+        self.get_default_memory_pool = lambda: self.arena.pools[0]
         self.RawModule = functools.partial(_Module, self)
 
     def close(self) -> None:
@@ -136,15 +173,20 @@ class Standin:
 
     def _device(self, number: int | None = None) -> Any:
         attributes = {
-            "MaxSharedMemoryPerBlockOptin": SHARED_MEMORY[self.capability],
+            "MaxSharedMemoryPerBlockOptin": SHARED_MEMORY.get(self.capability, 48 * 1024),
             "MultiProcessorCount": self.multiprocessors,
         }
         found = _Current(self, self.where[-1][0] if number is None else number, 0)
         found.compute_capability, found.attributes = str(self.capability), attributes
         return found
 
-    def _stream(self, pointer: int, device: int) -> Any:
-        return _Current(self, device, pointer)
+    @contextmanager
+    def _using(self, allocator: Any) -> Iterator[None]:
+        self.arena.pools.append(allocator.__self__)
+        try:
+            yield
+        finally:
+            self.arena.pools.pop()
 
     def _event(self, disable_timing: bool) -> Any:
         """An event that is never done by itself."""
@@ -184,7 +226,7 @@ class Standin:
         known = (*x.shape, x.itemsize), bool, arena.known, at, (*x.strides, 1)
         np.ndarray(*known)[...] = True
         found = np.ndarray(x.shape, x.dtype, arena.data, at, x.strides).view(ndarray)
-        found.arena = arena
+        found.arena, found.block = arena, arena.block(start)
         found[...] = x
         return found
 
@@ -216,7 +258,18 @@ class _Current(SimpleNamespace):
         super().__init__(standin=standin, id=number, stream=stream, ptr=stream)
 
     def is_capturing(self) -> bool:
-        return self.standin.capturing
+        return (self.id, self.ptr) in self.standin.graphs
+
+    def synchronize(self) -> None:
+        """The host waits, and so does all that is launched later, for copies that this stream made."""
+        copies = self.standin.arena.copies
+        copies[:] = [(place, seen) for place, seen in copies if (self.id, self.ptr) not in seen]
+
+    def begin_capture(self) -> None:
+        self.standin.graphs[self.id, self.ptr] = _Graph()
+
+    def end_capture(self) -> _Graph:
+        return self.standin.graphs.pop((self.id, self.ptr))
 
     def wait_event(self, event: Any) -> None:
         for seen in event.before:
@@ -229,11 +282,41 @@ class _Current(SimpleNamespace):
         self.standin.where.pop()
 
 
+class _Streams:
+    """Makes streams of the current device."""
+
+    def __init__(self, standin: Standin):
+        self.standin = standin
+        self.count = 0
+
+    def __call__(self, non_blocking: bool = False) -> _Current:
+        self.count += 1
+        return self.at(0x5000 + self.count)
+
+    def at(self, address: int) -> _Current:
+        return _Current(self.standin, self.standin.where[-1][0], address)
+
+    def from_external(self, stream: Any) -> _Current:
+        return self.at(stream.__cuda_stream__()[1])
+
+
+class _Graph:
+    """Launches that were captured and not made."""
+
+    def __init__(self) -> None:
+        self.launches: list[Callable[[], None]] = []
+
+    def launch(self) -> None:
+        for one in self.launches:
+            one()
+
+
 class _Module:
     def __init__(self, standin: Standin, *, code: str, options: tuple[str, ...]):
         if not all(isinstance(option, str) for option in options):
             raise TypeError(f"options are {options}")
         self.standin = standin
+        self.device = standin.where[-1][0]
         architecture = f"compute_{standin.capability}"
         self.source = standin.change(code)
         self.ptx = compiled(self.source, architecture, tuple(options)).ptx
@@ -248,11 +331,14 @@ class _Function:
     def __init__(self, module: _Module, kernel: Kernel):
         self.standin = module.standin
         self.source = module.source
+        self.device = module.device
         self.kernel = kernel
 
     def __call__(
         self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], *, shared_mem: int = 0
     ) -> None:
+        if self.device != self.standin.where[-1][0]:
+            raise RuntimeError(f"CUDA_ERROR_INVALID_HANDLE: a module of device {self.device}")
         limits = SHARED_MEMORY[self.standin.capability]
         sizes = (*grid, 1, 1)[:3]
         if not all(1 <= n <= most for n, most in zip(sizes, (2**31 - 1, 65535, 65535), strict=True)):
@@ -265,6 +351,13 @@ class _Function:
                 f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of shared memory, {allowed} of {limits}"
             )
         raw = [argument_bytes(x) for x in args]
+        graph = self.standin.graphs.get(self.standin.where[-1])
+        if graph is None:
+            self._run(grid, block, raw, shared_mem)
+        else:
+            graph.launches.append(functools.partial(self._run, grid, block, raw, shared_mem))
+
+    def _run(self, grid: tuple[int, ...], block: tuple[int, ...], raw: list[bytes], shared_mem: int) -> None:
         arena, count = self.standin.arena, self.standin.count
         hidden = [(place, arena.known[place].copy()) for place in arena.unordered()]
         for place, _ in hidden:

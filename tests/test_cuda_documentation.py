@@ -5,6 +5,11 @@ from __future__ import annotations
 import re
 
 import cuda_model
+import cuda_mutants
+import cuda_mutants_inspect
+import test_cuda_budget
+import test_cuda_inspect
+import test_cuda_kernels
 from cuda_mutant_table import PAGE, table
 from test_cuda_budget import BUDGET
 
@@ -14,6 +19,19 @@ def test_defects():
 
 
 CUDA = PAGE.parents[1] / "cuda.md"
+
+
+def test_how_much_of_each_rung():
+    cases = len(test_cuda_kernels.KIT) + len(test_cuda_inspect.KIT)
+    planted = len(cuda_mutants.MUTANTS) + len(cuda_mutants_inspect.MUTANTS)
+    on_the_host = len(cuda_mutants.ON_THE_HOST) + len(cuda_mutants.HOST_ALONE)
+    for row in (
+        f"| compiled within the budget | {len(test_cuda_budget.KERNELS)} kernels for 7 architectures each |",
+        f"| a case on the interpreter | {cases} of the kit, and 1,230 in `cuda_full` |",
+        f"| a planted defect | {planted} on the interpreter |",
+        f"| built for the host | {on_the_host} of the defects, and calls without any |",
+    ):
+        assert row in CUDA.read_text(), row
 
 
 def test_predictions():

@@ -176,6 +176,13 @@ def test_what_is_refused_says_why(standin, monkeypatch):
     monkeypatch.setattr(Tensor, "is_neg", lambda self: True)
     [reason] = refused(described(standin, Tensor)[0], monkeypatch)
     assert "resolve_neg" in reason
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "cupy", Standin(capability=61))
+    [reason] = refused(described(standin, Tensor)[0], monkeypatch)
+    assert reason == "wants compute capability 7.0, and device 1 has 6.1"
+
+
+def test_gradients_are_refused(standin, monkeypatch):
     reasons = refused(described(standin, Tensor)[0], monkeypatch, features=frozenset({"gradients"}))
     assert any("gradients" in reason for reason in reasons)
 

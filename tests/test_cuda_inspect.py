@@ -9,7 +9,7 @@ from cuda_mutants import conflict, said_of
 from cuda_mutants_inspect import CALLS, MUTANTS, different, perform, references
 from cuda_runs import Interpreted
 from cuda_standin import Standin
-from ptx import PtxError
+from ptx import Arena, PtxError
 
 import anyattn as aa
 from anyattn.describe import Options, describe
@@ -17,7 +17,7 @@ from anyattn.testing.case import Drawn, Entry, Given, Plant, call
 from anyattn.testing.cases import all_cases
 from anyattn.testing.libraries import LIBRARIES
 from anyattn.testing.running import check_values
-from anyattn_cupy import launch
+from anyattn_cupy import inspect_launch, launch
 from anyattn_cupy.variants import Device, choose_inspect, chunks_of
 
 pytestmark = pytest.mark.usefixtures("nvrtc")
@@ -90,6 +90,22 @@ def test_several_tiles(case, install):
     [launch] = device.standin.launches
     assert "inspect.cu" in launch.source
     assert ("#define WIDE 1" in launch.source) == (case.q[-1] > 256)
+
+
+def test_keys_beyond_lengths_that_the_host_does_not_know_are_never_read(monkeypatch):
+    standin, rng, lengths = Standin(), np.random.default_rng(0), np.array([40, 0])
+    q, k = (rng.standard_normal((2, 1, n, 8)).astype("f4") for n in (5, 90))
+    options = {"causal": True, "kv_lengths": lengths, "q_offset": np.array([35, -5])}
+    with monkeypatch.context() as patch:
+        patch.setattr("anyattn.arrays.is_concrete_cpu", lambda x: False)
+        call = describe("weights", q, k, None, Options(**options))
+        placed = standin.asarray(k)
+        at = placed.data.ptr - Arena.BASE
+        standin.arena.known[at + placed[:1, :, :40].nbytes : at + placed.nbytes] = False
+        for name, x in (("q", standin.asarray(q)), ("k", placed)):
+            object.__setattr__(call, name, x)
+        found = inspect_launch.weights(call, standin)
+    np.testing.assert_allclose(np.array(found), aa.attention_weights(q, k, **options), atol=1e-6)
 
 
 def test_sums_over_rows_do_not_depend_on_who_is_first(install):

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from cuda_compile import ADDED
 from cuda_runs import Interpreted, described, placed_arrays
 from cuda_standin import Standin
 from ptx import Arena, PtxError
@@ -19,6 +20,7 @@ from anyattn.testing.libraries import LIBRARIES
 from anyattn.testing.running import check_values
 from anyattn_cupy import backend, launch
 from anyattn_cupy.filling import tensors_of
+from anyattn_cupy.source import OPTIONS
 from anyattn_cupy.variants import Device, choose
 
 pytestmark = pytest.mark.usefixtures("nvrtc")
@@ -198,6 +200,42 @@ def test_empty_tiles_are_never_read(dtype, mask):
         launch.attend(made, standin)
 
 
+UNREAD = {
+    "float32": ({}, (70, 1, 1)),
+    "float16": ({"window": (90, 5), "q_offset": 60}, (70, 2, 1)),
+    "float16 packed, in parts": ({"causal": True}, (1, 4, 2)),
+}
+
+
+@pytest.mark.parametrize("limit", ["a.lengths[item.batch]", "a.lengths[item.batch] + 1", "end"])
+@pytest.mark.parametrize("name", UNREAD)
+def test_keys_beyond_lengths_that_the_host_does_not_know_are_never_read(name, limit, monkeypatch):
+    """And a kernel that reads one more of them, or all, is found out."""
+    right = "end = min(end, a.lengths[item.batch]);"
+    count = 32 if "parts" in name else 3
+    standin = Standin(multiprocessors=count, change=lambda source: source.replace(right, f"end = {limit};"))
+    options, (rows, heads, kv_heads) = UNREAD[name]
+    rng, lengths = np.random.default_rng(1), np.array([130, 7, 0])
+    shapes = (heads, rows, 8), (kv_heads, 600, 8), (kv_heads, 600, 8)
+    host = [rng.standard_normal((3, *shape)).astype(name.split()[0]) for shape in shapes]
+    monkeypatch.setattr("anyattn.arrays.is_concrete_cpu", lambda x: False)
+    call = described(*map(standin.asarray, host), kv_lengths=lengths, **options)
+    for x in (call.k, call.v):
+        at = x.data.ptr - Arena.BASE
+        known = np.arange(600) < lengths[:, None, None]
+        bytes_of_rows = np.broadcast_to(known[..., None], (3, kv_heads, 600, x.strides[-2]))
+        standin.arena.known[at : at + x.nbytes] = bytes_of_rows.reshape(-1)
+    if limit != "a.lengths[item.batch]":
+        with pytest.raises(PtxError, match="nobody has written"):
+            launch.attend(call, standin)
+        return
+    found = np.array(launch.attend(call, standin)[0])
+    assert len(standin.launches) == 1 + ("parts" in name)
+    monkeypatch.undo()
+    wanted = aa.attention(*host, kv_lengths=lengths, **options, backend="reference")
+    np.testing.assert_allclose(found, wanted, atol=1e-6 if name == "float32" else 2e-3)
+
+
 @pytest.mark.parametrize(
     ("dtype", "files", "loads"),
     [("float32", ("forward_fma.cu", "products.cuh"), 4), ("float16", ("tensor_cores.cuh",), 2)],
@@ -216,6 +254,40 @@ def test_main_loops_have_no_bank_conflicts(dtype, files, loads):
     read = [t for where, t in traffic.items() if where[1:] == ("global", "load") and t.requests > 32]
     assert read
     assert all(t.taken == t.least for t in read)
+
+
+def test_tests_compile_what_cupy_compiles(monkeypatch):
+    """Its options are those of the caller and its own, and one of these changes what a kernel computes."""
+    from cupy.cuda import compiler
+
+    class Program:
+        def __init__(self, *arguments, **options):
+            pass
+
+        def compile(self, options, log):
+            raise LookupError(options)
+
+    monkeypatch.setattr(compiler, "_NVRTCProgram", Program)
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch: ("-arch=sm_80", "cubin"))
+    monkeypatch.setattr(compiler, "_preprocess", lambda *_: "")
+    with pytest.raises(LookupError) as caught:
+        compiler._compile_with_cache_cuda("", OPTIONS, "80", backend="nvrtc", cache_in_memory=True)
+    # Precompiled headers change nothing where there are none.
+    used = [x for x in caught.value.args[0] if x not in ("-arch=sm_80", "--pch")]
+    assert used == [*OPTIONS, *ADDED]
+
+
+def test_subnormal_numbers_of_16_bits_count(interpreted):
+    """CuPy lets the device take subnormal float32 for 0: none of 16 bits must become one on its way."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, n, 8)).astype("f4") for n in (5, 20, 20))
+    tiny = np.array([2.0**-24, 3e-6, 0, 2.0**-15, -3e-6], "f2")
+    options = {
+        "mask": lambda b, h, i, j: tiny[j % 5] != 0,
+        "score_mod": lambda s, b, h, i, j: s + 1e5 * tiny[(i + j) % 5],
+    }
+    found = aa.attention(q, k, v, **options, backend="interpreted")
+    np.testing.assert_allclose(found, aa.attention(q, k, v, **options, backend="reference"), atol=1e-5)
 
 
 def test_a_launch_keeps_to_the_limits_of_the_device():

@@ -16,6 +16,7 @@ from ptx import Arena
 import anyattn as aa
 from anyattn import masks, planning, scores
 from anyattn.describe import describe
+from anyattn.errors import UnsupportedCallError
 from anyattn.options import ARGUMENTS, Options
 from anyattn.reference import backend as reference
 from anyattn_cupy import launch
@@ -98,42 +99,69 @@ def test_what_is_prepared_serves_other_arrays(name, monkeypatch):
 
 
 class Capturing(Standin):
-    """A device whose stream may be captured into a graph."""
+    """A device that copies nothing from the host and loads no module while a graph is captured."""
 
     def __init__(self, **options):
         super().__init__(**options)
         make = self.RawModule
 
         def module(**given):
-            assert not self.capturing, "loads a module"
+            assert not self.graphs, "loads a module"
             return make(**given)
 
         self.RawModule = module
 
     def asarray(self, x):
-        assert not self.capturing or isinstance(x, ndarray), "copies from the host"
+        assert not self.graphs or isinstance(x, ndarray), "copies from the host"
         return super().asarray(x)
 
 
-@pytest.mark.parametrize("options", [
-    {"mask": masks.sliding_window(9) | masks.global_tokens([3, 40]), "score_mod": scores.alibi(2)},
-    {"causal": True, "dropout": 0.5, "dropout_seed": 3, "sinks": [0.5, 1.0]},
-])  # fmt: skip
-def test_what_is_prepared_can_be_captured(options):
-    """After a first call: memory is all it asks for, which CuPy's pool gives to a graph."""
-    standin = Capturing(multiprocessors=8)
-    q, k, v = placed_arrays(standin, "float32", 5, 300, 8)
-    call = described(q, k, v, **options)
+CAPTURED = {
+    "window": {"mask": masks.sliding_window(9) | masks.global_tokens([3, 40]), "score_mod": scores.alibi(1)},
+    "seed": {"causal": True, "dropout": 0.5, "dropout_seed": 3, "sinks": [0.5]},
+    "lengths": {"causal": True, "kv_lengths": np.array([290, 200]), "q_offset": np.array([280, 190])},
+    "a length for all": {"kv_lengths": np.array([290])},
+    "an offset for all": {"causal": True, "q_offset": np.array([280])},
+}
+
+
+def captured(standin, name, pool=None):
+    """Prepare a call, capture it, run the graph on other queries; what it gave, and the reference."""
+    q, k, v = (x[:, None] for x in placed_arrays(standin, "float32", 5, 300, 8))
+    call = described(q, k, v, **CAPTURED[name])
     prepared, others = launch.prepare(call, standin), [standin.asarray(x) for x in call.others]
-    first, _ = prepared(q, k, v, *others)
-    standin.capturing = True
-    before = standin.arena.allocations()
-    second, _ = prepared(q, k, v, *others)
-    np.testing.assert_array_equal(np.array(first), np.array(second))
-    # A result, within whose memory parts are: a replay writes to that of no other array.
-    assert len(standin.arena.allocations()) - len(before) == 1
-    # Each in parts, and their merge.
-    assert len(standin.launches) == 4
+    prepared(q, k, v, *others)
+    stream = standin.cuda.Stream(non_blocking=True)
+    standin.synchronize()
+    with stream, standin.cuda.using_allocator((pool or standin.get_default_memory_pool()).malloc):
+        stream.begin_capture()
+        try:
+            out, _ = prepared(q, k, v, *others)
+        finally:
+            graph = stream.end_capture()
+        before = len(standin.launches)
+        q *= 2
+        graph.launch()
+    # In parts, and their merge.
+    assert len(standin.launches) == before + 2
+    return np.array(out), reference.run(described(*(np.array(x) for x in (q, k, v)), **CAPTURED[name]))[0]
+
+
+@pytest.mark.parametrize("name", ["window", "seed", "lengths"])
+def test_what_is_prepared_can_be_captured(name):
+    """After a first call: a replay touches no memory but that of arguments and the result."""
+    np.testing.assert_allclose(*captured(Capturing(multiprocessors=8), name), atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "said"), [("a length", "kv_lengths"), ("an offset", "q_offset")])
+def test_what_is_converted_is_captured_with_memory_of_the_graphs_own(name, said):
+    """A copy of what a kernel reads otherwise is gone before the graph runs, but for one of its own pool."""
+    name, standin = f"{name} for all", Capturing(multiprocessors=8)
+    with pytest.raises(UnsupportedCallError, match=f"{said} is converted in every call"):
+        captured(standin, name)
+    pool = standin.cuda.MemoryPool()
+    np.testing.assert_allclose(*captured(standin, name, pool), atol=1e-5)
+    assert pool.kept
 
 
 def test_pages_of_others_are_not_read(monkeypatch):

@@ -4,8 +4,8 @@ The text depends on the structure alone. Everything captured travels in one stru
 takes by value, so its parameter list is the same for every mask. NVRTC has no INFINITY and no <stdint.h>, and
 finds cuda_fp16.h only where the toolkit's headers are installed, so neither is used: 16-bit floats are
 converted from their bits. `__device__` is the only word that is not C++14, which lets tests compile the same
-text for the host. Do not compile with --use_fast_math: NaN must compare as NaN, and subnormal float16 come
-from a multiplication.
+text for the host. Do not compile with --use_fast_math: NaN must compare as NaN. CuPy compiles with -ftz=true
+always, so subnormal float32 count as 0, and float16 are converted without any.
 """
 
 from __future__ import annotations
@@ -263,12 +263,12 @@ __device__ inline long long inside_real(Real index, Index size) {
     return near < size - 1 ? near : size - 1;
 }""",
     "half_value": """\
-// float16 from its bits: the exponent is moved, subnormal numbers come right by the multiplication by 2**112.
+// float16 from its bits: the exponent is moved; subnormal numbers are so many times 2**-24.
 __device__ inline float half_value(unsigned short bits) {
-    union { unsigned int bits; float value; } size, special;
-    size.bits = (bits & 0x7fffu) << 13;
-    special.bits = size.bits | 0x7f800000u;
-    const float value = size.bits >= 0x0f800000u ? special.value : size.value * 5.192296858534828e33f;
+    union { unsigned int bits; float value; } whole;
+    const unsigned int size = (bits & 0x7fffu) << 13;
+    whole.bits = size >= 0x0f800000u ? size | 0x7f800000u : size + 0x38000000u;
+    const float value = size < 0x00800000u ? float(bits & 0x3ffu) * 5.9604644775390625e-8f : whole.value;
     return bits & 0x8000u ? -value : value;
 }""",
     "bfloat_value": """\

@@ -4,7 +4,8 @@ Dispatch imports this package to read the declaration below, so it imports neith
 and `inspect_launch` do, at the first call. From there `exchange` takes arrays of torch and JAX, `variants`
 chooses a kernel and its tiles, `schedules` brings the schedule to the device, `filling` fills in what a
 kernel reads, as `arguments` lays it out, and `source` joins the text that CuPy compiles from the files in
-`kernels`. Linear attention has `linear_launch` and `linear_variants`.
+`kernels`. `capture` says what CUDA graphs can hold. Linear attention has `linear_launch` and
+`linear_variants`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class CupyBackend(Backend):
 
     def unsupported(self, call: AttentionCall | LinearCall) -> tuple[str, ...]:
         """Why this backend does not take the call."""
-        from anyattn_cupy.devices import absent
+        from anyattn_cupy.devices import absent, too_old
 
         missing = absent()
         if missing is not None:
@@ -74,6 +75,11 @@ class CupyBackend(Backend):
                 reasons = (f"takes arrays on one device, not spread over {spread}",) if spread > 1 else ()
         if call.library == "torch" and not reasons and any(x.is_neg() for x in _floats(call)):
             reasons = ("reads memory as it is, not tensors that are negated lazily (Tensor.resolve_neg)",)
+        if not reasons:
+            import cupy
+
+            old = too_old(cupy, call.q.__dlpack_device__()[1])
+            reasons = () if old is None else (old,)
         return reasons
 
     def notes(self, call: AttentionCall | LinearCall) -> tuple[str, ...]:
@@ -93,11 +99,13 @@ class CupyBackend(Backend):
         """What serves calls like this one, or None where they have no rows."""
         import cupy
 
+        from anyattn_cupy.capture import refuse_described
         from anyattn_cupy.exchange import as_cupy, current, given_back
         from anyattn_cupy.launch import prepare
 
         library = call.library
         with current(call.q, cupy):
+            refuse_described(call.operation, cupy)
             prepared = prepare(call, cupy)
         if prepared is None:
             return None
@@ -108,6 +116,14 @@ class CupyBackend(Backend):
                 return given_back(out, library), given_back(lse, library)
 
         return run
+
+    def converted(self, name: str, value: Any) -> None:
+        """Raise where a graph is captured that would not keep what an argument was converted to."""
+        import cupy
+
+        from anyattn_cupy.capture import refuse_converted
+
+        refuse_converted(name, value, cupy)
 
     def source(self, call: AttentionCall) -> str:
         """CUDA C++ of the kernel that serves a call."""
@@ -133,12 +149,14 @@ class CupyBackend(Backend):
         """Run a call on the device of its arrays, on the current stream."""
         import cupy
 
+        from anyattn_cupy.capture import refuse_described
         from anyattn_cupy.exchange import current, given_back
         from anyattn_cupy.inspect_launch import stats, weights
         from anyattn_cupy.launch import attend
         from anyattn_cupy.linear_launch import linear
 
         with current(call.q, cupy):
+            refuse_described(call.operation, cupy)
             if call.operation == "linear":
                 found = linear(call, cupy)
                 return tuple(given_back(x, call.library) for x in found)

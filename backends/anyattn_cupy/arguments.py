@@ -19,8 +19,8 @@ _POINTERS = {
     "k_scales": "const float*", "v_scales": "const float*",
     # (Hq,), of the accumulation type.
     "sinks": "const void*",
-    # Position of row 0 of each batch entry; without it `offset` is that of all.
-    "offsets": "const long long*",
+    # Of each batch entry: the position of row 0, without which `offset` is that of all; valid keys.
+    "offsets": "const long long*", "lengths": "const long long*",
     # The schedule (`anyattn.schedule.Spans`), and the order in which items are handed out.
     "span_starts": "const long long*", "span_ends": "const long long*", "span_kinds": "const unsigned char*",
     "columns": "const int*", "groups": "const int*", "order": "const int*",

@@ -7,7 +7,10 @@ from typing import Any
 
 from anyattn_cupy.variants import Device
 
-__all__ = ["absent", "current_device"]
+__all__ = ["absent", "current_device", "too_old"]
+
+# Blocks of arguments lie in constant memory from 7.0 on alone (`__grid_constant__`).
+_LEAST = 70
 
 
 @lru_cache
@@ -21,6 +24,14 @@ def absent() -> str | None:
     except Exception as error:  # noqa: BLE001
         return f"no CUDA device: {type(error).__name__}: {error}"
     return None if count else "no CUDA device"
+
+
+def too_old(cupy: Any, number: int) -> str | None:
+    """Why a device cannot run the kernels, or None."""
+    found = _describe(cupy, number).capability
+    if found >= _LEAST:
+        return None
+    return f"wants compute capability {_LEAST / 10}, and device {number} has {found / 10}"
 
 
 def current_device(cupy: Any) -> Device:

@@ -31,9 +31,19 @@ def current(x: Array, cupy: Any) -> Iterator[None]:
         if library(x) != "torch":
             yield
             return
-        stream = sys.modules["torch"].cuda.current_stream(x.device).cuda_stream
-        with cupy.cuda.ExternalStream(stream, number):
+        stream = _Stream(sys.modules["torch"].cuda.current_stream(x.device).cuda_stream)
+        with cupy.cuda.Stream.from_external(stream):
             yield
+
+
+class _Stream:
+    """The address of a stream, by the protocol of CUDA streams."""
+
+    def __init__(self, address: int):
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address
 
 
 def as_cupy(x: Array, cupy: Any) -> Array:

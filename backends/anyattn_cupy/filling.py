@@ -20,6 +20,7 @@ from anyattn.expr.bounds import fits, index_ranges
 from anyattn.expr.print_cuda import cuda_arguments
 from anyattn.expr.program import Program
 from anyattn.expr.statements import aligned_slots, aligned_view
+from anyattn_cupy.capture import refuse_converted
 from anyattn_cupy.exchange import as_cupy
 from anyattn_cupy.schedules import DeviceSchedule
 from anyattn_cupy.source import OPTIONS
@@ -132,20 +133,33 @@ def numbered(call: AttentionCall) -> dict[int, int]:
 
 
 def fill_others(
-    block: Any, sinks: Array | None, offset: Array | int, batch_shape: tuple[int, ...], cupy: Any
+    block: Any,
+    sinks: Array | None,
+    offset: Array | int,
+    lengths: Array | None,
+    batch_shape: tuple[int, ...],
+    cupy: Any,
 ) -> list[Array]:
-    """Fill in sinks and the position of row 0, of CuPy; what must outlive the launch."""
+    """Fill in sinks, the position of row 0 and valid keys, of CuPy; what must outlive the launch."""
     kept = []
     if sinks is not None:
-        kept.append(cupy.ascontiguousarray(sinks))
+        kept.append(_as_read(sinks, cupy.ascontiguousarray(sinks), "sinks", cupy))
         block["sinks"] = kept[-1].data.ptr
     if isinstance(offset, int):
-        block["offset"] = offset
-    else:
-        offsets = cupy.broadcast_to(offset.astype("int64"), batch_shape)
-        kept.append(cupy.ascontiguousarray(offsets))
-        block["offsets"] = kept[-1].data.ptr
+        block["offset"], offset = offset, None
+    for field, x, name in (("offsets", offset, "q_offset"), ("lengths", lengths, "kv_lengths")):
+        if x is not None:
+            entries = cupy.broadcast_to(x.astype("int64", copy=False), batch_shape)
+            kept.append(_as_read(x, cupy.ascontiguousarray(entries), name, cupy))
+            block[field] = kept[-1].data.ptr
     return kept
+
+
+def _as_read(given: Array, read: Array, name: str, cupy: Any) -> Array:
+    """What a kernel reads of an argument: its own memory, or that of a copy."""
+    if read.data.ptr != given.data.ptr:
+        refuse_converted(name, given, cupy)
+    return read
 
 
 def index_type(program: Program, call: AttentionCall) -> str:
@@ -187,9 +201,12 @@ class Captures:
     def _make(self, own: Sequence[Array], others: Sequence[Array]) -> tuple[Any, list[Array]]:
         cupy, kept = self._cupy, iter(own)
         given = [next(kept) if n is None else others[n] for n in self._numbers]
-        tables = tuple(cupy.ascontiguousarray(x) for x in given[: self._tables])
+        tables = tuple(
+            _as_read(x, cupy.ascontiguousarray(x), "an array of mask or score_mod", cupy)
+            for x in given[: self._tables]
+        )
         views = tuple(
-            aligned_view(cupy, x, slot.block, *self._sizes)
+            _as_read(x, aligned_view(cupy, x, slot.block, *self._sizes), "a bias or mask", cupy)
             for x, slot in zip(given[self._tables :], aligned_slots(self._program), strict=True)
         )
         read = [*tables, *views]

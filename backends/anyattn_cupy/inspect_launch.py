@@ -97,7 +97,8 @@ def _launch(
     fill_schedule(block, choice.spans, variant.packed, cupy)
     sinks = None if call.sinks is None else as_cupy(call.sinks, cupy)
     offset = as_cupy(call.offset, cupy) if is_array(call.offset) else int(call.offset)
-    kept += fill_others(block, sinks, offset, call.batch_shape, cupy)
+    lengths = None if call.kv_lengths is None else as_cupy(call.kv_lengths, cupy)
+    kept += fill_others(block, sinks, offset, lengths, call.batch_shape, cupy)
     for name, x in sums.items():
         block[name] = x.data.ptr
     if rows is not None:

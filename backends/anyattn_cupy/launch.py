@@ -17,6 +17,7 @@ from anyattn.arrays import Array, is_array
 from anyattn.call import AttentionCall
 from anyattn.expr.program import Program, lower
 from anyattn_cupy.arguments import argument_dtype
+from anyattn_cupy.capture import capturing
 from anyattn_cupy.devices import current_device
 from anyattn_cupy.exchange import as_cupy, hold
 from anyattn_cupy.filling import (
@@ -158,7 +159,7 @@ class Prepared:
         numbers = numbered(call)
         self.numbers = {
             name: numbers[id(getattr(call, name))]
-            for name in ("k_scales", "v_scales", "sinks", "offset")
+            for name in ("k_scales", "v_scales", "sinks", "offset", "kv_lengths")
             if id(getattr(call, name)) in numbers
         }
         # A difference of arrays of NumPy without axes is a number.
@@ -181,7 +182,7 @@ class Prepared:
     def __call__(self, q: Array, k: Array, v: Array, *others: Array) -> tuple[Array, Array | None]:
         """(out, lse) of arrays of CuPy like those of the call, which may be aligned otherwise."""
         # A graph runs again when the call has long returned, and has of its memory what out is part of.
-        captured = self.parts > 1 and self.cupy.cuda.get_current_stream().is_capturing()
+        captured = self.parts > 1 and capturing(self.cupy)
         out, lse = self.results.make(self.cupy, self.room if captured else 0)
         block, own = self.block.copy(), {name: others[n] for name, n in self.numbers.items()}
         tensors = {"q": q, "k": k, "v": v}
@@ -192,7 +193,8 @@ class Prepared:
                 block[name] = own[name].data.ptr
         block["lse"] = 0 if lse is None else lse.data.ptr
         offset = own["offset"] if self.offset is None else self.offset
-        kept: list[Any] = fill_others(block, own.get("sinks"), offset, self.batch_shape, self.cupy)
+        beside = own.get("sinks"), offset, own.get("kv_lengths")
+        kept: list[Any] = fill_others(block, *beside, self.batch_shape, self.cupy)
         fill_schedule(block, self.choice.spans, self.choice.variant.packed, self.cupy)
         arguments, read = self.captures(others)
         if captured:

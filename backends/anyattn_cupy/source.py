@@ -12,7 +12,7 @@ from anyattn_cupy.variants import Variant
 
 __all__ = ["OPTIONS", "combine_source", "joined", "kernel_source"]
 
-# No --use_fast_math: the printed program needs NaN and subnormal numbers.
+# No --use_fast_math: the printed program needs NaN. CuPy adds -ftz=true, which nobody can turn off.
 OPTIONS = ("-std=c++17",)
 _SHARED_FILES = ("elements.cuh", "work.cuh", "logits.cuh")
 _OWN_FILES = {

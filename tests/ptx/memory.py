@@ -54,9 +54,17 @@ class Arena:
         self._owner[at // self._UNIT : -(-(at + nbytes) // self._UNIT)] = len(self._ends) - 1
         return at
 
+    def free(self, at: int) -> None:
+        """Give an allocation back: nothing may touch it from now on."""
+        number = int(self._owner[at // self._UNIT])
+        self.known[at : self._ends[number]] = False
+        self._owner[at // self._UNIT : -(-self._ends[number] // self._UNIT)] = 0
+        self._starts[number] = -1
+
     def allocations(self) -> list[tuple[int, int]]:
-        """(offset, bytes) of each allocation."""
-        return [(at, end - at) for at, end in zip(self._starts[1:], self._ends[1:], strict=True)]
+        """(offset, bytes) of each allocation that was not given back."""
+        found = zip(self._starts[1:], self._ends[1:], strict=True)
+        return [(at, end - at) for at, end in found if at >= 0]
 
     def place(self, array: NDArray) -> int:
         """The address of a copy of an array, contiguous."""

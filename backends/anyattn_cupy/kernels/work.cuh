@@ -1,7 +1,7 @@
 // Which queries a block of threads computes and which keys these visit.
 //
 // Given: struct Arguments, BATCH_AXES, BLOCK_ROWS, BLOCK_KEYS, PACKED. A schedule lists spans of keys for each block of
-// queries; without one every key is visited. Spans are walked in tiles of BLOCK_KEYS.
+// queries; without one every key is visited. Spans are walked in tiles of BLOCK_KEYS, up to the length of a sequence.
 
 constexpr int MASKED = 1, GATHERED = 2;
 
@@ -119,18 +119,26 @@ struct Tile {
         return kind & GATHERED ? a.columns[first + place] : int(first) + place;
     }
 
-    __device__ __forceinline__ void enter(const Arguments& a) {
-        first = a.span_starts ? a.span_ends[2 * span] : 0;
-        end = a.span_starts ? a.span_ends[2 * span + 1] : a.k_len;
-        kind = a.span_starts ? a.span_kinds[span] : 0;
-    }
-
     __device__ __forceinline__ bool valid(const Item& item) const { return span < item.last_span; }
+
+    // To the first tile of this span, or of the next one that begins before the keys of the batch entry end: a schedule
+    // knows no length that lies on the device.
+    __device__ __forceinline__ void enter(const Arguments& a, const Item& item) {
+        for (; valid(item); ++span) {
+            first = a.span_starts ? a.span_ends[2 * span] : 0;
+            end = a.span_starts ? a.span_ends[2 * span + 1] : a.k_len;
+            kind = a.span_starts ? a.span_kinds[span] : 0;
+            if (a.lengths && !(kind & GATHERED)) end = min(end, a.lengths[item.batch]);
+            if (first < end) return;
+        }
+    }
 
     __device__ __forceinline__ void skip(const Arguments& a, const Item& item, int tiles) {
         for (int n = 0; n < tiles && valid(item); ++n) {
             first += BLOCK_KEYS;
-            if (first >= end && ++span < item.last_span) enter(a);
+            if (first < end) continue;
+            ++span;
+            enter(a, item);
         }
     }
 
@@ -149,7 +157,7 @@ struct Tile {
 
 __device__ __forceinline__ Tile first_tile(const Arguments& a, const Item& item) {
     Tile tile = {item.first_span, 0, 0, 0};
-    if (tile.valid(item)) tile.enter(a);
+    tile.enter(a, item);
     tile.skip(a, item, item.part);
     return tile;
 }
