@@ -6,7 +6,7 @@ A ring keeps the last tokens and the first ones; positions remain those of the w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +156,25 @@ class KVCache(GrowingCache):
 
     def extend(self, k: Array, v: Array) -> None:
         self.append(k, v)
+
+    def undoing(self, count: int) -> Callable[[], None]:
+        import numpy
+
+        lengths, overwritten = self._lengths, []
+        if self.window is not None and self.longest + count > self.capacity:
+            for entry, start, size in self._uniform(numpy.full(lengths.shape, count)):
+                for place, _, _ in self._places(start, size):
+                    index = (*entry, slice(None), place, slice(None))
+                    for name, x in self._buffers().items():
+                        rows = arrays.namespace(x).asarray(x[index], copy=True)
+                        overwritten.append((name, index, rows))
+
+        def undo() -> None:
+            for name, index, rows in overwritten:
+                setattr(self, name, write(getattr(self, name), index, rows))
+            self._keep(lengths)
+
+        return undo
 
     def append(self, k: Array, v: Array, lengths: int | Sequence[int] | Array | None = None) -> None:
         """Add tokens at the end of the sequences.

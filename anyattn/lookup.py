@@ -7,6 +7,7 @@ moved to where they lie, and no backend knows of caches.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +136,10 @@ class GrowingCache(Cache):
     @abstractmethod
     def extend(self, k: Array, v: Array) -> None:
         """Add (..., Hkv, n, D) and (..., Hkv, n, Dv) at the end of all sequences."""
+
+    @abstractmethod
+    def undoing(self, count: int) -> Callable[[], None]:
+        """What makes the cache as it is now after `extend` has added `count` tokens to each sequence."""
 
 
 def _counts_keys(options: dict[str, Any]) -> bool:

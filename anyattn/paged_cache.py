@@ -10,7 +10,7 @@ counting who uses a page: a page that several sequences use is copied before one
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,7 +45,8 @@ class PagedKVCache(GrowingCache):
     Parameters
     ----------
     k_pages : array, shape (pages, page_size, Hkv, D)
-        The pool, which the cache writes to from now on: floats, or int8, for which the cache keeps a float32
+        The pool, whose tokens lie at one distance from each other in memory, across pages too, and which the
+        cache writes to from now on: floats, or int8, for which the cache keeps a float32
         scale for each token and head (`KVCache` says what that costs); tokens of any float dtype go there.
     v_pages : array, shape (pages, page_size, Hkv, Dv)
 
@@ -85,6 +86,8 @@ class PagedKVCache(GrowingCache):
             )
         if k_pages.shape[1] == 0:
             raise ValueError(f"k_pages: wanted pages of 1 token or more, got shape {tuple(k_pages.shape)}")
+        for name, pool in (("k_pages", k_pages), ("v_pages", v_pages)):
+            _check_in_a_row(pool, name)
         names = [arrays.dtype_name(x) for x in (k_pages, v_pages)]
         if names[0] != names[1] or names[0] not in (*arrays.FLOAT_DTYPES, "int8"):
             raise TypeError(f"k_pages, v_pages: wanted one dtype, a float or int8, got {' and '.join(names)}")
@@ -215,6 +218,9 @@ class PagedKVCache(GrowingCache):
     def extend(self, k: Array, v: Array) -> None:
         self[self.sequences].extend(k, v)
 
+    def undoing(self, count: int) -> Callable[[], None]:
+        return self[self.sequences].undoing(count)
+
     def _known(self, sequence: int) -> _Sequence:
         if sequence not in self._sequences:
             raise KeyError(f"sequence: the cache has {list(self._sequences)}, got {sequence!r}")
@@ -277,17 +283,25 @@ class PagedSequences(GrowingCache):
                     f"{name}: wanted tokens (sequences, heads, n, dim) of {len(self.sequences)} sequences, "
                     f"got shape {tuple(x.shape)}"
                 )
-        before = {number: self.cache.length(number) for number in self.sequences}
-        if len(before) < len(self.sequences):
+        if len(set(self.sequences)) < len(self.sequences):
             raise ValueError(f"sequences: wanted different ones to add tokens to, got {self.sequences}")
+        undo = self.undoing(int(k.shape[2]))
         try:
             for n, number in enumerate(self.sequences):
                 self.cache.append(number, k[n, ...], v[n, ...])
         except MemoryError:
             # A step is of all of them or of none.
+            undo()
+            raise
+
+    def undoing(self, count: int) -> Callable[[], None]:
+        before = {number: self.cache.length(number) for number in self.sequences}
+
+        def undo() -> None:
             for number, length in before.items():
                 self.cache.crop(number, length)
-            raise
+
+        return undo
 
     def lookup(self) -> Lookup:
         import numpy
@@ -330,6 +344,18 @@ def in_pages(k_pages: Array, v_pages: Array, entry: Array, lengths: Array, *, ho
     length = load(table_of(lengths, "tokens of each sequence", ("b",), host=host), (B,))
     token = page * size + J % size
     return Lookup(_in_a_row(k_pages), _in_a_row(v_pages), lengths, (page >= 0) & (token < length), token)
+
+
+def _check_in_a_row(pool: Any, name: str) -> None:
+    """Raise where the pages cannot be read as one key axis without a copy of all of them."""
+    pages, size = (int(n) for n in pool.shape[:2])
+    strides = pool.stride() if hasattr(pool, "stride") else getattr(pool, "strides", None)
+    if strides is not None and pages > 1 and size > 1 and strides[0] != size * strides[1]:
+        raise ValueError(
+            f"{name}: wanted pages in which all tokens lie at one distance from each other in memory, as in "
+            f"a contiguous (pages, page_size, heads, dim), got strides {tuple(strides)} for "
+            f"{tuple(pool.shape)}"
+        )
 
 
 def _in_a_row(pool: Array) -> Array:
