@@ -30,7 +30,7 @@ def top_blocks(q: Array, k: Array, block_size: int, count: int, *, causal: bool 
                 f"top_blocks: {name}: wanted floats of shape (..., heads, length, dim), "
                 f"got {arrays.dtype_name(x)} {tuple(x.shape)}"
             )
-    if q.ndim != k.ndim or q.shape[-1] != k.shape[-1]:
+    if (q.ndim > 2) != (k.ndim > 2) or q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"top_blocks: k: wanted the axes and features of q {tuple(q.shape)}, got {tuple(k.shape)}"
         )

@@ -44,6 +44,14 @@ def test_blocks_of_highest_score(library):
     np.testing.assert_array_equal(np.asarray(found), wanted)
 
 
+def test_batch_axes_broadcast():
+    found = top_blocks(Q, K[0], SIZE, 2)
+    np.testing.assert_array_equal(found, chosen(Q, np.stack([K[0], K[0]]), SIZE, 2))
+    found = top_blocks(Q[:, None], K[None], SIZE, 2)
+    assert found.shape == (2, 2, HEADS, 3, 5)
+    np.testing.assert_array_equal(found[1, 0], chosen(Q[1:], K[:1], SIZE, 2)[0])
+
+
 def test_equal_scores_take_the_lower_block():
     q, k = np.ones((1, 1, 4, 3)), np.ones((1, 1, 40, 3))
     k[0, 0, 8:16] = 2.0
