@@ -278,8 +278,9 @@ def _torch_signature(x: Array) -> tuple[Any, ...] | None:
 
 
 def _jax_signature(x: Array) -> tuple[Any, ...]:
-    # Without x64, integers have 32 bits, and other masks are refused.
-    return type(x), x.shape, x.dtype, x.sharding, sys.modules["jax"].config.jax_enable_x64
+    # Without x64, integers have 32 bits, and other masks are refused. Its axes may lie in any order.
+    x64 = sys.modules["jax"].config.jax_enable_x64
+    return type(x), x.shape, x.dtype, x.sharding, x.format.layout, x64
 
 
 def _cupy_signature(x: Array) -> tuple[Any, ...]:

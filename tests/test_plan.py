@@ -741,6 +741,11 @@ def test_jax_arrays_are_planned_and_tracers_are_not(planner):
     with jax.enable_x64(not jax.config.jax_enable_x64):
         aa.attention(q, k, v, causal=True)
     assert (planner.prepared, planner.ran) == (2, 3)
+    layouts = pytest.importorskip("jax.experimental.layout")
+    turned = layouts.Format(layouts.Layout((0, 2, 1, 3)), k.sharding)
+    other = aa.attention(q, jax.device_put(k, turned), v, causal=True)
+    np.testing.assert_array_equal(to_host(other), wanted)
+    assert (planner.prepared, planner.ran) == (3, 4)
     gradient = jax.grad(lambda x: aa.attention(x, k, v, causal=True).sum())(q)
     assert float(abs(gradient).sum()) > 0
-    assert planner.ran == 3
+    assert planner.ran == 4
