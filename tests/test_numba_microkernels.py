@@ -51,7 +51,14 @@ class Kernels:
     """All micro-kernels of a shape in one compiled function, which takes half the time of one for each."""
 
     NAMES = ("score", "score_one", "weigh", "weigh_one", "soften", "largest", "transpose", "exp")
-    NARROW = ("narrow_score", "narrow_score_one", "narrow_weigh", "narrow_score_bf16", "narrow_weigh_bf16")
+    NARROW = (
+        "narrow_score",
+        "narrow_score_one",
+        "narrow_weigh",
+        "narrow_score_bf16",
+        "narrow_weigh_bf16",
+        "narrow_soften",
+    )
 
     def __init__(self, shape):
         self.shape = shape
@@ -90,26 +97,30 @@ class Kernels:
         n_weigh = narrow.narrow_weigh_kernel(shape, shape.element)
         s_score = narrow.narrow_score_kernel(shape, small, together)
         s_weigh = narrow.narrow_weigh_kernel(shape, small)
+        n_soften = narrow.narrow_soften_kernel(shape)
 
         @callable_
-        def few(which, a, b, c, d, e, f, g, h, i):
+        def few(which, a, b, c, d, e, f, g, h, i, j, k):
             if which == 0:
                 n_score(a, b, c, d, e, f, g, h, i)
             elif which == 1:
                 n_score_one(a, b, c, d, e, f, g, h, i)
             elif which == 2:
-                n_weigh(a, b, c, d, e, f, g, h)
+                n_weigh(a, b, c, d, e, f, g, h, i, j, k)
             elif which == 3:
                 s_score(a, b, c, d, e, f, g, h, i)
+            elif which == 4:
+                s_weigh(a, b, c, d, e, f, g, h, i, j, k)
             else:
-                s_weigh(a, b, c, d, e, f, g, h)
+                n_soften(a, b, c, d, e, f)
 
         self.few = few
 
     def __call__(self, name, *arguments):
         given = [x.ctypes.data if isinstance(x, np.ndarray) else x for x in arguments]
-        names, function = (self.NAMES, self.wide) if name in self.NAMES else (self.NARROW, self.few)
-        function(names.index(name), *given, *[0] * (9 - len(given)))
+        wide = name in self.NAMES
+        names, function, count = (self.NAMES, self.wide, 9) if wide else (self.NARROW, self.few, 11)
+        function(names.index(name), *given, *[0] * (count - len(given)))
 
 
 @lru_cache
@@ -261,7 +272,8 @@ def test_narrow_score(run, wholes):
         key, query = whole(shape, count, head_dim + 5), whole(shape, queries, head_dim + 1, seed=1)
         held = bfloat16_bits(key) if name.endswith("16") and shape.element == "float32" else key
         out = guarded(shape, count, shape.lanes)
-        run(name, held, held.strides[0], query, query.strides[0], head_dim, out, held, held, held.strides[0])
+        strides = out.strides[0], held, held.strides[0]
+        run(name, held, held.strides[0], query, query.strides[0], head_dim, out, *strides)
         assert np.array_equal(out[:count, :queries], key[:, :head_dim] @ query[:, :head_dim].T)
         assert np.all(out[:, queries:] == GUARD)
         assert np.all(out[count:] == GUARD)
@@ -280,11 +292,43 @@ def test_narrow_weigh(run, wholes):
         before = whole(shape, queries, channels, seed=3)
         out = guarded(shape, queries, channels + 2)
         out[:queries, :channels] = before
-        run(name, held, held.strides[0], channels, weights, keys, factor, out, out.strides[0])
+        pitch = weights.strides[0]
+        run(name, held, held.strides[0], channels, weights, pitch, keys, factor, out, out.strides[0], held, 0)
         wanted = factor[:queries, None] * before + weights[:keys, :queries].T @ value[:keys, :channels]
         assert np.array_equal(out[:queries, :channels], wanted)
         assert np.all(out[:, channels:] == GUARD)
         assert np.all(out[queries:] == GUARD)
+
+
+@few
+@pytest.mark.parametrize("keys", [1, 4, 11])
+def test_narrow_soften(run, keys):
+    """Scores of all keys side by side; what a query has not seen yet, and never sees, is -inf."""
+    element, queries, lanes = run.shape.element, narrow.QUERIES, run.shape.lanes
+    eps, rng = np.finfo(element).eps, np.random.default_rng(keys)
+    scores = rng.normal(0, 5, (keys, queries)).astype(element)
+    before = rng.normal(0, 5, queries).astype(element)
+    total = rng.uniform(1, 9, queries).astype(element)
+    before[0], total[0] = -np.inf, 0
+    before[1], total[1], scores[:, 1] = -np.inf, 0, -np.inf
+    scores[-1, 2] = before[2] + 3
+    # What lies behind would be the largest.
+    room = np.full(keys * queries + lanes + 3, -GUARD, element)
+    room[: scores.size] = scores.ravel()
+    state = np.full((4, queries + 1), GUARD, element)
+    state[0, :queries], state[2, :queries] = before, total
+    run("narrow_soften", room, keys, *state)
+    top = np.maximum(before, scores.max(axis=0))
+    base = np.where(top == -np.inf, 0, top).astype(np.float64)
+    weights, decay = np.exp(scores - base), np.exp(before - base)
+    found = room[: scores.size].reshape(keys, queries)
+    np.testing.assert_allclose(found, weights, rtol=2 * eps, atol=eps)
+    np.testing.assert_allclose(state[3, :queries], decay, rtol=2 * eps, atol=eps)
+    summed = total * decay + weights.sum(axis=0)
+    np.testing.assert_allclose(state[2, :queries], summed, rtol=(8 + keys) * eps)
+    assert np.array_equal(state[:2, :queries], [top, top])
+    assert np.all(state[:, queries:] == GUARD)
+    assert np.all(room[scores.size + lanes :] == -GUARD)
 
 
 @pytest.mark.parametrize(

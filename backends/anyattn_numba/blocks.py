@@ -348,12 +348,12 @@ def steps(shape: Shape, dtype: str, stored_dtype: str | None = None) -> Steps:
 
 
 @lru_cache
-def scaler(shape: Shape, stored_dtype: str) -> Any:
-    """scale(block, item, scales, first, count, table): vectors, one for each key, times the keys' factors.
+def scaler(shape: Shape, stored_dtype: str, numbers: int) -> Any:
+    """scale(block, item, scales, first, count, table): so many numbers of each key times the key's factor.
 
     It does nothing where rows have no factors.
     """
-    lanes, kind = shape.lanes, getattr(types, shape.element)
+    kind = getattr(types, shape.element)
 
     @compiled
     def leave(block: int, item: int, scales: int, first: int, count: int, table: int) -> None:
@@ -363,11 +363,11 @@ def scaler(shape: Shape, stored_dtype: str) -> Any:
     def scale(block: int, item: int, scales: int, first: int, count: int, table: int) -> None:
         at = row_at(block, item, scales, scales + BATCH, first)
         stride = read_word(block + scales + BATCH + ROW)
-        rows = carray(pointer(table), (count, lanes), kind)
+        rows = carray(pointer(table), (count, numbers), kind)
         for n in range(count):
             factor = kind(carray(pointer(at + n * stride), 1, types.float32)[0])
-            for lane in range(lanes):
-                rows[n, lane] *= factor
+            for number in range(numbers):
+                rows[n, number] *= factor
 
     return scale if stored_dtype == "int8" else leave
 

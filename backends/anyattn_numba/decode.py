@@ -16,7 +16,7 @@ from anyattn_numba.blocks import NEXT_KEY, next_item, row_at, scaler, steps, wal
 from anyattn_numba.jit import carray, compiled, task
 from anyattn_numba.memory import pointer, read_word
 from anyattn_numba.microkernels import largest_kernel, soften_kernel
-from anyattn_numba.narrow import QUERIES, narrow_score_kernel, narrow_weigh_kernel
+from anyattn_numba.narrow import QUERIES, narrow_score_kernel, narrow_soften_kernel, narrow_weigh_kernel
 from anyattn_numba.results import finisher
 from anyattn_numba.rows import ITEMSIZE, all_finite
 from anyattn_numba.target import Shape
@@ -37,10 +37,11 @@ def decode_kernel(shape: Shape, dtype: str, stored_dtype: str | None = None) -> 
     begin, load_keys, load_values = step.begin, step.load_keys, step.load_values
     describe_tile, weigh_seen = step.describe_tile, step.weigh_seen
     soften, largest_of = soften_kernel(shape), largest_kernel(shape)
+    soften_packed = narrow_soften_kernel(shape)
     # float16 has no conversion that every target knows: it is read converted.
     raw_dtype = shape.element if stored_dtype == "float16" else stored_dtype
     in_place = raw_dtype == stored_dtype
-    scale = scaler(shape, stored_dtype)
+    scale, scale_packed = scaler(shape, stored_dtype, lanes), scaler(shape, stored_dtype, QUERIES)
     raw_size = ITEMSIZE[raw_dtype]
     together = lanes // QUERIES
     score, score_one = (
@@ -71,31 +72,46 @@ def decode_kernel(shape: Shape, dtype: str, stored_dtype: str | None = None) -> 
         scores, state = scratch + read_word(block + a.AT_SCORE), scratch + read_word(block + a.AT_STATE)
         queries = read_word(item + a.ITEM_COUNT)
         long = head_dim * size
+        # Scores that nothing but the softmax asks for lie side by side.
+        packed = raw and read_word(block + a.HAS_SCORE) == 0 and read_word(block + a.HAS_KEEP) == 0
+        pitch, apart = (QUERIES * size, (count + together) * size) if packed else (lanes * size, size)
         for q in range(0, queries, QUERIES):
-            rows, out = query + q * long, scores + q * size
+            rows, out = query + q * long, scores + q * apart
             n = 0
             while n < count:
-                here, to = keys + n * stride, out + n * lanes * size
-                ahead, beside = coming + n * stride, values + n * value_stride
+                here, to = keys + n * stride, out + n * pitch
+                beside = values + n * value_stride
                 whole = n + together <= count
                 if raw and whole:
-                    score_raw(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
+                    score_raw(here, stride, rows, long, head_dim, to, pitch, beside, value_stride)
                 elif raw:
-                    score_raw_one(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
+                    score_raw_one(here, stride, rows, long, head_dim, to, pitch, beside, value_stride)
                 elif whole:
-                    score(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
+                    score(here, stride, rows, long, head_dim, to, pitch, beside, value_stride)
                 else:
-                    score_one(here, stride, rows, long, head_dim, to, ahead, beside, value_stride)
+                    score_one(here, stride, rows, long, head_dim, to, pitch, beside, value_stride)
                 n += together if whole else 1
+        sums, wide = scratch + read_word(block + a.AT_SUM), v_head_dim * size
+        largest, total, factor = state + lanes * size, state + 2 * lanes * size, state + 3 * lanes * size
+        if packed:
+            for q in range(0, queries, QUERIES):
+                rows, of, out = scores + q * apart, q * size, sums + q * wide
+                scale_packed(block, item, a.K_SCALES, first, count, rows)
+                soften_packed(rows, count, state + of, largest + of, total + of, factor + of)
+                scale_packed(block, item, a.V_SCALES, first, count, rows)
+                decay = factor + of
+                weigh_raw(
+                    values, value_stride, v_head_dim, rows, pitch, count, decay, out, wide, coming, stride
+                )
+            return
         if raw:
             scale(block, item, a.K_SCALES, first, count, scores)
         if masked != 0 or read_word(block + a.HAS_SCORE) != 0:
             describe_tile(
                 block, item, scratch, first, columns, count, a.SCORE_AND_HIDE if masked else a.SCORE
             )
-        largest, factor = state + lanes * size, state + 3 * lanes * size
         largest_of(1, scores, count, largest)
-        soften(1, scores, count, state, largest, state + 2 * lanes * size, factor)
+        soften(1, scores, count, state, largest, total, factor)
         if read_word(block + a.HAS_KEEP) != 0:
             describe_tile(block, item, scratch, first, columns, count, a.KEEP)
         if masked != 0 and not finite(values, value_stride, count, v_head_dim):
@@ -104,13 +120,14 @@ def decode_kernel(shape: Shape, dtype: str, stored_dtype: str | None = None) -> 
             return
         if raw:
             scale(block, item, a.V_SCALES, first, count, scores)
-        sums, wide = scratch + read_word(block + a.AT_SUM), v_head_dim * size
         for q in range(0, queries, QUERIES):
             rows, out, decay = scores + q * size, sums + q * wide, factor + q * size
             if raw:
-                weigh_raw(values, value_stride, v_head_dim, rows, count, decay, out, wide)
+                weigh_raw(
+                    values, value_stride, v_head_dim, rows, pitch, count, decay, out, wide, coming, stride
+                )
             else:
-                weigh(values, value_stride, v_head_dim, rows, count, decay, out, wide)
+                weigh(values, value_stride, v_head_dim, rows, pitch, count, decay, out, wide, coming, stride)
 
     walk = walker(visit)
 

@@ -34,7 +34,7 @@ __all__ = ["accumulators", "by_vectors", "largest_kernel", "score_kernel", "soft
 
 # Weights within 2**8 of the smallest normal number are 0: of their products with values many would be
 # subnormal. Rows of ALiBi are full of such weights, and took half as long again.
-_SPARE = 8
+SPARE = 8
 _numbers = itertools.count()
 
 
@@ -175,7 +175,7 @@ def soften_kernel(shape: Shape) -> Any:
             none = builder.fcmp_ordered("==", top, lanes.constant(float("-inf")))
             base = builder.select(none, lanes.constant(0.0), top)
             old = lanes.load(builder, offset(builder, before, at))
-            decay = lanes.exp(builder, builder.fsub(old, base), _SPARE)
+            decay = lanes.exp(builder, builder.fsub(old, base), SPARE)
             lanes.store(builder, decay, offset(builder, factor, at))
             lanes.store(builder, top, offset(builder, before, at))
             summed = lanes.load(builder, offset(builder, total, at))
@@ -186,7 +186,7 @@ def soften_kernel(shape: Shape) -> Any:
             for v, sum_ in enumerate(sums):
                 at = offset(builder, here, v * lanes.nbytes)
                 power = builder.fsub(lanes.load(builder, at), bases[v])
-                weight = lanes.exp(builder, power, _SPARE)
+                weight = lanes.exp(builder, power, SPARE)
                 lanes.store(builder, weight, at)
                 builder.store(builder.fadd(builder.load(sum_), weight), sum_)
         for v, sum_ in enumerate(sums):

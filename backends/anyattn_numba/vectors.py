@@ -44,12 +44,12 @@ _EXP2 = {
 }
 
 
-def fetch(builder: Any, address: Any) -> None:
-    """Bring the cache line of an address near; no error where there is no memory."""
+def fetch(builder: Any, address: Any, *, cache: int = 1) -> None:
+    """Bring the cache line of an address as near as a cache; no error where there is no memory."""
     pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT32, INT32, INT32])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(prefetch, [pointer, *(ir.Constant(INT32, n) for n in (0, 3, 1))])
+    builder.call(prefetch, [pointer, *(ir.Constant(INT32, n) for n in (0, 4 - cache, 1))])
 
 
 def offset(builder: Any, address: Any, nbytes: int) -> Any:
