@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from docs_scripts import DOCS, need_docs, script
 
 FOLDER = Path(__file__).parent.parent / "asv_benchmarks"
 # Smaller than the smallest that is worth a measurement.
@@ -121,17 +122,35 @@ def test_flex_attention_takes_every_mask():
 def test_training_steps_agree(monkeypatch):
     pytest.importorskip("torch", reason="trains a model of torch")
     training = module("training")
-    for name, small in (("LAYERS", 1), ("TOKENS", 140), ("BATCH", 1), ("HEADS", 3)):
+    for name, small in (("LAYERS", 1), ("WIDTH", 48), ("TOKENS", 140), ("WINDOW", 50), ("SOFTCAP", 0.3)):
         monkeypatch.setattr(training, name, small)
-    found = []
-    for who in training.WHO:
-        benchmark = training.Step()
-        benchmark.setup(who)
-        benchmark.time_step(who)
-        assert benchmark.track_extra_memory(who) < 1e9
-        found.append(benchmark.step())
-    assert found[0] > 0
-    assert found == pytest.approx([found[0]] * 4, rel=1e-4)
+    found = {}
+    for attention in training.ATTENTIONS:
+        # Whatever is no SDPA runs on tiles.
+        for who in training.WHO if attention == "causal" else training.WHO[:2]:
+            benchmark = training.Step()
+            benchmark.setup(who, attention)
+            found[attention, who] = benchmark.step()
+            wanted = found[attention, training.WHO[0]]
+            assert found[attention, who] == pytest.approx(wanted, rel=1e-4), (attention, who)
+    assert len({found[attention, training.WHO[0]] for attention in training.ATTENTIONS}) == 4
+    benchmark.time_step(who, attention)
+    assert benchmark.track_extra_memory(who, attention) < 1e9
+
+
+def test_the_page_has_the_rows_of_the_training_table(monkeypatch):
+    for name in ("torch", "numba"):
+        pytest.importorskip(name, reason="the table compares torch's own with tiles and Numba")
+    need_docs()
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    table = script("training_table")
+    rows = (DOCS / "torch.md").read_text(encoding="utf-8").split(table.HEAD)[1].split("\n\n")[0]
+    shown = [[cell.strip() for cell in row.split("|")] for row in rows.splitlines()]
+    wanted = [(name, table.route(attention, tokens)) for name, attention, tokens in table.ROWS]
+    assert [(cells[1], cells[5]) for cells in shown] == wanted
+    for cells in shown:
+        own, ours = (float(cell.split(" ms")[0]) for cell in cells[2:4])
+        assert float(cells[4]) == pytest.approx(ours / own, abs=0.01)
 
 
 def test_first_calls_run_in_processes_of_their_own():
