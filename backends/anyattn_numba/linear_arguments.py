@@ -53,7 +53,10 @@ BLOCK_WORDS = 48
     AT_LEFT,
     AT_STATE_KEPT,
     AT_ONES,
-) = range(0, 8 * 44, 8)
+    AT_COMING,
+) = range(0, 8 * 45, 8)
+# Addresses at AT_COMING.
+COMING = 16
 STRAND_WORDS = 10
 (
     STRAND_Q,

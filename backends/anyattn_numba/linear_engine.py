@@ -186,6 +186,7 @@ def _run(call: LinearCall, tensors: tuple[NDArray, ...], strands: NDArray, parts
         (a.AT_LEFT, most),
         (a.AT_STATE_KEPT, wide),
         (a.AT_ONES, most),
+        (a.AT_COMING, 8 * a.COMING // shape.itemsize),
     ):
         put(place, size)
         size += -(-numbers * shape.itemsize // 64) * 64

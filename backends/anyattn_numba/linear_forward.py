@@ -36,6 +36,7 @@ from anyattn_numba.linear_products import ADD, NEW, SOLVE, product_kernel
 from anyattn_numba.memory import pointer, read_real, read_word
 from anyattn_numba.rows import ITEMSIZE, all_finite, writer
 from anyattn_numba.target import Shape
+from anyattn_numba.vectors import LINE
 
 __all__ = ["linear_kernel"]
 
@@ -105,7 +106,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                 for t in range(first, count, rows):
                     some = min(vectors, (t + rows - start + lanes - 1) // lanes)
                     query, to = queries + t * row, here + t * pitch
-                    product(some, NEW, query, row, own, pitch, dim, ones, 0, 0, 0, 0, 0, to, pitch)
+                    product(some, NEW, query, row, own, pitch, dim, ones, 0, 0, 0, 0, 0, to, pitch, own)
             seen(
                 vectors,
                 here + start * pitch,
@@ -155,6 +156,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
         in_place = read_word(block + a.OUT_IN_PLACE) != 0 and count == padded(count)
         out_row = read_word(block + a.OUT_ROW) if in_place else padded(columns) * size
         out = target if in_place else scratch + read_word(block + a.AT_OUT)
+        coming, number = carray(pointer(scratch + read_word(block + a.AT_COMING)), a.COMING, types.int64), 0
         start = 0
         while start < columns:
             vectors = width_at(columns, start)
@@ -166,8 +168,9 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                 of_rows = factors + t * size
                 product(
                     vectors, NEW, query, row, own, width, dim, of_rows, weights, pitch, first, v_row, keys,
-                    to, out_row,
+                    to, out_row, coming[number],
                 )  # fmt: skip
+                number = min(number + 1, a.COMING - 1)
             start += vectors * lanes
         if not in_place:
             finish_rows(block, out, out_row, target, count)
@@ -200,7 +203,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                 of_rows = factors + t * size
                 product(
                     vectors, SOLVE, key, reader_row, own, width, dim, of_rows, weights, pitch, first, v_row,
-                    t, to, v_row,
+                    t, to, v_row, own,
                 )  # fmt: skip
             start += vectors * lanes
 
@@ -233,7 +236,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
             first = values + start * size
             for d in range(0, dim, rows):
                 keys, to, factor = turned + d * pitch, own + d * width, at_kept + d * size
-                product(vectors, ADD, 0, 0, 0, 0, 0, factor, keys, pitch, first, v_row, count, to, width)
+                product(vectors, ADD, 0, 0, 0, 0, 0, factor, keys, pitch, first, v_row, count, to, width, 0)
             start += vectors * lanes
 
     @compiled
@@ -255,6 +258,35 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                     for c in range(width):
                         own[c] = other[c] if address != 0 and d < dim and c < channels else kind(0)
             start += width
+
+    @compiled
+    def expect(block: int, scratch: int, known: int, address: int, row: int, nbytes: int, count: int) -> int:
+        """Note so many rows to be fetched, if they lie one behind the other; how many addresses there are."""
+        coming = carray(pointer(scratch + read_word(block + a.AT_COMING)), a.COMING, types.int64)
+        if row == nbytes:
+            for start in range(0, count * row, LINE * read_word(block + a.HEAD_DIM)):
+                coming[known] = address + start
+                known = min(known + 1, a.COMING - 1)
+        # What is computed with anyway.
+        for n in range(known, a.COMING):
+            coming[n] = scratch
+        return known
+
+    @compiled
+    def expect_keys(block: int, strand: int, scratch: int, at: int, count: int) -> int:
+        """Note the keys, decays and values from a token on."""
+        row, nbytes, known = (
+            read_word(block + a.K_ROW),
+            read_word(block + a.HEAD_DIM) * stored,
+            types.int64(0),
+        )
+        known = expect(block, scratch, known, read_word(strand + a.STRAND_K) + at * row, row, nbytes, count)
+        row, channels = read_word(block + a.DECAY_ROW), read_word(block + a.CHANNELS)
+        if channels > 1:
+            address = read_word(strand + a.STRAND_DECAY) + at * row
+            known = expect(block, scratch, known, address, row, channels * size, count)
+        row, nbytes = read_word(block + a.V_ROW), read_word(block + a.V_HEAD_DIM) * stored
+        return expect(block, scratch, known, read_word(strand + a.STRAND_V) + at * row, row, nbytes, count)
 
     @compiled
     def read_chunk(
@@ -280,6 +312,8 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
         by_channel, delta = read_word(block + a.CHANNELS) > 1, read_word(block + a.DELTA)
         in_place, no = read_word(block + a.Q_IN_PLACE) != 0 and count == padded(count), types.int64(0)
         set_factors(block, scratch, count, no)
+        out_row = read_word(block + a.OUT_ROW)
+        known = expect_keys(block, strand, scratch, at + count, count) if key else no
         for head in range(read_word(block + a.GROUP_SIZE)):
             query, query_row = source, row
             if not in_place:
@@ -289,6 +323,10 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
                 if by_channel and (head > 0 or delta):
                     turn(key, k_row, dim, count, turned)
                 weigh_keys(block, scratch, query, query_row, count, no)
+            known = expect(block, scratch, known, source + count * row, row, dim * stored, count)
+            nbytes = read_word(block + a.V_HEAD_DIM) * stored
+            expect(block, scratch, known, target + count * out_row, out_row, nbytes, count)
+            known = no
             if by_channel:
                 fade_rows(block, scratch, query, query_row, count, own)
                 query, query_row = own, padded(dim) * size

@@ -16,7 +16,7 @@ from numba import types
 from anyattn_numba.jit import cgutils, intrinsic
 from anyattn_numba.microkernels import accumulators, by_vectors
 from anyattn_numba.target import Shape
-from anyattn_numba.vectors import INT64, Vectors, offset
+from anyattn_numba.vectors import INT64, LINE, Vectors, fetch, offset
 
 __all__ = ["ADD", "NEW", "SOLVE", "product_kernel"]
 
@@ -28,33 +28,38 @@ NEW, ADD, SOLVE = range(3)
 def product_kernel(shape: Shape) -> Any:
     """product(vectors, how, left, left_row, right, right_row, inner, factors, ...) for `shape.rows` rows.
 
-    The others are weights, weights_row, values, values_row, count, out, out_row. With `first` = left @ right,
-    over `inner` numbers, and `second` = weights @ values, over `count`:
+    The others: weights, weights_row, values, values_row, count, out, out_row, coming. With `first` = left @
+    right, over `inner` numbers, and `second` = weights @ values, over `count`:
 
         NEW    out = factors first + second
         ADD    out = factors out + second
         SOLVE  out = factors first + out + second, then row r += sum over s < r of weights[r, count + s] row s
 
-    `factors` are one a row, contiguous; numbers of a row are contiguous, rows any bytes apart.
+    `factors` are one a row, contiguous; numbers of a row are contiguous, rows any bytes apart. `inner` lines
+    of memory from `coming` on are fetched meanwhile: a chunk is too short for the processor to see in time
+    which comes next.
     """
     lanes, rows = Vectors(shape.element, shape.lanes), shape.rows
 
     def code(builder: Any, vectors: int, arguments: list[Any]) -> None:
         how, left, left_row, right, right_row, inner, factors, *others = arguments
-        weights, weights_row, values, values_row, count, out, out_row = others
+        weights, weights_row, values, values_row, count, out, out_row, coming = others
         sums = accumulators(builder, lanes, rows, vectors)
         places = [
             [offset(builder, at, v * lanes.nbytes) for v in range(vectors)]
             for at in _starts(builder, out, out_row, rows)
         ]
 
-        def add_product(a: Any, a_row: Any, b: Any, b_row: Any, length: Any) -> None:
+        def add_product(a: Any, a_row: Any, b: Any, b_row: Any, length: Any, fetched: Any = None) -> None:
             starts = _starts(builder, a, a_row, rows)
             with cgutils.for_range(builder, length, intp=INT64) as loop:
                 here = builder.add(b, builder.mul(loop.index, b_row))
                 columns = [
                     lanes.load(builder, offset(builder, here, v * lanes.nbytes)) for v in range(vectors)
                 ]
+                if fetched is not None:
+                    line = builder.mul(loop.index, ir.Constant(INT64, LINE))
+                    fetch(builder, builder.add(fetched, line))
                 step = builder.mul(loop.index, ir.Constant(INT64, lanes.itemsize))
                 for start, row in zip(starts, sums, strict=True):
                     factor = lanes.broadcast(builder, builder.add(start, step))
@@ -76,7 +81,7 @@ def product_kernel(shape: Shape) -> Any:
                 for row in sums:
                     for sum_ in row:
                         builder.store(lanes.constant(0.0), sum_)
-                add_product(left, left_row, right, right_row, inner)
+                add_product(left, left_row, right, right_row, inner, coming)
                 for r, row in enumerate(sums):
                     factor = factor_of(r)
                     for sum_ in row:
@@ -100,7 +105,7 @@ def product_kernel(shape: Shape) -> Any:
             for sum_, place in zip(row, own_places, strict=True):
                 lanes.store(builder, builder.load(sum_), place)
 
-    call = by_vectors("product", shape, 14, code)
+    call = by_vectors("product", shape, 15, code)
 
     @intrinsic
     def product(
@@ -120,8 +125,9 @@ def product_kernel(shape: Shape) -> Any:
         count: Any,
         out: Any,
         out_row: Any,
+        coming: Any,
     ) -> Any:
-        return types.void(*[types.int64] * 15), call
+        return types.void(*[types.int64] * 16), call
 
     return product
 
