@@ -141,7 +141,7 @@ def tests(session: nox.Session, backend: str) -> None:
 COMPLETE = {"ANYATTN_MISSING_TOOLS": "fail"}
 
 # NVRTC, and what reads machine code; tests are of what `cupy` does without a device.
-CUDA = ["ml-dtypes", "cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cuda-nvdisasm", "pytest-xdist"]
+CUDA = ["ml-dtypes", "onnx", "cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cuda-nvdisasm", "pytest-xdist"]
 
 
 @nox.session

@@ -1,12 +1,13 @@
 """Runs the node tests of ONNX's attention operators and writes `docs/onnx-cases.md`, their tables by backend.
 
-Run it as `python docs/onnx_cases.py`; the page is committed, and the tests run the cases and compare the
-page. The cases are those of the installed `onnx`; the ones called `_expanded` spell the operator out as
-other operators and have no node of these.
+Run it as `python docs/onnx_cases.py` where NVRTC is; the page is committed, and the tests run the cases and
+compare the page. The cases are those of the installed `onnx`; the ones called `_expanded` spell the operator
+out as other operators and have no node of these.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,17 @@ from anyattn.compat.onnx import attention, linear_attention
 PAGE = Path(__file__).parent / "onnx-cases.md"
 # Backend, and the array library that it is given.
 COLUMNS = (("reference", "numpy"), ("numba", "numpy"), ("reference", "torch"), ("torch", "torch"))
+# The launch code and kernels of `cupy` without a GPU: tests/test_cuda_onnx.py.
+INTERPRETED = ("cupy", "PTX interpreter")
+SHOWN = (*COLUMNS, INTERPRETED)
 # The values that onnx ships are rounded to 16 bits after each step, and anyattn's once: two units apart.
 ULPS = 2
 HEAD = """# ONNX's own cases
 
 `anyattn.compat.onnx.attention` on the node tests of operator Attention that `onnx` {version} ships: {total}
 cases of opsets {opsets}, without the `_expanded` ones, which have no Attention node. Each column is a
-backend and the array library that it was given. `python docs/onnx_cases.py` runs them and writes this page;
-the tests run them too.
+backend and the array library that it was given; `cupy` ran on [the PTX interpreter](cuda.md), as there was no
+GPU. `python docs/onnx_cases.py` runs them and writes this page; the tests run them too.
 
 A case passes where dtypes and shapes agree and the values lie within the tolerance of the case, or within
 {ulps} units in the last place for 16-bit outputs: what is shipped there was rounded after every step.
@@ -116,7 +120,7 @@ def page(outcomes: dict[tuple[str, str], dict[str, str | None]]) -> str:
     import onnx
 
     opsets = sorted({opset(case) for case in cases().values()})
-    titles = [f"`{backend}`, {library}" for backend, library in COLUMNS]
+    titles = [f"`{backend}`, {library}" for backend, library in SHOWN]
     lines = [
         HEAD.format(
             version=onnx.__version__, total=len(cases()), opsets=f"{opsets[0]} to {opsets[-1]}", ulps=ULPS
@@ -126,7 +130,7 @@ def page(outcomes: dict[tuple[str, str], dict[str, str | None]]) -> str:
     ]
     for version in opsets:
         names = [name for name, case in cases().items() if opset(case) == version]
-        passed = [sum(outcomes[column][name] is None for name in names) for column in COLUMNS]
+        passed = [sum(outcomes[column][name] is None for name in names) for column in SHOWN]
         lines.append(f"| {version} | {len(names)} | {' | '.join(f'{n} pass' for n in passed)} |")
     lines += [
         "",
@@ -134,7 +138,7 @@ def page(outcomes: dict[tuple[str, str], dict[str, str | None]]) -> str:
         f"| --- | --- | {' | '.join(['---'] * len(titles))} |",
     ]
     for name, case in cases().items():
-        marks = ["pass" if outcomes[column][name] is None else "**fails**" for column in COLUMNS]
+        marks = ["pass" if outcomes[column][name] is None else "**fails**" for column in SHOWN]
         lines.append(f"| `{name.removeprefix('test_')}` | {opset(case)} | {' | '.join(marks)} |")
     lines += [
         "",
@@ -146,12 +150,26 @@ def page(outcomes: dict[tuple[str, str], dict[str, str | None]]) -> str:
         f"| --- | {' | '.join(['---'] * len(titles))} |",
     ]
     for name in cases("LinearAttention"):
-        marks = ["pass" if outcomes[column][name] is None else "**fails**" for column in COLUMNS]
+        marks = ["pass" if outcomes[column][name] is None else "**fails**" for column in SHOWN]
         lines.append(f"| `{name.removeprefix('test_')}` | {' | '.join(marks)} |")
     return "\n".join(lines) + "\n"
 
 
+def _interpreter() -> tuple[str, str]:
+    """Make `cupy` findable on the interpreter; the backend's name and its array library."""
+    sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    import pytest
+    from conftest import make_findable
+    from cuda_runs import Interpreted
+
+    make_findable(pytest.MonkeyPatch(), Interpreted())
+    return "interpreted", "numpy"
+
+
 if __name__ == "__main__":
     every = cases() | cases("LinearAttention")
-    found = {column: {name: outcome(case, *column) for name, case in every.items()} for column in COLUMNS}
+    runs = dict(zip(SHOWN, (*COLUMNS, _interpreter()), strict=True))
+    found = {
+        column: {name: outcome(case, *run) for name, case in every.items()} for column, run in runs.items()
+    }
     PAGE.write_text(page(found), encoding="utf-8")
