@@ -132,7 +132,8 @@ def rope_2d(
 
     Axial rotary embeddings (B. Heo et al., "Rotary Position Embedding for Vision Transformer", 2024): each
     half is `rope` of its own, so a product of a query and a key depends on how far they are apart in each
-    direction.
+    direction. The code of that paper turns the first half by columns, and neighbours as pairs:
+    ``rope_2d(x, columns, rows, interleaved=True)``.
 
     Parameters
     ----------

@@ -494,3 +494,16 @@ def test_images_turn_by_row_and_column(layout):
         aa.rope_2d(x[..., :6], rows, columns)
     with pytest.raises(ValueError, match=r"columns: wanted a shape that broadcasts to \(2, 12\).*got \(5,\)"):
         aa.rope_2d(x, rows, columns[:5])
+
+
+def test_two_directions_as_in_vision_transformers():
+    """Neighbours turn together, the first half by columns, pair m by 100**(-4 m / D) (Heo et al., 2024)."""
+    height, width, dim = 3, 4, 8
+    x = np.random.default_rng(0).standard_normal((2, height * width, dim))
+    rows, columns = np.arange(height * width) // width, np.arange(height * width) % width
+    pairs = x[..., 0::2] + 1j * x[..., 1::2]
+    steps = 100.0 ** (-4 * np.arange(dim // 4) / dim)
+    turns = np.concatenate([np.outer(columns, steps), np.outer(rows, steps)], axis=-1)
+    wanted = pairs * np.exp(1j * turns)
+    found = aa.rope_2d(x, columns, rows, interleaved=True)
+    np.testing.assert_allclose(found[..., 0::2] + 1j * found[..., 1::2], wanted, atol=1e-12)
