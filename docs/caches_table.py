@@ -1,17 +1,25 @@
-"""Writes the table of `caches.md`: how far attention from int8 keys and values lies from that of floats.
+"""Writes tables of `caches.md`: cases in which decoding equals the whole, and the error of int8.
 
-Run it as `python docs/caches_table.py` where the demo is installed; the page is committed, and a test
-compares what needs no model with what comes out.
+The first counts those of the conformance kit by backend; the second says how far attention from int8 keys and
+values lies from that of floats.
+
+Run it as `python docs/caches_table.py` where the demo is installed; the page is committed, and tests compare
+what needs no model with what comes out.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
 import anyattn as aa
+from anyattn.testing.case import CACHES
+from anyattn.testing.cases import all_cases, seldom_cases
+from anyattn.testing.cases.cached import EVERY, FAMILY
 
 PAGE = Path(__file__).parent / "caches.md"
 HEADS, TOKENS, DIM = 4, 512, 64
@@ -61,14 +69,26 @@ def rows(name: str, tokens: np.ndarray) -> list[str]:
     ]
 
 
-def with_table(text: str, shown: list[str]) -> str:
-    """Return the page with other rows."""
-    return re.sub(
-        r"(?<=\| --- \| --- \| --- \| --- \| --- \|\n).*?\n(?=\n)",
-        "\n".join(shown) + "\n",
-        text,
-        flags=re.DOTALL,
-    )
+def counts() -> list[str]:
+    """The table's rows of cases: those that a backend declares to take, all of which the kit holds it to."""
+    lines = []
+    for name in ("reference", "numba", "torch", "cupy"):
+        module = "anyattn.reference" if name == "reference" else f"anyattn_{name}"
+        backend = import_module(module).backend
+        taken = Counter(
+            (case.family, case.operation)
+            for case in (*all_cases(), *seldom_cases())
+            if case.needs <= backend.capabilities and case.dtype in backend.dtypes
+        )
+        numbers = [taken[family, kind] for family in (FAMILY, EVERY) for kind in CACHES]
+        lines.append(f"| `{name}` | {' | '.join(map(str, numbers))} |")
+    return lines
+
+
+def with_table(text: str, columns: int, shown: list[str]) -> str:
+    """Return the page with other rows in its first table of so many columns."""
+    head = re.escape("|" + " --- |" * columns + "\n")
+    return re.sub(f"(?<=\n{head}).*?\n(?=\n)", "\n".join(shown) + "\n", text, count=1, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
@@ -77,4 +97,5 @@ if __name__ == "__main__":
     layers = np.moveaxis(projections_of_text(), 1, 0)
     shown = [*rows("standard normal", normal()), *rows("one channel ten times as large", with_outliers())]
     shown += rows("MiniLM, 72 heads", layers)
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), shown), encoding="utf-8")
+    text = with_table(PAGE.read_text(encoding="utf-8"), 5, shown)
+    PAGE.write_text(with_table(text, 7, counts()), encoding="utf-8")

@@ -68,6 +68,12 @@ def test_caches() -> None:
         np.testing.assert_allclose(names["paged"][n], aa.attention(q[n], *own), rtol=0, atol=1e-5)
 
 
+def test_cases_of_caches_are_as_many_as_the_page_says() -> None:
+    module = script("caches_table")
+    page = (DOCS / "caches.md").read_text(encoding="utf-8")
+    assert module.with_table(page, 7, module.counts()) == page, "run python docs/caches_table.py"
+
+
 def test_int8_errors_are_those_of_the_page() -> None:
     module = script("caches_table")
     page = (DOCS / "caches.md").read_text(encoding="utf-8")
