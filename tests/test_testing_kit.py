@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 
 from anyattn.backend import CAPABILITIES, Backend
 from anyattn.reference import backend as reference_backend
-from anyattn.testing import running
+from anyattn.testing import plugin, running
 from anyattn.testing.bad_input import bad_calls
 from anyattn.testing.case import Entry, Given, Plant, Value, call
 from anyattn.testing.cases import all_cases, gradient_cases, pairwise, regenerate_pairs
@@ -503,6 +503,17 @@ class TestPlugin:
         assert result.ret != pytest.ExitCode.OK
         output = "\n".join([*result.outlines, *result.errlines])
         assert "--anyattn-family: no family 'h'; there are: f, g" in output
+
+    def test_what_takes_long_runs_where_it_is_asked_for(self, pytester):
+        (seldom,) = plugin.SELDOM
+        module = self.MODULE.replace("SINKS_DTYPE", "float32").replace(
+            '"causal", "g"', f'"causal", "{seldom}"'
+        )
+        pytester.makepyfile(test_conformance=module)
+        asked = (("-v", 2, 1), ("--anyattn-full", 3, 1), (f"--anyattn-family={seldom}", 1, 0))
+        for option, passed, skipped in asked:
+            found = pytester.runpytest_subprocess(option)
+            found.assert_outcomes(passed=passed, skipped=skipped, deselected=3 * (passed == 1))
 
     @pytest.mark.parametrize(
         ("options", "message"),
