@@ -92,6 +92,13 @@ LONG = (
     long("float16, lengths and offsets", "float16", 24, batch=(3,), q_len=20, causal=True, **LENGTHS),
     long("float16, a function", "float16", 8, q_len=20, mask=FUNCTION),
     long("float32, a length for all", "float32", 8, q_len=1, batch=(2,), causal=True, kv_lengths=65),
+    # The widest that a tile holds whole.
+    *(
+        long(
+            f"{dtype}, D = {dim}", dtype, dim, v_dim=v_dim, q_len=20, k_len=75, causal=True, plants=plant(60)
+        )
+        for dtype, dim, v_dim in (("float16", 250, 201), ("float32", 161, 255), ("float64", 256, 129))
+    ),
     # A weight that is kept is more than float16 holds, once it is divided by 1 - p.
     long("float16, nearly all is dropped", "float16", 8, v_dim=1, dropout=1 - 2**-17, dropout_seed=0),
 )
