@@ -162,6 +162,7 @@ class Standin:
             get_allocator=lambda: self.arena.pools[-1].malloc,
             using_allocator=self._using,
             nvrtc=SimpleNamespace(getVersion=lambda: (13, 5)),
+            runtime=SimpleNamespace(getDeviceCount=lambda: 1),
         )
         self.get_default_memory_pool = lambda: self.arena.pools[0]
         self.RawModule = functools.partial(_Module, self)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import subprocess
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import anyattn as aa
 from anyattn import cli
 from anyattn.backend import Backend
-from anyattn.check import kit, timing
+from anyattn.check import device, kit, timing
 from anyattn.reference import backend as reference
 from anyattn.testing.libraries import LIBRARIES, NumPy
 
@@ -77,7 +80,7 @@ def test_what_goes_wrong_beside_is_a_line_of_the_table(error, said, monkeypatch)
 
     monkeypatch.setattr(timing, "_torch", broken)
     found = timing.measure("tiny", "reference", LIBRARIES["numpy"], 0.001)
-    assert found.row() == f"| tiny | torch, to compare with: {said} | | | |"
+    assert found.row() == f"| tiny | to compare with: {said} | | | |"
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def commands(monkeypatch, tmp_path):
     """Processes that are not started: what they were, with one of the sanitizer's tools that complains."""
     made = []
 
-    def started(command):
+    def started(command, also=None):
         made.append(command)
         bad = "--tool=racecheck" in command
         return subprocess.CompletedProcess(command, 99 if bad else 0, "a hazard" if bad else "passed", None)
@@ -158,6 +161,66 @@ def test_a_result_that_is_not_torchs_is_reported(commands, capsys, install, tmp_
     assert capsys.readouterr().out.startswith("wrong: failed: workload tiny; see")
     [row] = (tmp_path / "anyattn-check-wrong.md").read_text().splitlines()[-1:]
     assert row.startswith("| tiny | differs from torch by ")
+
+
+def test_parts_that_cannot_run_say_why(commands, monkeypatch, tmp_path):
+    """On a backend of CUDA arrays: what needs a library or a device that is not here is no failure."""
+    monkeypatch.setattr(kit, "find", lambda *_: SimpleNamespace(backend=ForADevice()))
+    monkeypatch.setattr(LIBRARIES["cupy"], "missing", lambda: "cupy finds no CUDA device")
+
+    def started(command, also=None):
+        commands.append(command)
+        if "anyattn.check.device" in command:
+            status = device.main(command[3], command[4])
+            return subprocess.CompletedProcess(command, status, "the reason", None)
+        return subprocess.CompletedProcess(command, 0, "passed", None)
+
+    monkeypatch.setattr(kit, "_run", started)
+    assert check("--backend=reference", "--workload=none") == 0
+    text = (tmp_path / "anyattn-check-reference.md").read_text()
+    for title in ("Conformance kit on cupy, pairs", "two streams", "CUDA graphs"):
+        assert f"## {title}: not run" in text
+    assert "## torch on CUDA: not run\n\n```\nreference takes no torch.Tensor" in text
+    # Each array is an allocation of its own there.
+    [memcheck] = [c for c in commands if "--tool=memcheck" in c]
+    assert memcheck[memcheck.index("-p", memcheck.index("-p") + 1) + 1] == "anyattn.check.unpooled"
+
+
+@pytest.mark.parametrize(("part", "of"), [("two streams", "cupy"), ("torch on CUDA", "torch-cuda")])
+def test_a_part_without_a_device_is_not_run(part, of, monkeypatch, capsys):
+    monkeypatch.setattr(LIBRARIES[of], "missing", lambda: "sees no device")
+    assert device.main(part, "cupy") == device.NOT_RUN
+    assert capsys.readouterr().out == "sees no device\n"
+
+
+def test_tensors_and_what_is_wrong_with_them():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    attention = partial(aa.attention, backend="reference")
+    device.torch_arrays(attention, torch, "cpu", None, busy=8)
+    with pytest.raises(AssertionError, match=r"tensors, float16: the result is off by"):
+        device.torch_arrays(lambda *x, **options: 1.2 * attention(*x, **options), torch, "cpu", None, busy=8)
+    with pytest.raises(AssertionError, match=r"the result is ndarray"):
+        device.torch_arrays(lambda *x, **_: np.zeros(3, "f4"), torch, "cpu", None, busy=8)
+
+
+def test_arrays_of_jax_and_what_is_wrong_with_them():
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    pytest.importorskip("numba", reason="numba is not installed")
+    attention, place = partial(aa.attention, backend="numba"), jax.devices("cpu")[0]
+    device.jax_arrays(attention, jax, place)
+    with pytest.raises(AssertionError, match="under jit was not refused"):
+        device.jax_arrays(partial(aa.attention, backend="reference"), jax, place)
+
+
+def test_without_torch_a_result_is_that_of_the_reference(install, monkeypatch):
+    monkeypatch.setattr(timing, "_torch", lambda *_: None)
+    found = timing.measure("tiny", "reference", LIBRARIES["numpy"], 0.001)
+    assert (found.problem, found.torch) == (None, None)
+    assert found.difference < 1e-6
+    right = timing._first_heads
+    monkeypatch.setattr(timing, "_first_heads", lambda *x: right(*x) + 1e-3)
+    found = timing.measure("tiny", "reference", LIBRARIES["numpy"], 0.001)
+    assert found.problem == "differs from the reference by 1.0e-03"
 
 
 def test_a_long_output_is_cut_at_its_beginning():

@@ -1,7 +1,8 @@
 """Hold a backend to the conformance kit on this machine, time it, and write one report.
 
-Runs the kit on an array library that the backend takes, on a CUDA device also part of it under
-compute-sanitizer where that is installed, and times a few workloads, beside torch's
+Runs the kit on an array library that the backend takes. On a CUDA device it also runs part of the kit on
+others, calls on two streams, CUDA graphs, arrays of torch and JAX where they are installed, and part of the
+kit under compute-sanitizer where that is. Then it times a few workloads, beside torch's
 scaled_dot_product_attention where torch is installed. Exit status 0: all is right; 1: something is not, the
 report says what; 2: the backend cannot be used here, said in one line.
 """
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, write the report, and say in a line how it went."""
-    from anyattn.check.kit import run_kit, run_sanitizer, usable_library
+    from anyattn.check.kit import run_device, run_kit, run_others, run_sanitizer, usable_library
     from anyattn.check.timing import WORKLOADS, Timing, measure
     from anyattn.errors import UnknownBackendError
 
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     sys.stderr.write(f"the kit on {name}, with {library.name}\n")
     parts = [run_kit(name, library.name, arguments.family)]
     if library.device == "cuda":
-        parts += run_sanitizer(name, library.name)
+        parts += run_others(name, library.name) + run_device(name) + run_sanitizer(name, library.name)
     timings: list[Timing] = []
     for workload in wanted:
         if workload != "none":

@@ -1,4 +1,4 @@
-"""The conformance kit in processes of its own, alone and under compute-sanitizer.
+"""The conformance kit in processes of its own, alone and under compute-sanitizer, and what is beside it.
 
 A crash of a kernel ends such a process and not the check, and what it prints goes to the report.
 """
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["Part", "device_name", "run_kit", "run_sanitizer", "usable_library"]
+from anyattn.registry import find
+
+__all__ = ["Part", "device_name", "run_device", "run_kit", "run_others", "run_sanitizer", "usable_library"]
 
 _TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Of pytest's output: the account at its end, and as much of what failed.
@@ -47,7 +49,6 @@ def usable_library(backend: str, name: str | None) -> Any:
     """
     if find_spec("pytest") is None or find_spec("hypothesis") is None:
         raise LookupError("the conformance kit needs pytest and hypothesis: pip install 'anyattn[testing]'")
-    from anyattn.registry import find
     from anyattn.testing.libraries import LIBRARIES
 
     status = find(backend, "--backend")
@@ -88,8 +89,48 @@ def run_kit(backend: str, library: str, families: Sequence[str]) -> Part:
     return Part(title, done.returncode, _end(done.stdout))
 
 
+def run_others(backend: str, library: str) -> list[Part]:
+    """Run the family `pairs` on the other libraries of CUDA arrays that the backend takes."""
+    from anyattn.testing.libraries import LIBRARIES
+
+    taken = find(backend, "--backend").backend
+    parts = []
+    for other in LIBRARIES.values():
+        if other.device != "cuda" or other.name == library or not _takes(taken.arrays, other.array_type):
+            continue
+        title = f"Conformance kit on {other.name}, pairs"
+        missing = other.missing()
+        if missing is not None:
+            parts.append(Part(title, None, missing))
+            continue
+        sys.stderr.write(f"the kit on {backend}, with {other.name}\n")
+        done = _run([*_pytest(backend, other.name), "--anyattn-family=pairs"])
+        parts.append(Part(title, done.returncode, _end(done.stdout)))
+    return parts
+
+
+def run_device(backend: str) -> list[Part]:
+    """Run the parts of `device` that are about arrays which the backend takes."""
+    from anyattn.check.device import NOT_RUN, PARTS
+
+    taken = find(backend, "--backend").backend
+    parts = []
+    for title, (arrays, _) in PARTS.items():
+        if arrays not in taken.arrays:
+            parts.append(Part(title, None, f"{backend} takes no {arrays}"))
+            continue
+        sys.stderr.write(f"{title}\n")
+        done = _run([sys.executable, "-m", "anyattn.check.device", title, backend])
+        status = None if done.returncode == NOT_RUN else done.returncode
+        parts.append(Part(title, status, _end(done.stdout)))
+    return parts
+
+
 def run_sanitizer(backend: str, library: str) -> list[Part]:
-    """Run the family `pairs` under each tool of compute-sanitizer, where that is installed."""
+    """Run the family `pairs` under each tool of compute-sanitizer, where that is installed.
+
+    Each array is an allocation of its own there: of pools the tools know the blocks that these cut up.
+    """
     program = shutil.which("compute-sanitizer")
     if program is None:
         return [Part("compute-sanitizer", None, "compute-sanitizer is not installed, or not on the path")]
@@ -97,7 +138,8 @@ def run_sanitizer(backend: str, library: str) -> list[Part]:
     for tool in _TOOLS:
         sys.stderr.write(f"compute-sanitizer, {tool}\n")
         watched = [program, f"--tool={tool}", "--error-exitcode=99", "--target-processes=all"]
-        done = _run([*watched, *_pytest(backend, library), "--anyattn-family=pairs"])
+        kit = [*_pytest(backend, library), "-p", "anyattn.check.unpooled", "--anyattn-family=pairs"]
+        done = _run([*watched, *kit], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         parts.append(Part(f"compute-sanitizer {tool}, pairs", done.returncode, _end(done.stdout)))
     return parts
 
@@ -107,9 +149,16 @@ def _pytest(backend: str, library: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *kit]
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], also: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     # What is printed to either stream belongs together, in the order of its lines.
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env={**os.environ, **(also or {})},
+    )
 
 
 def _end(output: str) -> str:

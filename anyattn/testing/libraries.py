@@ -442,13 +442,17 @@ class Dask(NumPy):
 
 
 class CuPy(Library):
-    """CuPy arrays on the current device."""
+    """CuPy arrays on the current device; bfloat16 is the type of ml_dtypes."""
 
     requires = ("cupy",)
     array_type = "cupy.ndarray"
     device = "cuda"
-    dtypes = frozenset({"float16", "float32", "float64"})
     memories = frozenset({"plain", "reversed", "transposed", "gapped", "repeated"})
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        if importlib.util.find_spec("ml_dtypes") is None:
+            self.dtypes = ALL_DTYPES - {"bfloat16"}
 
     def missing(self) -> str | None:
         absent = super().missing()
@@ -462,11 +466,11 @@ class CuPy(Library):
         import cupy
 
         memory = memory if memory != "plain" else self.memory
-        made = cupy.asarray(_contiguous(value.values))
+        made = cupy.asarray(_contiguous(self.host(value)))
         return lay_out(made, memory, cupy)
 
     def numpy(self, array: Array) -> Array:
-        return array.get()
+        return super().numpy(array.get())
 
     def owns(self, array: Array) -> bool:
         import cupy
