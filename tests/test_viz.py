@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import astuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -55,17 +56,39 @@ def test_numbers_of_a_head():
 def test_positions_and_rows_that_see_nothing():
     w = np.zeros((3, 5))
     w[1:, 0] = 0.25  # the rest went to a sink
-    head = viz.summarise(w)[0]
+    head = viz.summarise(w, 2)[0]
     assert head.first == 1.0
     assert head.distance == pytest.approx((3 + 4) / 2)
     assert viz.summarise(w, q_offset=0)[0].distance == pytest.approx((1 + 2) / 2)
-    assert viz.summarise(np.zeros((3, 5)))[0].entropy == 0.0
+    assert viz.summarise(np.zeros((3, 5)), 2)[0].entropy == 0.0
+    assert viz.summarise(np.zeros((3, 0)), 0)[0].entropy == 0.0
+
+
+def test_chosen_rows_stand_where_they_were():
+    q = np.random.default_rng(0).standard_normal((1, 20, 4))
+    every = aa.attention_weights(q, q, causal=True, backend="reference")
+    chosen = aa.attention_weights(q, q, rows=[7, 3], causal=True, backend="reference")
+    head = viz.summarise(chosen, 0, rows=np.array([7, 3]))[0]
+    assert head.same == pytest.approx((every[0, 7, 7] + every[0, 3, 3]) / 2)
+    assert head.previous == pytest.approx((every[0, 7, 6] + every[0, 3, 2]) / 2)
+    assert head.distance == pytest.approx((chosen[0] * abs(np.array([[7], [3]]) - np.arange(20))).sum() / 2)
+    last = aa.attention_weights(q[:, -5:], q, rows=4, causal=True, backend="reference")
+    assert viz.summarise(last, q_offset=15, rows=4)[0].same == pytest.approx(every[0, 19, 19])
 
 
 def test_heads_that_are_nan_are_called_so():
     w = np.stack([EVEN, EVEN])
     w[1, 3] = np.nan
     assert [head.kind for head in viz.summarise(w)] == ["broad", "undefined"]
+
+
+def test_numbers_do_not_depend_on_how_many_rows_are_computed_at_once(monkeypatch):
+    w = np.tril(np.random.default_rng(0).random((2, 3, 7, 7))) / 7
+    w[1, 2, 5] = 0
+    at_once = [astuple(head) for head in viz.summarise(w)]
+    # One row is 42 weights.
+    monkeypatch.setattr("anyattn.viz.heads._AT_ONCE", 100)
+    np.testing.assert_allclose([astuple(head) for head in viz.summarise(w)], at_once, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -118,14 +141,94 @@ def test_pictures_have_text():
     assert ">&lt;sat&gt;<" in page
 
 
+def texts(figure, title=None):
+    """What is written in the SVG of a figure, and what the whole is called."""
+    name, *parts = ElementTree.fromstring(viz.to_svg(figure, title))
+    assert name.tag == "{http://www.w3.org/2000/svg}title"
+    return name.text, [x.text for part in parts for x in part.iter("{http://www.w3.org/2000/svg}text")]
+
+
 def test_a_grid_names_heads_and_kinds(tmp_path):
     pytest.importorskip("matplotlib")
     figure = viz.head_grid(np.stack([np.stack([shifted(-1), FIRST]), np.stack([EVEN, shifted(0)])]))
-    svg = viz.save(figure, tmp_path / "grid.svg").read_text()
+    name, found = texts(figure)
+    assert name == "Attention"
     for text in ("layer 0, head 1", "first token", "layer 1, head 0", "broad"):
-        assert text in svg
+        assert text in found
     assert viz.save(figure, tmp_path / "grid.html", "Heads").read_text().startswith("<!doctype html>")
-    assert viz.save(figure, tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    assert viz.save(figure, tmp_path / "grid.HTML", "Heads").read_text() == viz.to_html(figure, "Heads")
+    chosen = viz.head_grid(EVEN[None, [4, 2]], names=["$a$ <b>"], title="$x$", q_offset=0, rows=[4, 2])
+    assert texts(chosen) == ("$x$", ["$a$ <b>", "broad", "$x$"])
+
+
+@pytest.mark.parametrize("draw", [viz.heat_map, lambda w: viz.head_grid(np.stack([w, w]), title="Two")])
+def test_drawing_moves_nothing(draw, tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = draw(EVEN[:3, :3])
+    first = viz.to_svg(figure)
+    assert viz.save(figure, tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
+    assert viz.save(figure, tmp_path / "it.SVG").read_text() == first
+    assert viz.to_svg(draw(EVEN[:3, :3])) == first
+
+
+def test_no_text_is_markup_or_cut_off():
+    Text = pytest.importorskip("matplotlib.text").Text
+    words = ["</text><script>x()</script>", "mat", r"\$", "]]>\ud800\u202e", "w" * 99]
+    title = "cost $a_1$\nof " + "many " * 40
+    figure = viz.heat_map(np.eye(5), words, title=title)
+    name, found = texts(figure)
+    for text in (words[0], r"\$", r"]]>\ud800\u202e", "w" * 39 + "\u2026", "cost $a_1$"):
+        assert text in found, text
+    assert name == " ".join(title.split())
+    figure.draw_without_rendering()
+    for label in figure.findobj(Text):
+        box = label.get_window_extent()
+        edges = *box.min, *(figure.bbox.max - box.max)
+        inside = min(edges) > -4  # pixels: room for letters that reach below the line
+        assert inside or not (label.get_visible() and label.get_text()), label.get_text()
+    assert "<script" not in viz.to_html(figure, "<script>")
+    assert texts(figure, "a\0<b>")[0] == r"a\x00<b>"
+
+
+def test_letters_that_the_font_lacks_are_left_to_the_reader():
+    pytest.importorskip("matplotlib")
+    names = ["\u65e5\u672c\u8a9e", "\U0001f469\u200d\U0001f467"]
+    figure = viz.heat_map(np.eye(2), names, title="\u0939\u093f")
+    name, found = texts(figure)
+    assert name == "\u0939\u093f"
+    assert set(names) < set(found)
+    # Three letters as wide as they are high, of which matplotlib makes room for 0.6.
+    assert figure.axes[0].yaxis.labelpad == viz.heat_map(np.eye(2), ["a", "b"]).axes[0].yaxis.labelpad + 12
+
+
+def test_large_maps_show_the_largest_weights_and_say_so(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("anyattn.viz.figures._MOST_CELLS", 4)
+    monkeypatch.setattr("anyattn.viz.figures._MOST_CELLS_IN_GRID", 7)
+    w = np.random.default_rng(0).random((10, 7)).astype(np.float16)
+    figure = viz.heat_map(w, [str(n) for n in range(10)])
+    image = figure.axes[0].images[0]
+    blocks = [[w[i : i + 3, j : j + 2].max() for j in range(0, 7, 2)] for i in range(0, 10, 3)]
+    np.testing.assert_allclose(image.get_array() ** 2, np.array(blocks, float))
+    assert list(image.get_extent()) == [-0.5, 7.5, 11.5, -0.5]
+    assert figure.axes[0].get_xlim() + figure.axes[0].get_ylim() == (-0.5, 6.5, 9.5, -0.5)
+    assert "largest weight of 3 rows and 2 keys" in texts(figure)[1]
+    grid = viz.head_grid(w[None], q_offset=0)
+    assert "a cell shows the largest weight of 2 rows and 1 keys" in texts(grid)[1]
+
+
+def test_one_token_and_one_row_can_be_read():
+    pytest.importorskip("matplotlib")
+    assert texts(viz.heat_map(np.ones((1, 1), np.float16)))[1][:5] == [
+        "0",
+        "is looked at",
+        "0",
+        "looks",
+        "100",
+    ]
+    row = viz.heat_map(np.full((1, 200), 0.005))
+    row.draw_without_rendering()
+    assert row.axes[0].get_window_extent().height > 100
 
 
 @pytest.mark.parametrize(
@@ -137,10 +240,26 @@ def test_a_grid_names_heads_and_kinds(tmp_path):
         (lambda: viz.head_grid(np.zeros((2, 3, 3)), names=["a"]), "names: wanted 2 names"),
         (lambda: viz.head_grid(np.zeros((2, 3, 3)), columns=0), "columns: wanted 1 or more"),
         (lambda: viz.heat_map(np.zeros((0, 3))), "weights: wanted one head"),
-        (lambda: viz.heat_map(np.array([[0.5, -0.5]])), "weights: wanted softmax weights, which are 0 or"),
+        (lambda: viz.heat_map(np.array([[0.5, -0.5]])), "weights: wanted softmax .* from 0 to 1, got -0.5"),
+        (lambda: viz.summarise(np.array([[np.nan, 1.5]]), 0), "weights: wanted softmax .* got 1.5"),
+        (lambda: viz.heat_map(np.zeros((3, 3)), [1, 2, 3]), "tokens: wanted str, got int 1"),
+        (lambda: viz.heat_map(np.zeros((3, 3)), key_tokens=3), "key_tokens: wanted a sequence of str"),
+        (lambda: viz.heat_map(np.zeros((3, 3)), title=3), "title: wanted str, got int 3"),
+        (lambda: viz.head_grid(np.zeros((2, 3, 3)), names=[b"a", b"b"]), "names: wanted str, got bytes"),
+        (lambda: viz.head_grid(np.zeros((2, 1, 3, 3)), columns=1), "columns: wanted None beside layers"),
+        (lambda: viz.save(viz.heat_map(np.eye(2)), "head"), "path: wanted a name that ends in one of"),
+        (lambda: viz.save(viz.heat_map(np.eye(2)), "a.png", "A"), "title: wanted None, as .svg and .html"),
+        (lambda: viz.summarise(np.zeros((2, 3))), "q_offset: wanted the position of row 0 .*2 rows of 3"),
+        (lambda: viz.head_grid(np.zeros((1, 2, 3))), "q_offset: wanted the position of row 0"),
+        (lambda: viz.summarise(np.zeros((2, 3)), rows=[0, 1]), "q_offset: wanted .* beside rows, got None"),
+        (lambda: viz.summarise(np.zeros((2, 3)), 0, rows=[0]), r"rows: wanted .* of the 2 rows .* got \[0\]"),
+        (lambda: viz.summarise(np.zeros((1, 3)), 0, rows=-1), r"rows: wanted the numbers, from 0, .* \[-1\]"),
         (lambda: viz.summarise(np.zeros(3)), "weights: wanted floats of shape"),
         (lambda: viz.summarise([[1.0]]), "weights: wanted an array, got list"),
         (lambda: viz.rollout(np.zeros((1, 2, 3, 4))), "weights: wanted layers"),
+        (lambda: viz.rollout(np.zeros((2, 0, 3, 3))), r"weights: wanted .* one head or more .* \(0, 3, 3\)"),
+        (lambda: viz.rollout([np.zeros((2, 1, 3, 3)), np.zeros((1, 1, 3, 3))]), "weights: .* in layer 1"),
+        (lambda: viz.rollout(3), "weights: wanted layers of weights, got int"),
     ],
 )
 def test_errors_name_the_argument(draw, message):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from anyattn import arrays
 from anyattn.arrays import Array
-from anyattn.numbers import integer, real
+from anyattn.numbers import host_integers, integer, real
 
 if TYPE_CHECKING:
     import numpy
@@ -23,6 +23,10 @@ _HALF = 0.5
 _NEAR = 4
 _MOSTLY = 0.8
 _EVEN = 0.9
+# Weights that are computed with at a time, in float64.
+_AT_ONCE = 1 << 20
+# What bfloat16 may round a weight of 1 to, and some sums beside it.
+_MOST = 1.01
 
 
 @dataclass(frozen=True)
@@ -121,16 +125,21 @@ class Summary(Sequence[HeadSummary]):
         return "\n".join(lines)
 
 
-def summarise(weights: Array, q_offset: int | None = None) -> Summary:
+def summarise(
+    weights: Array, q_offset: int | None = None, *, rows: int | Sequence[int] | Array | None = None
+) -> Summary:
     """What each head does.
 
     Parameters
     ----------
     weights : float array, shape (..., Lq, Lk)
         Softmax weights, as `attention_weights` gives them, of arrays that the host can read; axes before the
-        last two are heads, layers, batch entries.
+        last two are heads, layers, batch entries. A few rows at a time are computed with.
     q_offset : int, optional
-        Position of row 0, by default ``Lk - Lq``.
+        Position of query row 0 among the keys. By default 0 of as many rows as keys; wanted of others, as
+        their number does not tell the last rows of a text from chosen ones or from those of another text.
+    rows : int, sequence or integer array, optional
+        What `attention_weights` was given as ``rows``, beside `q_offset`.
 
     Returns
     -------
@@ -140,50 +149,72 @@ def summarise(weights: Array, q_offset: int | None = None) -> Summary:
     import numpy
 
     w = host_weights(weights, "weights")
-    rows, keys = w.shape[-2:]
-    offset = keys - rows if q_offset is None else integer(q_offset, "q_offset")
-    i = numpy.arange(rows)[:, None] + offset
-    j = numpy.arange(keys)[None, :]
+    i = _positions(w.shape[-2], w.shape[-1], q_offset, rows)
+    shape = w.shape[:-2]
+    step = max(1, _AT_ONCE // max(1, math.prod(shape) * w.shape[-1]))
+    sums = numpy.zeros((len(fields(HeadSummary)), *shape))
+    counts = numpy.zeros_like(sums)
+    for start in range(0, len(i) if w.shape[-1] else 0, step):
+        some = slice(start, start + step)
+        part = _of_rows(numpy.asarray(w[..., some, :], dtype=numpy.float64), i[some])
+        for n, field in enumerate(fields(HeadSummary)):
+            values, counted = part[field.name]
+            sums[n] += (values * counted).sum(axis=-1)
+            counts[n] += counted.sum(axis=-1)
+    found = sums / numpy.maximum(counts, 1)
+    return Summary(shape, [HeadSummary(*found[:, *index].tolist()) for index in numpy.ndindex(shape)])
+
+
+def _positions(count: int, keys: int, q_offset: int | None, rows: Any) -> NDArray:
+    """Where rows of weights stand among the keys, (count,)."""
+    import numpy
+
+    if q_offset is None:
+        if rows is not None:
+            raise ValueError("q_offset: wanted the position of row 0 beside rows, got None")
+        if count != keys:
+            raise ValueError(
+                f"q_offset: wanted the position of row 0 (beside rows, where these were chosen), as {count} "
+                f"rows of {keys} keys do not tell it, got None"
+            )
+        q_offset = 0
+    chosen = numpy.arange(count) if rows is None else host_integers(rows, "rows", "").reshape(-1)
+    if len(chosen) != count or (chosen < 0).any():
+        raise ValueError(f"rows: wanted the numbers, from 0, of the {count} rows of weights, got {chosen}")
+    return chosen + integer(q_offset, "q_offset")
+
+
+def _of_rows(w: NDArray, i: NDArray) -> dict[str, tuple[NDArray, NDArray]]:
+    """By field of `HeadSummary` its values for rows at `i`, (..., R), and which of them count."""
+    import numpy
+
+    keys = w.shape[-1]
+    j = numpy.arange(keys)
     total = w.sum(axis=-1, keepdims=True)
     seen = total[..., 0] > 0
     p = w / numpy.where(total > 0, total, 1.0)
 
-    def mean(values: NDArray, of: NDArray) -> NDArray:
-        """Mean over the rows `of` (..., Lq) that see anything, 0 of none."""
-        counted = seen & of
-        found: NDArray = (values * counted).sum(axis=-1) / numpy.maximum(counted.sum(axis=-1), 1)
-        return found
+    def share(shift: int) -> tuple[NDArray, NDArray]:
+        there = (i + shift >= 0) & (i + shift < keys)
+        at = numpy.where(there, i + shift, 0).reshape(*[1] * (w.ndim - 2), len(i), 1)
+        return numpy.take_along_axis(p, at, axis=-1)[..., 0] * there, seen & there
 
-    def share(chosen: NDArray) -> NDArray:
-        found: NDArray = (p * chosen).sum(axis=-1)
-        return found
-
-    def on(shift: int) -> NDArray:
-        at = i[:, 0] + shift
-        return mean(share(j == i + shift), (at >= 0) & (at < keys))
-
-    every = numpy.ones(rows, dtype=bool)
+    far = abs(i[:, None] - j)
     surprise = -(p * numpy.log(numpy.where(p > 0, p, 1.0))).sum(axis=-1)
     flat = numpy.log(numpy.maximum((p > 0).sum(axis=-1), 1))
-    found = {
-        "distance": mean((p * abs(i - j)).sum(axis=-1), every),
-        "entropy": mean(surprise, every),
-        "first": mean(share(j == 0), i[:, 0] != 0),
-        "same": on(0),
-        "previous": on(-1),
-        "next": on(1),
-        "near": mean(share(abs(i - j) <= _NEAR), every),
-        "evenness": mean(surprise / numpy.where(flat > 0, flat, 1.0), flat > 0),
+    return {
+        "distance": ((p * far).sum(axis=-1), seen),
+        "entropy": (surprise, seen),
+        "first": (p[..., 0], seen & (i != 0)),
+        "same": share(0),
+        "previous": share(-1),
+        "next": share(1),
+        "near": ((p * (far <= _NEAR)).sum(axis=-1), seen),
+        "evenness": (surprise / numpy.where(flat > 0, flat, 1.0), seen & (flat > 0)),
     }
-    shape = w.shape[:-2]
-    heads = [
-        HeadSummary(**{name: float(numpy.asarray(x)[index]) for name, x in found.items()})
-        for index in numpy.ndindex(shape)
-    ]
-    return Summary(shape, heads)
 
 
-def rollout(weights: Array | Sequence[Array], residual: float = 0.5) -> NDArray:
+def rollout(weights: Array | Iterable[Array], residual: float = 0.5) -> NDArray:
     """How much of each input token reaches each output token, through all layers.
 
     S. Abnar and W. Zuidema, "Quantifying Attention Flow in Transformers", 2020: heads are averaged, a layer
@@ -206,22 +237,28 @@ def rollout(weights: Array | Sequence[Array], residual: float = 0.5) -> NDArray:
     residual = real(residual, "residual")
     if not 0 <= residual <= 1:
         raise ValueError(f"residual: wanted a share in [0, 1], got {residual}")
+    if not arrays.is_array(weights) and not isinstance(weights, Iterable):
+        raise TypeError(f"weights: wanted layers of weights, got {type(weights).__name__}")
     layers = [host_weights(layer, "weights") for layer in _layers(weights)]
     if not layers:
         raise ValueError("weights: wanted one layer or more, got none")
     found: list[NDArray] = []
     for number, layer in enumerate(layers):
-        if layer.ndim < 3 or layer.shape[-1] != layer.shape[-2] or layer.shape[-1] != layers[0].shape[-1]:
+        of = layers[0].shape
+        wanted = (*of[:-3], *layer.shape[-3:-2], of[-1], of[-1])
+        if layer.ndim < 3 or layer.shape[-3] == 0 or layer.shape != wanted:
             raise ValueError(
-                f"weights: wanted layers (..., heads, L, L) of one L, got {layer.shape} in layer {number}"
+                f"weights: wanted layers (..., heads, L, L) of one L, one head or more and the same axes "
+                f"before them, got {layer.shape} in layer {number} and {of} in layer 0"
             )
-        mixed = (1 - residual) * layer.mean(axis=-3) + residual * numpy.eye(layer.shape[-1])
+        mixed = layer.mean(axis=-3, dtype=numpy.float64) * (1 - residual)
+        mixed += residual * numpy.eye(layer.shape[-1])
         found.append(mixed @ found[-1] if found else mixed)
     return numpy.stack(found)
 
 
 def host_weights(weights: Any, name: str) -> NDArray:
-    """Weights as float64 on the host, where they can be read there."""
+    """Weights as a NumPy array of their dtype, where the host can read them."""
     import numpy
 
     if not arrays.is_array(weights):
@@ -239,9 +276,10 @@ def host_weights(weights: Any, name: str) -> NDArray:
         # torch hands NumPy none of these.
         xp = arrays.namespace(weights)
         weights = arrays.cast(xp, weights, xp.float32)
-    found = numpy.asarray(arrays.to_host(weights), dtype=numpy.float64)
-    if (found < 0).any():
-        raise ValueError(f"{name}: wanted softmax weights, which are 0 or more, got {found.min()}")
+    found: NDArray = numpy.asarray(arrays.to_host(weights))
+    for value in (numpy.fmin.reduce(found, None, initial=0), numpy.fmax.reduce(found, None, initial=0)):
+        if not 0 <= value <= _MOST:
+            raise ValueError(f"{name}: wanted softmax weights, which are from 0 to 1, got {value}")
     return found
 
 
