@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from cuda_linear_kernels import RULES, chosen
 from cuda_model import A100, H100, Chip
 
 from anyattn_cupy.linear_variants import LinearVariant
@@ -114,8 +115,6 @@ def predict(chip: Chip, variant: LinearVariant) -> dict[str, float]:
 
 def table() -> str:
     """The rows of docs/linear-attention.md: heads of 64, as many as fill a device."""
-    from test_cuda_linear_budget import RULES, chosen
-
     lines = []
     for rule in RULES:
         for chip, capability in ((A100, 80), (H100, 90)):

@@ -66,9 +66,8 @@ class Interpreted(CupyBackend):
         return Backend.unsupported(self, call)
 
     def notes(self, call: Any) -> tuple[str, ...]:
-        if call.operation == "linear":
-            return linear_launch.remarks(call)
-        return launch.remarks(call, self.make(self.capability, **self.options))
+        remarks = linear_launch.remarks if call.operation == "linear" else launch.remarks
+        return remarks(call, self.make(self.capability, **self.options))
 
     def source(self, call: Any) -> str:
         return listing.source_of(call, self.make(self.capability, **self.options))

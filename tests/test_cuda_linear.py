@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cuda_linear_kernels import RULES, chosen
 from cuda_runs import Interpreted
 from cuda_standin import SHARED_MEMORY, Standin
-from test_cuda_linear_budget import RULES, chosen
 
 import anyattn as aa
 from anyattn.linear.describe import LinearOptions, describe
@@ -190,3 +190,11 @@ def test_it_says_what_it_holds(interpreted):
     softmax = aa.explain(q, k, v, rule="linear", feature_map="softmax", backend="interpreted")
     assert softmax.notes == ("holds features of q and k of all tokens in float32",)
     assert aa.explain(q, k, v, rule="linear", feature_map="relu", backend="interpreted").notes == ()
+    q, k, v, _ = given("linear", length=4, dim=300)
+    assert aa.explain(q, k, v, rule="linear", backend="interpreted").notes == (
+        "a chunk holds 64 of D = 300 channels at a time, and the state comes from global memory for each",
+    )
+    half = (x.astype("f2") for x in given("linear", length=4)[:3])
+    assert aa.explain(*half, rule="linear", backend="interpreted").notes == (
+        "multiplies float16 in float32, without tensor cores",
+    )

@@ -6,54 +6,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from cuda_budgets import Budget
 from cuda_compile import compiled
-from cuda_standin import SHARED_MEMORY
+from cuda_linear_kernels import source_of
 
-from anyattn_cupy.linear_launch import linear_source
-from anyattn_cupy.linear_variants import choose
 from anyattn_cupy.source import OPTIONS
-from anyattn_cupy.variants import Device
 
 PAGE = Path(__file__).parents[1] / "docs" / "linear-attention.md"
 COLUMNS = ("rule", "dtype", "head_dim", "architecture")
 HELD = ("channels", "rows", "columns", "registers", "shared_memory", "spilled")
 
-# Decays of a token, whether there is beta.
-RULES = {
-    "linear": (0, False),
-    "gated, a decay a channel": (2, False),
-    "delta": (0, True),
-    "gated delta, a decay a head": (1, True),
-    "gated delta, a decay a channel": (2, True),
-}
 # What is lightest and what takes most; of 512 channels some are held at a time.
 KERNELS = (
     ("linear", "float16", 64),
     ("gated delta, a decay a channel", "float32", 128),
     ("delta", "float64", 128),
     ("gated, a decay a channel", "bfloat16", 512),
+    ("gated delta, a decay a head", "bfloat16", 256),
+    ("linear, elu + 1, normalised", "bfloat16", 128),
+    ("linear, both ways", "float32", 64),
+    ("gated, normalised, joining parts", "float32", 64),
 )
-
-
-def chosen(dtype, dim, v_dim, *, rule="linear", capability=80, multiprocessors=1, length=1000, heads=1):
-    """The variant for a call of so many tokens of some heads."""
-    channels, delta = RULES[rule]
-    one = SimpleNamespace(
-        dtype=dtype, head_dim=dim, v_head_dim=v_dim, normalize=False, causal=True, feature_map="identity",
-        decay=SimpleNamespace(shape=(length, 1 if channels == 1 else dim)) if channels else None,
-        beta=1 if delta else None, k_len=length, q_len=length,
-    )  # fmt: skip
-    return choose(Device(capability, SHARED_MEMORY[capability], multiprocessors), one, heads, False)
 
 
 def needs(rule, dtype, dim, capability):
     """What a kernel takes on an architecture, as `HELD` has it."""
-    variant = chosen(dtype, dim, dim, rule=rule, capability=capability)
-    [found] = compiled(linear_source(variant), f"sm_{capability}", OPTIONS).resources.values()
+    variant, source, joins = source_of(rule, dtype, dim, capability)
+    [found] = compiled(source, f"sm_{capability}", OPTIONS).resources.values()
+    if joins:
+        # A thread has an entry of a state; there are no chunks.
+        return 1, 1, 128, found.registers, found.shared_memory, found.spilled
     shared = variant.shared_memory + found.shared_memory
     return variant.head_dim, variant.rows, variant.columns, found.registers, shared, found.spilled
 

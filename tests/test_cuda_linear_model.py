@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda_linear_kernels import RULES, chosen
 from cuda_model import A100, H100
 from cuda_model_linear import Chunk, predict, table
 from cuda_standin import Standin
-from test_cuda_linear_budget import RULES, chosen
 
 from anyattn.linear.describe import LinearOptions, describe
 from anyattn_cupy import linear_launch

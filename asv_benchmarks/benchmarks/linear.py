@@ -60,12 +60,12 @@ class Long(common.Timed):
     def track_share_of_product(self, backend: str, rule: str) -> float:
         """Its rate over that of NumPy's float32 matrix product in the same process, on all threads.
 
-        What counts is 4 D (D + 32) operations a token and head: a token writes to and reads from the state,
-        and sees 32 others of a chunk of 64. What a rule does beside that is its own cost.
+        What counts is 4 D (D + 16.5) operations a token and head: a token writes to and reads from the state,
+        and sees 16.5 tokens of a chunk of 32. What a rule does beside that is its own cost.
         """
         x = np.random.default_rng(0).standard_normal((1024, 1024), dtype=np.float32)
         product = 2 * 1024**3 / least_seconds(lambda: x @ x)
-        useful = 4 * HEADS * self.length * DIM * (DIM + 32)
+        useful = 4 * HEADS * self.length * DIM * (DIM + 16.5)
         return useful / least_seconds(self.call, 3) / product
 
 

@@ -90,9 +90,9 @@ class CupyBackend(Backend):
         from anyattn_cupy.exchange import current
         from anyattn_cupy.launch import remarks
 
-        if call.operation == "linear":
-            return linear_launch.remarks(call)
         with current(call.q, cupy):
+            if call.operation == "linear":
+                return linear_launch.remarks(call, cupy)
             return remarks(call, cupy)
 
     def prepare(self, call: AttentionCall) -> Callable[..., tuple[Array, Array | None]] | None:

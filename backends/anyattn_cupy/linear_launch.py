@@ -80,11 +80,21 @@ def join_source(variant: LinearVariant) -> str:
     return joined(variant.constants(), struct_source(_fields(variant.batch_axes)), "", files)
 
 
-def remarks(call: LinearCall) -> tuple[str, ...]:
-    """What a caller should know of how a call runs."""
-    if call.feature_map not in FEATURE_MAPS or call.q.dtype != call.v.dtype:
-        return (f"holds features of q and k of all tokens in {call.accumulate}",)
-    return ()
+def remarks(call: LinearCall, cupy: Any) -> tuple[str, ...]:
+    """What a caller should know of how a call runs on the current device."""
+    found = []
+    wide_features = call.feature_map not in FEATURE_MAPS or call.q.dtype != call.v.dtype
+    if wide_features:
+        found.append(f"holds features of q and k of all tokens in {call.accumulate}")
+    variant = choose(current_device(cupy), call, 1, wide_features)
+    if variant.wide:
+        found.append(
+            f"a chunk holds {variant.head_dim} of D = {call.head_dim} channels at a time, and the state "
+            "comes from global memory for each"
+        )
+    if call.dtype != call.accumulate:
+        found.append(f"multiplies {call.dtype} in {call.accumulate}, without tensor cores")
+    return tuple(found)
 
 
 def _tensors(call: LinearCall, cupy: Any) -> tuple[dict[str, Array], bool]:
