@@ -286,7 +286,9 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
             address = read_word(strand + a.STRAND_DECAY) + at * row
             known = expect(block, scratch, known, address, row, channels * size, count)
         row, nbytes = read_word(block + a.V_ROW), read_word(block + a.V_HEAD_DIM) * stored
-        return expect(block, scratch, known, read_word(strand + a.STRAND_V) + at * row, row, nbytes, count)
+        values = read_word(strand + a.STRAND_V) + at * row
+        found: int = expect(block, scratch, known, values, row, nbytes, count)
+        return found
 
     @compiled
     def read_chunk(
