@@ -103,10 +103,12 @@ def commands(monkeypatch, tmp_path):
 
 def test_a_device_is_watched_by_the_sanitizer(commands, capsys, tmp_path):
     assert check("--backend=reference", "--workload=none") == 1
-    failed = "reference: failed: compute-sanitizer racecheck, pairs; see anyattn-check-reference.md\n"
-    assert capsys.readouterr().out == failed
+    failed = (
+        "reference: failed: compute-sanitizer racecheck, pairs and long; see anyattn-check-reference.md\n"
+    )
+    assert capsys.readouterr().out == f"reference: {failed}"
     text = (tmp_path / "anyattn-check-reference.md").read_text()
-    assert "## compute-sanitizer racecheck, pairs: exit status 99\n\n```\na hazard\n```" in text
+    assert "## compute-sanitizer racecheck, pairs and long: exit status 99\n\n```\na hazard\n```" in text
     assert "- device: a device" in text
     assert [c[1] for c in commands if "sanitizer" in c[0]] == [
         "--tool=memcheck", "--tool=racecheck", "--tool=initcheck", "--tool=synccheck",
@@ -135,7 +137,7 @@ def test_a_call_that_fails_is_reported_and_the_next_one_timed(commands, capsys, 
 
     install(Broken())
     assert check("--backend=broken", "--workload=bert", "--workload=tiny", "--seconds=0.01") == 1
-    assert "failed: compute-sanitizer racecheck, pairs, workload bert" in capsys.readouterr().out
+    assert "failed: compute-sanitizer racecheck, pairs and long, workload bert" in capsys.readouterr().out
     rows = (tmp_path / "anyattn-check-broken.md").read_text().splitlines()[-2:]
     assert rows[0] == "| bert | RuntimeError: no room | | | |"
     assert rows[1].startswith("| tiny | ")
@@ -182,6 +184,7 @@ def test_parts_that_cannot_run_say_why(commands, monkeypatch, tmp_path):
         assert f"## {title}: not run" in text
     assert "## torch on CUDA: not run\n\n```\nreference takes no torch.Tensor" in text
     # Each array is an allocation of its own there.
+    assert "--anyattn-full" in commands[0]
     [memcheck] = [c for c in commands if "--tool=memcheck" in c]
     assert memcheck[memcheck.index("-p", memcheck.index("-p") + 1) + 1] == "anyattn.check.unpooled"
 

@@ -82,8 +82,8 @@ def _takes(declared: Sequence[str], name: str) -> bool:
 
 
 def run_kit(backend: str, library: str, families: Sequence[str]) -> Part:
-    """Run the kit, or families of it."""
-    chosen = [f"--anyattn-family={family}" for family in families]
+    """Run all of the kit, or families of it."""
+    chosen = [f"--anyattn-family={family}" for family in families] or ["--anyattn-full"]
     done = _run([*_pytest(backend, library), *chosen])
     title = "Conformance kit" + (f", {', '.join(families)}" if families else "")
     return Part(title, done.returncode, _end(done.stdout))
@@ -127,7 +127,7 @@ def run_device(backend: str) -> list[Part]:
 
 
 def run_sanitizer(backend: str, library: str) -> list[Part]:
-    """Run the family `pairs` under each tool of compute-sanitizer, where that is installed.
+    """Run the families `pairs` and `long` under each tool of compute-sanitizer, where that is installed.
 
     Each array is an allocation of its own there: of pools the tools know the blocks that these cut up.
     """
@@ -138,9 +138,10 @@ def run_sanitizer(backend: str, library: str) -> list[Part]:
     for tool in _TOOLS:
         sys.stderr.write(f"compute-sanitizer, {tool}\n")
         watched = [program, f"--tool={tool}", "--error-exitcode=99", "--target-processes=all"]
-        kit = [*_pytest(backend, library), "-p", "anyattn.check.unpooled", "--anyattn-family=pairs"]
+        kit = [*_pytest(backend, library), "-p", "anyattn.check.unpooled"]
+        kit += ["--anyattn-family=pairs", "--anyattn-family=long"]
         done = _run([*watched, *kit], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-        parts.append(Part(f"compute-sanitizer {tool}, pairs", done.returncode, _end(done.stdout)))
+        parts.append(Part(f"compute-sanitizer {tool}, pairs and long", done.returncode, _end(done.stdout)))
     return parts
 
 
