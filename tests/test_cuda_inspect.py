@@ -128,9 +128,15 @@ def test_tiles_fit_and_chunks_are_as_many_as_there_is_work():
                 found = choose_inspect(Device(capability, room), dtype, dim, True)
                 assert found.shared_memory <= room
                 assert found.wide == (dim == 1000)
-    assert chunks_of(Device(80, 166912, 108), heads=3, blocks=100) == 64
-    assert chunks_of(Device(80, 166912, 108), heads=3, blocks=10) == 10
-    assert chunks_of(Device(80, 166912, 108), heads=300, blocks=10) == 1
+    for heads, blocks, nbytes, chunks in (
+        (3, 100, 1 << 10, 64),
+        (3, 10, 1 << 10, 10),
+        (300, 10, 1 << 10, 1),
+        # A million keys of 8 heads, and so many that one part takes more.
+        (8, 100, 32_000_000, 4),
+        (8, 100, 1 << 30, 1),
+    ):
+        assert chunks_of(Device(80, 166912, 108), heads, blocks, nbytes) == chunks
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,16 @@ def test_what_is_prepared_serves_arrays_that_are_aligned_otherwise():
     assert vectors == [True, False]
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_result_is_described_without_its_memory(moved):
+    made = launch.Results((2, 4, 5, 3), moved, np.dtype("f2"), None)
+    standin = Standin()
+    out, _ = made.make(standin)
+    assert (made.like_out.shape, made.like_out.strides) == (out.shape, out.strides)
+    large = launch.Results((1 << 20, 8, 1 << 20, 128), moved, np.dtype("f2"), None)
+    assert large.like_out.size == 1 << 50
+
+
 # Options of two calls of one signature.
 OTHERS = {
     "lengths": lambda n: {"causal": True, "kv_lengths": np.array([20 - n]), "q_offset": np.array([9 * n])},

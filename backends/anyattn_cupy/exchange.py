@@ -29,10 +29,12 @@ def current(x: Array, cupy: Any) -> Iterator[None]:
     number = x.__dlpack_device__()[1]
     with cupy.cuda.Device(number):
         if library(x) != "torch":
+            _let_go(cupy)
             yield
             return
         stream = _Stream(sys.modules["torch"].cuda.current_stream(x.device).cuda_stream)
         with cupy.cuda.Stream.from_external(stream):
+            _let_go(cupy)
             yield
 
 
@@ -69,10 +71,16 @@ def hold(owner: str, arrays: list[Array], cupy: Any) -> None:
 
 
 def keep_until_done(arrays: list[Array], cupy: Any) -> None:
-    """Keep arrays until the current stream has come so far; it is asked at later calls, and nothing waits."""
+    """Keep arrays until the current stream has come so far; later calls ask, and nothing waits."""
     done = cupy.cuda.Event(disable_timing=True)
     done.record(cupy.cuda.get_current_stream())
     with _lock:
-        while _held and _held[0][0].done:
-            _held.popleft()
         _held.append((done, arrays))
+
+
+def _let_go(cupy: Any) -> None:
+    """Keep no more what is done; nobody may ask for that while a stream is captured into a graph."""
+    if _held and not cupy.cuda.get_current_stream().is_capturing():
+        with _lock:
+            while _held and _held[0][0].done:
+                _held.popleft()

@@ -35,6 +35,7 @@ __all__ = [
     "fill_others",
     "fill_schedule",
     "fill_sizes",
+    "fill_strides",
     "index_type",
     "numbered",
     "tensors_of",
@@ -93,9 +94,18 @@ def batch_axes(
 def fill_arrays(
     block: Any, arrays: dict[str, Array], sizes: tuple[int, ...], strides: list[tuple[int, ...]]
 ) -> None:
+    """Fill in addresses and strides of arrays, with batch axes from `batch_axes`."""
+    fill_strides(block, arrays, sizes, strides)
+    for name, x in arrays.items():
+        block[name] = x.data.ptr
+
+
+def fill_strides(
+    block: Any, arrays: dict[str, Array], sizes: tuple[int, ...], strides: list[tuple[int, ...]]
+) -> None:
+    """Fill in the strides alone."""
     block["batch_sizes"] = sizes
     for (name, x), batch in zip(arrays.items(), strides, strict=True):
-        block[name] = x.data.ptr
         block[f"{name}_batch"] = batch
         head, row, step = (s // x.dtype.itemsize for s in x.strides[-3:])
         block[f"{name}_head"], block[f"{name}_row"] = head, row

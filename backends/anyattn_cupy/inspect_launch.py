@@ -62,7 +62,8 @@ def stats(call: AttentionCall, cupy: Any) -> dict[str, Array]:
     if "key_mass" in call.stats:
         device = current_device(cupy)
         rows = choose_inspect(device, call.dtype, call.head_dim, vector_loads=False).rows
-        chunks = chunks_of(device, math.prod(heads), -(-call.q_len // rows))
+        nbytes = math.prod(heads) * call.k_len * numpy.dtype(call.accumulate).itemsize
+        chunks = chunks_of(device, math.prod(heads), -(-call.q_len // rows), nbytes)
         found["key_mass"] = cupy.zeros((chunks, *heads, call.k_len), call.accumulate)
     for name, field in (("entropy", "entropy"), ("max", "peak")):
         if name in call.stats:

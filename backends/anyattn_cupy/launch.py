@@ -24,10 +24,10 @@ from anyattn_cupy.filling import (
     Captures,
     batch_axes,
     compiled,
-    fill_arrays,
     fill_others,
     fill_schedule,
     fill_sizes,
+    fill_strides,
     index_type,
     numbered,
     tensors_of,
@@ -87,6 +87,11 @@ class Choice:
         """CUDA C++, complete."""
         return kernel_source(self.variant, self.program, self.index)
 
+    @cached_property
+    def unaligned(self) -> Choice:
+        """The same for arrays whose rows are not read in vectors."""
+        return replace(self, variant=replace(self.variant, vector_loads=False))
+
 
 def chosen(call: AttentionCall, tensors: dict[str, Array], cupy: Any) -> Choice:
     """The kernel for a call of "attention" with these `tensors_of` it."""
@@ -126,6 +131,16 @@ class Results:
     def rows(self) -> int:
         return math.prod(self.shape[:-1])
 
+    @property
+    def like_out(self) -> Any:
+        """What out is like, without its memory."""
+        one = numpy.empty(1, self.dtype)
+        *batch, heads, rows, columns = self.shape
+        shape = (*batch, rows, heads, columns) if self.moved else self.shape
+        steps = [math.prod(shape[n + 1 :]) * one.itemsize for n in range(len(shape))]
+        x = numpy.lib.stride_tricks.as_strided(one, shape, steps, writeable=False)
+        return numpy.moveaxis(x, -2, -3) if self.moved else x
+
 
 def _results(call: AttentionCall, dtype: Any) -> Results:
     shape = (*call.batch_shape, call.num_heads, call.q_len, call.v_head_dim)
@@ -164,16 +179,17 @@ class Prepared:
         }
         # A difference of arrays of NumPy without axes is a number.
         self.offset = None if is_array(call.offset) else int(call.offset)
-        named = {**tensors, "out": self.results.make(cupy)[0]}
+        named = {**tensors, "out": self.results.like_out}
         sizes, strides = batch_axes(call.batch_shape, tuple(named.values()))
         self.block = numpy.zeros((), argument_dtype(len(sizes)))
-        fill_arrays(self.block, named, sizes, strides)
+        fill_strides(self.block, named, sizes, strides)
         items = fill_sizes(self.block, call, variant, call.q_len)
         # Blocks of a wide call have a range of columns each.
         ranges = max(1, -(-call.v_head_dim // variant.v_head_dim)) if variant.wide else 1
         self.parts = parts_of(current_device(cupy), items * ranges, -(-call.k_len // variant.keys))
         self.block["parts"] = self.parts
         self.grid = (items * self.parts, ranges)
+        self.combine = combine_source(variant) if self.parts > 1 else ""
         number = self.parts * numpy.dtype(self.accumulate).itemsize
         self.part_bytes = number * math.prod(self.results.shape)
         # The results of parts, and what lies between them and out.
@@ -207,12 +223,12 @@ class Prepared:
             kept += made
         choice = self.choice
         if choice.variant.vector_loads and not vector_loads(tensors):
-            choice = replace(choice, variant=replace(choice.variant, vector_loads=False))
+            choice = choice.unaligned
         memory, threads = choice.variant.shared_memory, choice.variant.threads
         forward = compiled(self.cupy, self.device, "forward", choice.source, memory)
         forward(self.grid, (threads,), (block, arguments), shared_mem=memory)
         if self.parts > 1:
-            combine = compiled(self.cupy, self.device, "combine", combine_source(choice.variant), 0)
+            combine = compiled(self.cupy, self.device, "combine", self.combine, 0)
             combine((-(-self.results.rows // _ROWS_OF_COMBINE),), (_COMBINE_THREADS,), (block,))
         # CuPy's pool gives memory of temporary arrays to nobody before what was launched has run here.
         hold(self.library, [q, k, v, *others, *kept, *read, self.choice.spans], self.cupy)

@@ -176,9 +176,17 @@ def parts_of(device: Device, items: int, tiles: int) -> int:
     return max(1, min(-(-2 * device.multiprocessors // items), tiles // _LEAST_TILES, _MOST_PARTS))
 
 
-def chunks_of(device: Device, heads: int, blocks: int) -> int:
-    """Into how many parts the blocks of rows of a head are dealt out, each with sums over rows of its own."""
-    return max(1, min(-(-2 * device.multiprocessors // max(heads, 1)), blocks, _MOST_PARTS))
+# Bytes of sums that are added up at the end.
+_MOST_SUMS = 1 << 27
+
+
+def chunks_of(device: Device, heads: int, blocks: int, nbytes: int) -> int:
+    """Into how many parts the blocks of rows of a head are dealt out, each with sums over rows of its own.
+
+    `nbytes` are those of the sums of a part of all heads.
+    """
+    wanted = -(-2 * device.multiprocessors // max(heads, 1))
+    return max(1, min(wanted, blocks, _MOST_PARTS, _MOST_SUMS // max(nbytes, 1)))
 
 
 _MOST_CHANNELS = 256
