@@ -6,6 +6,7 @@ Expected values are those of the reference backend, which the same cases hold to
 from __future__ import annotations
 
 import gc
+import threading
 import tracemalloc
 import weakref
 
@@ -504,3 +505,41 @@ def test_tensors_that_are_negated_lazily_go_to_another_backend():
         torch.testing.assert_close(out, wanted)
     with pytest.raises(aa.errors.UnsupportedCallError, match="negated lazily"):
         aa.attention(plain, plain, plain, bias=lazily[0, 0], backend="numba")
+
+
+def test_python_threads_call_at_once_with_counts_of_their_own():
+    """Plans, what lengths open, memory of threads and the workers meet."""
+    rng = np.random.default_rng(40)
+    q, k, v = inputs(2, 4, 2, 1, 1200, 16)
+    wide = inputs(1, 4, 2, 70, 130, 16)
+    lengths = [rng.integers(1, 1201, 2) for _ in range(4)]
+    calls = [((q, k, v), {"kv_lengths": n, "causal": True}) for n in lengths]
+    calls += [(wide, {"causal": True}), ((q, k, v), {})]
+    wanted = [aa.attention(*call, backend="reference", **options) for call, options in calls]
+    wrong, begin = [], threading.Barrier(4)
+
+    def work(first):
+        begin.wait()
+        for n in range(first, first + 12):
+            call, options = calls[n % len(calls)]
+            with aa.use(threads=1 + n % 5, backend="numba"):
+                found = aa.attention(*call, **options)
+            if not np.allclose(found, wanted[n % len(calls)], rtol=1e-4, atol=1e-5):
+                wrong.append(n)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_memory_of_a_call_outlives_one_inside_that_wants_more():
+    address, room = engine.scratch(100)
+    other, more = engine.scratch(len(room) + 1000)
+    assert other != address
+    for begin, memory in ((address, room), (other, more)):
+        assert begin % 64 == 0
+        assert 0 <= begin - memory.ctypes.data < 64
+    assert engine.scratch(100)[0] == other

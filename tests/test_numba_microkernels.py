@@ -419,6 +419,17 @@ def test_every_16_bit_number_is_read_and_written_back(dtype):
         assert np.all(np.isnan(value_of(back[~number], dtype)))
 
 
+def test_subnormal_numbers_are_read_where_the_thread_takes_them_for_0():
+    torch = pytest.importorskip("torch", reason="torch sets the processor to it")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot be set to it")
+    try:
+        found = read(ALL_BITS[:0x400], "float16")
+    finally:
+        torch.set_flush_denormal(False)
+    assert np.array_equal(found, np.arange(0x400) * 2.0**-24)
+
+
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_writing_rounds_to_nearest_and_ties_to_even(dtype):
     infinite = FORMATS[dtype][3]

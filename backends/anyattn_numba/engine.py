@@ -74,18 +74,19 @@ class Prepared:
         out = empty_like(self.dtype, self.shape, self.swapped, library)
         lse = None if self.lse_dtype is None else numpy.empty(self.shape[:-1], self.lse_dtype)
         block = case.block.copy()
+        memory, room = scratch(self.scratch * number)
         _put_addresses(
             block,
             0,
             0,
-            scratch(self.scratch * number),
+            memory,
             address_of(q),
             address_of(k),
             address_of(v),
             address_of(out),
             0 if lse is None else address_of(lse),
         )
-        held = self.template.put_others(block, others)
+        held = room, self.template.put_others(block, others)
         if case.work.parts > 1:
             self._run_parts(block, case.work.parts, number)
         else:
@@ -129,13 +130,17 @@ def run(kernel: int, block: NDArray, number: int) -> None:
 
 
 _local = threading.local()
+_NO_SCRATCH = 0, numpy.empty(0, numpy.uint8)
 
 
-def scratch(nbytes: int) -> int:
-    """The address of memory of this Python thread, at a multiple of 64; the same memory in its next call."""
-    size, address, _ = getattr(_local, "scratch", (-1, 0, None))
-    if size < nbytes:
+def scratch(nbytes: int) -> tuple[int, NDArray]:
+    """The address of memory of this Python thread, at a multiple of 64; the same memory in its next call.
+
+    Who uses it holds the array: a finaliser or a signal's handler may make a call that wants more, and then
+    the thread has another.
+    """
+    found: tuple[int, NDArray] = getattr(_local, "scratch", _NO_SCRATCH)
+    if len(found[1]) < nbytes + 64:
         room = numpy.empty(nbytes + 64, numpy.uint8)
-        address = -(-address_of(room) // 64) * 64
-        _local.scratch = nbytes, address, room
-    return int(address)
+        found = _local.scratch = -(-address_of(room) // 64) * 64, room
+    return found

@@ -152,5 +152,6 @@ def _threads_for(call: AttentionCall, work: Work, pieces: int) -> int:
 def _run(kernel: str, call: AttentionCall, block: NDArray, number: int) -> None:
     """Run a kernel on `number` threads."""
     block[a.COUNTER // 8] = 0
-    block[a.SCRATCH // 8] = scratch(int(block[a.SCRATCH_SIZE // 8]) * number)
+    block[a.SCRATCH // 8], room = scratch(int(block[a.SCRATCH_SIZE // 8]) * number)
     run(kernel_address(kernel, call.dtype), block, number)
+    del room

@@ -193,10 +193,11 @@ def _run(call: LinearCall, tensors: tuple[NDArray, ...], strands: NDArray, parts
     as_read = dtype == call.accumulate
     whole = as_read and columns == v_dim and v_dim % shape.lanes == 0
     number = max(1, min(_threads(call), len(strands)))
+    memory, room = scratch(size * number)
     for place, value in (
         (a.NUM_STRANDS, len(strands)),
         (a.STRANDS, address_of(strands)),
-        (a.SCRATCH, scratch(size * number)),
+        (a.SCRATCH, memory),
         (a.SCRATCH_SIZE, size),
         (a.GROUP_SIZE, call.group_size),
         (a.HEAD_DIM, dim),
@@ -226,3 +227,4 @@ def _run(call: LinearCall, tensors: tuple[NDArray, ...], strands: NDArray, parts
     ):
         put(place, value)
     run(kernel_address("linear", dtype), block, number)
+    del room

@@ -30,10 +30,16 @@ ITEMSIZE = {"bool": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "fl
 
 @compiled
 def _from_half(bits: Any) -> Any:
-    """float16 to float32: the exponent is moved; subnormal numbers come right by the multiplication."""
+    """float16 to float32: the exponent is moved; below, the fraction stands behind the least normal number.
+
+    No operand is subnormal, which a thread may be told to take for 0.
+    """
     wide = numpy.uint32(bits)
     size = numpy.uint32((wide & numpy.uint32(0x7FFF)) << numpy.uint32(13))
-    value = size.view(numpy.float32) * numpy.float32(2.0**112)
+    normal = numpy.uint32(size + numpy.uint32(0x38000000)).view(numpy.float32)
+    least = numpy.float32(2.0**-14)
+    small = numpy.uint32(size | numpy.uint32(0x38800000)).view(numpy.float32) - least
+    value = small if size < numpy.uint32(0x00800000) else normal
     special = numpy.uint32(size | numpy.uint32(0x7F800000)).view(numpy.float32)
     value = special if size >= numpy.uint32(0x0F800000) else value
     return -value if wide & numpy.uint32(0x8000) else value
