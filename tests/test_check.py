@@ -103,10 +103,8 @@ def commands(monkeypatch, tmp_path):
 
 def test_a_device_is_watched_by_the_sanitizer(commands, capsys, tmp_path):
     assert check("--backend=reference", "--workload=none") == 1
-    failed = (
-        "reference: failed: compute-sanitizer racecheck, pairs and long; see anyattn-check-reference.md\n"
-    )
-    assert capsys.readouterr().out == f"reference: {failed}"
+    failed = "failed: compute-sanitizer racecheck, pairs and long; see anyattn-check-reference.md"
+    assert capsys.readouterr().out == f"reference: {failed}\n"
     text = (tmp_path / "anyattn-check-reference.md").read_text()
     assert "## compute-sanitizer racecheck, pairs and long: exit status 99\n\n```\na hazard\n```" in text
     assert "- device: a device" in text
