@@ -137,12 +137,15 @@ class Buffers(Histories):
 class Pages(Histories):
     """A `PagedKVCache` of few pages."""
 
-    @initialize(size=st.integers(1, 4))
+    @initialize(size=st.integers(2, 4))
     def start(self, size):
         shape = 10, size, KV_HEADS
         pools = (np.full((*shape, n), np.nan, np.float32) for n in (DIM, V_DIM))
         self.cache = aa.PagedKVCache(*map(self.place, pools))
-        self.sequences = {}
+        # Two that share a page in the middle of which both go on.
+        self.sequences = {self.cache.add(): self.new_tokens(5)}
+        self.cache.append(0, *map(self.place, rows(self.sequences[0])))
+        self.sequences[self.cache.fork(0)] = list(self.sequences[0])
 
     def some(self, data):
         return data.draw(st.sampled_from(sorted(self.sequences)))
