@@ -214,7 +214,7 @@ def _check_rotations(cos: Array, sin: Array | None, before: Array, count: int) -
         host = arrays.to_host(before)
         last = int(host.max(initial=0)) + count
         for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
-            if arrays.is_array(table) and table.shape[0] < last:
+            if table is not None and arrays.is_array(table) and table.shape[0] < last:
                 raise ValueError(
                     f"{name}: wanted {last} rows, one for each position, got shape {tuple(table.shape)}"
                 )
