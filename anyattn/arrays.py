@@ -57,6 +57,10 @@ _libraries: dict[type, str | None] = {}
 def _library_of_type(cls: type) -> str | None:
     if cls not in _libraries:
         _libraries[cls] = _find_library(cls)
+        if _libraries[cls] == "torch":
+            from anyattn.dynamo import keep_outside
+
+            keep_outside()
     return _libraries[cls]
 
 

@@ -11,7 +11,10 @@ Nothing here runs outside of a trace, but for what is marked as constant, and no
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from inspect import unwrap
+from types import CodeType
 from typing import Any
 
 from anyattn import arrays, masks, scores
@@ -28,6 +31,7 @@ __all__ = [
     "ScoreRecipe",
     "SymbolRecipe",
     "install",
+    "keep_outside",
     "leave_out",
     "linear",
     "load",
@@ -388,8 +392,28 @@ def read_instead(function: Callable[..., Any], replacement: Callable[..., Any]) 
 
 def leave_out(function: Callable[..., Any], reason: str) -> None:
     """Break the graph where a compiled function calls `function`, or say why with ``fullgraph=True``."""
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+    inner: Any = unwrap(function)
+    both: tuple[Any, Any] = (function, inner)
+    for each in both:
+        each._torchdynamo_disable, each._torchdynamo_disable_msg = True, reason
+    _outside.append(inner.__code__)
+    if "torch" in sys.modules:
+        keep_outside()
+
+
+# The code of functions that are left out.
+_outside: list[CodeType] = []
+
+
+def keep_outside() -> None:
+    """Let Dynamo pass over what functions that are left out call, which it would compile one by one."""
+    from torch._C._dynamo import eval_frame
+
+    action = getattr(eval_frame, "_FrameAction", None)
+    if action is not None:  # torch 2.6 has none
+        strategy = eval_frame._FrameExecStrategy(action.SKIP, action.SKIP)
+        for code in _outside:
+            eval_frame.set_code_exec_strategy(code, strategy)
 
 
 _HOST = "a cache counts its tokens on the host; add them outside of the compiled function"

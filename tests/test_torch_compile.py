@@ -464,6 +464,21 @@ class TestCaches:
             torch.testing.assert_close(*(torch.autograd.grad(x.sin().sum(), q)[0] for x in (found, wanted)))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
+    def test_tokens_may_be_added_where_the_graph_may_break(self):
+        """Of what adds them nothing is compiled, which took 49 frames and told of each."""
+        q, k = draw(2, 4, 1, 8), draw(2, 4, 1, 8)
+        caches = [aa.KVCache(CACHE.k, CACHE.v) for _ in range(2)]
+
+        def step(cache):
+            cache.append(k, k)
+            return aa.attention(q, cache)
+
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(lambda: step(caches[0]), backend="eager")
+        for _ in range(2):
+            torch.testing.assert_close(compiled(), step(caches[1]))
+        assert torch._dynamo.utils.counters["frames"]["total"] <= 6
+
     def test_what_counts_keys_counts_tokens_and_not_the_room(self):
         """Another number of tokens compiles once more at most."""
         q, (k, v) = draw(1, 4, 1, 8), draw(2, 1, 2, 37, 8)
