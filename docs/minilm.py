@@ -14,7 +14,7 @@ from anyattn.demo.encoder import SentenceEncoder
 from anyattn.demo.model_files import find_model, load_model
 from anyattn.demo.text import merge_word_pieces, words_of
 
-__all__ = ["SENTENCE", "attention_of_sentence", "projections_of_text"]
+__all__ = ["LONGEST", "SENTENCE", "attention_of_sentence", "projections_of_pieces", "projections_of_text"]
 
 # The longest text that the model has positions for.
 LONGEST = 512
@@ -39,3 +39,14 @@ def projections_of_text() -> np.ndarray:
     encoder, tokenizer = _model()
     text = (Path(__file__).parent / "contract.md").read_text(encoding="utf-8")
     return np.stack([np.stack(parts) for parts in encoder.projections(tokenizer.encode(text).ids[:LONGEST])])
+
+
+def projections_of_pieces(text: str, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Queries and keys (heads, tokens, 32) of each layer, of the first pieces of a text side by side."""
+    encoder, tokenizer = _model()
+    ids = tokenizer.encode(text).ids[: count * LONGEST]
+    pieces = [list(encoder.projections(ids[n : n + LONGEST])) for n in range(0, len(ids), LONGEST)]
+    return [
+        tuple(np.concatenate([parts[layer][n] for parts in pieces], axis=-2) for n in range(2))
+        for layer in range(len(pieces[0]))
+    ]
