@@ -397,8 +397,7 @@ def leave_out(function: Callable[..., Any], reason: str) -> None:
     for each in both:
         each._torchdynamo_disable, each._torchdynamo_disable_msg = True, reason
     _outside.append(inner.__code__)
-    if "torch" in sys.modules:
-        keep_outside()
+    keep_outside()
 
 
 # The code of functions that are left out.
@@ -407,6 +406,8 @@ _outside: list[CodeType] = []
 
 def keep_outside() -> None:
     """Let Dynamo pass over what functions that are left out call, which it would compile one by one."""
+    if sys.modules.get("torch") is None:
+        return
     from torch._C._dynamo import eval_frame
 
     action = getattr(eval_frame, "_FrameAction", None)
