@@ -81,9 +81,11 @@ def heat_map(
     names = [_names(tokens, w.shape[0], "tokens"), _names(key_tokens, w.shape[1], "key_tokens")]
     down, across = (max(2.5, _CELL * min(n, _MOST_NAMED)) for n in w.shape)
     beside, below = (1.6 + _LETTER * max([0, *(_width(name) - 8 for name in of)]) for of in names)
-    figure = Figure(figsize=(across + beside, down + below), layout="constrained")
+    figure = Figure(figsize=(across + beside, down + below), layout="compressed")
     axes = figure.subplots()
-    image, block = _draw(axes, w, _MOST_CELLS)
+    # As high and wide as there is room for: one row of many keys would be a line.
+    cell = (down / w.shape[0]) / (across / w.shape[1])
+    image, block = _draw(axes, w, _MOST_CELLS, cell)
     for axis, of in zip((axes.yaxis, axes.xaxis), names, strict=True):
         _name_axis(axis, of)
     axes.tick_params(axis="x", rotation=90)
@@ -148,7 +150,7 @@ def head_grid(
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, one, name, found in zip(grid.flat, maps, names, kinds, strict=False):
-        _, block = _draw(axes, one, _MOST_CELLS_IN_GRID)
+        _, block = _draw(axes, one, _MOST_CELLS_IN_GRID, one.shape[1] / one.shape[0])
         axes.set_title(f"{_plain(_short(name))}\n{found.kind}", fontsize=7)
     if block != (1, 1):
         figure.supxlabel(f"a cell shows the {_weight(block)}", fontsize=7)
@@ -230,8 +232,13 @@ def _title(figure: Figure, title: str | None) -> str:
     return one.replace(r"\$", "$").replace("\n", " ")
 
 
-def _draw(axes: Axes, weights: numpy.ndarray[Any, Any], most: int) -> tuple[Any, tuple[int, ...]]:
-    """Draw weights; the image, and of how many rows and keys a cell shows the largest weight."""
+def _draw(
+    axes: Axes, weights: numpy.ndarray[Any, Any], most: int, cell: float
+) -> tuple[Any, tuple[int, ...]]:
+    """Draw weights in cells that are `cell` times as high as wide.
+
+    Returns the image, and of how many rows and keys each of its cells shows the largest weight.
+    """
     block = tuple(-(-n // most) for n in weights.shape)
     cells = weights
     for axis, step in enumerate(block):
@@ -245,8 +252,7 @@ def _draw(axes: Axes, weights: numpy.ndarray[Any, Any], most: int) -> tuple[Any,
         cmap=_COLOURS,
         interpolation="none",
         extent=(-0.5, right, bottom, -0.5),
-        # One row of many keys would be a line.
-        aspect="equal" if max(weights.shape) <= 4 * min(weights.shape) else "auto",
+        aspect=cell,
     )
     axes.set(xlim=(-0.5, weights.shape[1] - 0.5), ylim=(weights.shape[0] - 0.5, -0.5))
     return image, block
