@@ -200,7 +200,7 @@ def test_numba_keeps_its_pace_where_decays_make_products_subnormal():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_time_grows_as_the_length(rule):
-    """Twice the tokens take twice as long on Numba, to a million; `docs/linear_table.py` prints the seconds."""
+    """Twice the tokens take twice as long on Numba, to a million; `docs/linear_table.py` prints how long."""
     if not aa.backends()["numba"].available:
         pytest.skip("numba is not installed")
     sizes = {"heads": 1, "kv_heads": 1, "dim": 8, "v_dim": 8, "dtype": "f4"}
