@@ -23,7 +23,8 @@ from anyattn_cupy.variants import Device, choose, choose_inspect
 COLUMNS = ("operation", "dtype", "head_dim", "vector_loads", "options", "architecture")
 HELD = ("kernel", "rows", "keys", "registers", "shared_memory", "spilled")
 
-# The options that the program of a kernel is printed for; int8 and packed are variants of it.
+# The options that the program of a kernel is printed for; int8 and packed are variants of it. Of "far",
+# arrays have three batch axes that memory does not join, and indices have 64 bits.
 PROGRAMS = {
     "none": {},
     "causal": {"causal": True},
@@ -36,6 +37,7 @@ PROGRAMS = {
         "softcap": 30.0,
     },
 }
+PROGRAMS |= {"far": PROGRAMS["all"], "Dv = 64": PROGRAMS["causal"]}
 ATTENTION = [
     *((dtype, dim, True, "causal") for dtype in ("float16", "float32", "float64") for dim in (64, 128, 256)),
     *((dtype, 512, True, "causal") for dtype in ("float16", "float32", "float64")),
@@ -46,7 +48,7 @@ ATTENTION = [
     *(
         (dtype, 128, True, options)
         for dtype in ("float16", "float32")
-        for options in ("dropout", "int8", "packed")
+        for options in ("dropout", "int8", "packed", "far", "Dv = 64")
     ),
 ]
 INSPECTION = [
@@ -68,14 +70,16 @@ def needs(operation, dtype, dim, vector_loads, options, capability):
     if operation == "inspection":
         variant = choose_inspect(device, dtype, dim, vector_loads)
     else:
-        variant = choose(device, dtype, dim, dim, vector_loads, scaled=options == "int8")
+        axes, columns = 3 if options == "far" else 1, 64 if options == "Dv = 64" else dim
+        variant = choose(device, dtype, dim, columns, vector_loads, axes, scaled=options == "int8")
     variant = replace(variant, packed=options == "packed")
     if operation == "merge":
         source, tile, room = combine_source(variant), ("combine", 4, 0), 0
     else:
         x = np.zeros((2, 8, 8), "f4")
         call = describe("attention", x, x, x, Options(**PROGRAMS[options]))
-        source = kernel_source(variant, lower(call.visible, call.score, call.keep), "int")
+        index = "long long" if options == "far" else "int"
+        source = kernel_source(variant, lower(call.visible, call.score, call.keep), index)
         tile, room = (variant.kernel, variant.rows, variant.keys), variant.shared_memory
     [(name, found)] = compiled(source, f"sm_{capability}", OPTIONS).resources.items()
     assert (name == "combine") == (operation == "merge")
