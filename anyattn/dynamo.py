@@ -406,12 +406,9 @@ _outside: list[CodeType] = []
 
 def keep_outside() -> None:
     """Let Dynamo pass over what functions that are left out call, which it would compile one by one."""
-    if sys.modules.get("torch") is None:
-        return
-    from torch._C._dynamo import eval_frame
-
+    eval_frame = sys.modules.get("torch._C._dynamo.eval_frame")
     action = getattr(eval_frame, "_FrameAction", None)
-    if action is not None:  # torch 2.6 has none
+    if eval_frame is not None and action is not None:  # older torch has none
         strategy = eval_frame._FrameExecStrategy(action.SKIP, action.SKIP)
         for code in _outside:
             eval_frame.set_code_exec_strategy(code, strategy)
