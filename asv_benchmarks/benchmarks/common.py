@@ -27,7 +27,7 @@ class Timed:
     repeat = (3, 10, 1.0)
     sample_time = 0.01
     warmup_time = 0.1
-    timeout = 180
+    timeout = 600
 
 
 def call(
