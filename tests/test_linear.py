@@ -145,14 +145,23 @@ def test_normalised_without_order_is_attention_by_features():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_numba_equals_the_reference_beyond_one_block_of_columns_and_tokens(rule):
-    """Blocks have 12 to 48 tokens and columns: 101 and 71 need several, the last ones partial."""
+@pytest.mark.parametrize(("dim", "v_dim"), [(37, 70), (32, 48)], ids=["copied", "read in place"])
+def test_numba_equals_the_reference_beyond_one_block_of_columns_and_tokens(rule, dim, v_dim):
+    """Chunks have 16 or 32 tokens, blocks 12 to 48 columns: these need several, the last ones partial.
+
+    Rows of whole vectors are read and written where they lie, backwards here, but for the last chunk.
+    """
     if not aa.backends()["numba"].available:
         pytest.skip("numba is not installed")
-    q, k, v, needed = given(rule, length=101, heads=6, kv_heads=2, dim=37, v_dim=70, dtype="f4")
+    q, k, v, needed = given(rule, length=101, heads=6, kv_heads=2, dim=dim, v_dim=v_dim, dtype="f4")
+    q, k, v = (x[:, ::-1] for x in (q, k, v))
     more = {
         "linear": [{"feature_map": "elu+1", "normalize": True}, {"causal": False}, {}],
-        "gated": [{"decay": needed.get("decay", v)[..., 0]}, {"feature_map": "relu", "normalize": True}],
+        "gated": [
+            {"decay": needed.get("decay", v)[..., 0]},
+            {"feature_map": "relu", "normalize": True},
+            {},
+        ],
         "gated_delta": [{"decay": needed.get("decay", v)[..., 0]}, {}],
     }
     for options in more.get(rule, [{}]):
