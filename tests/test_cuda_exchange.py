@@ -6,6 +6,7 @@ There is no device: arrays, both libraries and CuPy are stand-ins, kernels run o
 from __future__ import annotations
 
 import sys
+from copy import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,7 @@ class Foreign:
         self.memory = memory
         self.number = number
         self.asked = []
+        self.detached = False
         self.shape, self.ndim, self.dtype = memory.shape, memory.ndim, memory.dtype
         self.device = SimpleNamespace(type="cuda", index=number)
 
@@ -36,11 +38,15 @@ class Foreign:
         return 2, self.number
 
     def __dlpack__(self, *, stream):
+        if isinstance(self, Tensor) and not self.detached:
+            raise BufferError("Can't export tensors that require gradient")
         self.asked.append(stream)
         return self.memory
 
     def detach(self):
-        return self
+        found = copy(self)
+        found.detached = True
+        return found
 
     def is_neg(self):
         return False

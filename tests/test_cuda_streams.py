@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 import pytest
 from cuda_runs import described, placed_arrays
@@ -9,7 +11,7 @@ from cuda_standin import Standin
 
 from anyattn import masks, scores
 from anyattn.reference import backend as reference
-from anyattn_cupy import launch
+from anyattn_cupy import exchange, launch
 
 pytestmark = pytest.mark.usefixtures("nvrtc")
 
@@ -41,13 +43,17 @@ def _prepared(standin):
     return again
 
 
-def test_each_stream_waits_for_what_another_copies():
+def test_each_stream_waits_for_what_another_copies(monkeypatch):
+    monkeypatch.setattr(exchange, "_held", deque())
     standin = Standin()
     again = _prepared(standin)
     again()()
+    assert not exchange._held
     with standin.cuda.Stream.at(7):
         again()()
         waited = len(standin.events)
+        # Of the schedule and of what the program reads: memory that this stream has yet to copy.
+        assert len(exchange._held) == 2
         again()()
     assert len(standin.events) == waited
     assert [launched.where for launched in standin.launches] == [(0, 0), (0, 7), (0, 7)]
