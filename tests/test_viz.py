@@ -157,8 +157,8 @@ def test_a_grid_names_heads_and_kinds(tmp_path):
         assert text in found
     assert viz.save(figure, tmp_path / "grid.html", "Heads").read_text().startswith("<!doctype html>")
     assert viz.save(figure, tmp_path / "grid.HTML", "Heads").read_text() == viz.to_html(figure, "Heads")
-    chosen = viz.head_grid(EVEN[None, [4, 2]], names=["$a$ <b>"], title="$x$", q_offset=0, rows=[4, 2])
-    assert texts(chosen) == ("$x$", ["$a$ <b>", "broad", "$x$"])
+    chosen = viz.head_grid(shifted(-1)[None, [4, 2]], names=["$a$ <b>"], title="$x$", q_offset=0, rows=[4, 2])
+    assert texts(chosen) == ("$x$", ["$a$ <b>", "previous token", "$x$"])
 
 
 @pytest.mark.parametrize("draw", [viz.heat_map, lambda w: viz.head_grid(np.stack([w, w]), title="Two")])

@@ -162,6 +162,8 @@ def head_grid(
 def to_svg(figure: Figure, title: str | None = None) -> str:
     """A figure as SVG whose text is text, to be read aloud, found and copied; the same bytes each time.
 
+    Neither this nor `save` moves what it draws, as `Figure.savefig` does with layouts of matplotlib.
+
     `title` is what it is called where it is read aloud, by default what stands above it, or "Attention".
     Letters that matplotlib's font lacks are left to the fonts of the reader.
     """
