@@ -120,7 +120,7 @@ def tokens(call: LinearCall, state: Array, first: int, end: int) -> tuple[Array,
 def _advanced(
     call: LinearCall, q: Array, k: Array, v: Array, state: Array, decay: Array | None, beta: Array | None
 ) -> tuple[Array, Array]:
-    """What `advance` gives, or `recurrence` where NaN or infinity may have reached earlier rows: 0 times it."""
+    """What `advance` gives, or `recurrence` where 0 times NaN or infinity may have reached earlier rows."""
     if call.library == "dask":
         return _lazily(call.xp, q, k, v, state, decay, beta)
     run = _compiled() if call.library == "jax" else advance
