@@ -175,6 +175,16 @@ def test_numba_equals_the_reference_beyond_one_block_of_columns_and_tokens(rule,
             np.testing.assert_allclose(got, right, rtol=0, atol=2e-5 * np.abs(right).max())
 
 
+@pytest.mark.parametrize("which", range(3), ids="qkv")
+def test_numba_reads_numbers_that_do_not_lie_side_by_side(which):
+    if not aa.backends()["numba"].available:
+        pytest.skip("numba is not installed")
+    arrays = list(given("linear", length=32, dim=32, v_dim=48, dtype="f4")[:3])
+    wanted = aa.linear_attention(*arrays, backend="numba")
+    arrays[which] = np.repeat(arrays[which], 2, axis=-1)[..., ::2]
+    np.testing.assert_array_equal(aa.linear_attention(*arrays, backend="numba"), wanted)
+
+
 @pytest.mark.parametrize("heads", [8, 1])
 def test_numba_takes_threads_and_every_result_is_the_same(heads):
     """Heads are shared out, and the columns of their states where there are fewer heads than threads."""
