@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from inspect import unwrap
 from types import CodeType
 from typing import Any
@@ -406,10 +407,11 @@ _outside: list[CodeType] = []
 
 def keep_outside() -> None:
     """Let Dynamo pass over what functions that are left out call, which it would compile one by one."""
-    eval_frame = sys.modules.get("torch._C._dynamo.eval_frame")
-    action = getattr(eval_frame, "_FrameAction", None)
-    if eval_frame is not None and action is not None:  # older torch has none
-        strategy = eval_frame._FrameExecStrategy(action.SKIP, action.SKIP)
+    eval_frame: Any = sys.modules.get("torch._C._dynamo.eval_frame")
+    # Private names, which older torch has not and a later one may rename: they save compile time alone.
+    with suppress(AttributeError):
+        skip = eval_frame._FrameAction.SKIP
+        strategy = eval_frame._FrameExecStrategy(skip, skip)
         for code in _outside:
             eval_frame.set_code_exec_strategy(code, strategy)
 

@@ -5,9 +5,13 @@ Each on SDPA and on own tiles, whose forward Numba computes where it is installe
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 import anyattn as aa
+from anyattn.dynamo import keep_outside
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 checkpoint = pytest.importorskip("torch.utils.checkpoint").checkpoint
@@ -164,3 +168,9 @@ def test_a_tensor_that_is_negated_lazily(options):
         (aa.attention(lazy, lazy, lazy, **options), aa.attention(*[lazy.resolve_neg()] * 3, **options)),
     ):
         torch.testing.assert_close(found, wanted)
+
+
+def test_another_torch_may_name_its_private_parts_otherwise(monkeypatch):
+    renamed = SimpleNamespace(_FrameAction=SimpleNamespace(SKIP=0))
+    monkeypatch.setitem(sys.modules, "torch._C._dynamo.eval_frame", renamed)
+    keep_outside()
