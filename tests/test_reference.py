@@ -261,19 +261,22 @@ class TestDask:
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_sinks_that_are_not_finite_have_no_gradient_at_hidden_keys(backend):
+def test_gradients_with_sinks_that_are_not_finite_are_undefined_but_at_hidden_keys(backend):
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     q, k, v = (torch.asarray(rng.standard_normal((3, 4, 5))).requires_grad_() for _ in range(3))
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[:, 2] = mask[1] = False
-    sinks = torch.asarray([np.inf, np.nan, 0.5], dtype=torch.float64)
+    sinks = torch.asarray([np.inf, np.nan, 0.5], dtype=torch.float64).requires_grad_()
     out, lse = aa.attention(q, k, v, mask=mask, sinks=sinks, return_lse=True, backend=backend)
-    np.testing.assert_array_equal(lse[:, 1].detach(), sinks)
+    np.testing.assert_array_equal(lse[:, 1].detach(), sinks.detach())
     assert not out[:, 1].any()
     assert torch.isnan(out[:2, [0, 2, 3]]).all()
     assert torch.isfinite(out[2]).all()
-    for x in torch.autograd.grad(out.sum() + lse.sum(), (k, v)):
+    for x in torch.autograd.grad(out.sum() + lse.sum(), (k, v), retain_graph=True):
         assert not x[:, 2].any()
         assert torch.isnan(x[:2, [0, 1, 3]]).all()
         assert torch.isfinite(x[2]).all()
+    for result in (out, lse):
+        (of_sinks,) = torch.autograd.grad(result.sum(), sinks, retain_graph=True)
+        assert of_sinks.isnan().tolist() == [True, True, False]

@@ -85,12 +85,14 @@ def largest(logits: Logits, x: Array) -> Array:
 
 def log_sum(logits: Logits, state: State) -> Array:
     """Log of the softmax denominator; of rows that saw nothing the sink, or -inf."""
+    xp = logits.xp
     seen, base, total, _ = _joined_by_sink(logits, state)
-    sink = -logits.xp.inf if logits.call.sinks is None else _sink(logits)
-    total = logits.xp.log(total)
+    sink = -xp.inf if logits.call.sinks is None else _sink(logits)
+    total = xp.log(total)
     if logits.undefined is not None:
-        total = total * logits.undefined[..., 0]
-    return logits.xp.where(seen, base + total, sink)
+        lost = seen & xp.isnan(logits.undefined[..., 0])
+        total = total * logits.undefined[..., 0] + _undoing(logits, lost, _sink(logits))
+    return xp.where(seen, base + total, sink)
 
 
 def divided(logits: Logits, state: State, sums: Array) -> Array:
@@ -100,7 +102,11 @@ def divided(logits: Logits, state: State, sums: Array) -> Array:
         None if x is None else xp.expand_dims(x, axis=-1) for x in _joined_by_sink(logits, state)
     )
     sums = sums if factor is None else sums * factor
-    return xp.where(seen, sums / total, 0.0)
+    found = sums / total
+    if logits.undefined is not None:
+        lost = xp.isnan(sums) & xp.isnan(logits.undefined)
+        found = found + _undoing(logits, lost, xp.expand_dims(_sink(logits), axis=-1))
+    return xp.where(seen, found, 0.0)
 
 
 def _joined_by_sink(logits: Logits, state: State) -> tuple[Array, Array, Array, Array | None]:
@@ -117,6 +123,16 @@ def _joined_by_sink(logits: Logits, state: State) -> tuple[Array, Array, Array, 
     larger = xp.maximum(base, arrays.stop_gradient(sink))
     factor = xp.exp(base - larger)
     return seen, larger, total * factor + xp.exp(sink - larger), factor
+
+
+def _undoing(logits: Logits, lost: Array, sink: Array) -> Array:
+    """NaN with the derivative NaN by the sink where a sink of NaN or infinity is met, 0 elsewhere.
+
+    `Logits.undefined`, which is NaN there too, has no derivative by the sink.
+    """
+    xp = logits.xp
+    zero = xp.zeros_like(sink)
+    return xp.where(lost, sink, zero) * xp.where(lost, xp.nan, zero)
 
 
 def _sink(logits: Logits) -> Array:
