@@ -38,6 +38,11 @@ def rope_options(given: object, head_dim: int) -> dict[str, Any] | None:
 
 def default_positions(x: Array, kv: Array | None, options: Mapping[str, Any]) -> Any:
     """Positions of the rows of `x`: row + q_offset, with the defaults that `attention` has for it."""
+    with arrays.exactly(x):
+        return _default_positions(x, kv, options)
+
+
+def _default_positions(x: Array, kv: Array | None, options: Mapping[str, Any]) -> Any:
     length = x.shape[-2]
     offset, kv_lengths = options.get("q_offset"), options.get("kv_lengths")
     if offset is None:

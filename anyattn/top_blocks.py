@@ -50,13 +50,13 @@ def top_blocks(q: Array, k: Array, block_size: int, count: int, *, causal: bool 
         scores = xp.matmul(queries, xp.matrix_transpose(keys))
         if heads != kv_heads:
             scores = xp.reshape(scores, (*scores.shape[:-4], heads, *scores.shape[-2:]))
-    begun = None
-    if boolean(causal, "top_blocks: causal"):
-        begun = _begun(xp, q, int(k.shape[-2]), block_size)
-        scores = xp.where(begun, scores, -xp.inf)
-    order = xp.argsort(-scores, axis=-1, stable=True)
-    chosen = xp.argsort(order, axis=-1, stable=True) < count
-    return chosen if begun is None else chosen & begun
+        begun = None
+        if boolean(causal, "top_blocks: causal"):
+            begun = _begun(xp, q, int(k.shape[-2]), block_size)
+            scores = xp.where(begun, scores, -xp.inf)
+        order = xp.argsort(-scores, axis=-1, stable=True)
+        chosen = xp.argsort(order, axis=-1, stable=True) < count
+        return chosen if begun is None else chosen & begun
 
 
 def _begun(xp: Namespace, q: Array, k_len: int, size: int) -> Array:
@@ -64,7 +64,7 @@ def _begun(xp: Namespace, q: Array, k_len: int, size: int) -> Array:
     q_len, where = int(q.shape[-2]), arrays.device(q)
     index = arrays.index_dtype(xp, where)
     blocks = xp.arange(-(-q_len // size), dtype=index, device=where)
-    last = xp.clip((blocks + 1) * size, 0, q_len) - 1 + k_len - q_len
+    last = arrays.clip(xp, (blocks + 1) * size, 0, q_len) - 1 + k_len - q_len
     first = xp.arange(-(-k_len // size), dtype=index, device=where) * size
     return first <= xp.expand_dims(last, axis=-1)
 

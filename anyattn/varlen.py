@@ -136,16 +136,17 @@ def packed_options(
         arrays.check_plain(x, name)
         if x.ndim != 3:
             raise ValueError(f"{name}: wanted packed sequences (T, heads, dim), got shape {tuple(x.shape)}")
-    queries = _sequences(cu_seqlens_q, "cu_seqlens_q", q, int(q.shape[0]), max_seqlens[0])
     total = int(k.shape[0]) if pages is None else None
-    keys = _sequences(cu_seqlens_k, "cu_seqlens_k", k, total, max_seqlens[1])
-    if queries.count != keys.count:
-        raise ValueError(
-            f"cu_seqlens_k: wanted {queries.count + 1} entries like cu_seqlens_q, got {keys.count + 1}"
-        )
-    if not (queries.host and keys.host):
-        queries, keys = queries.beside(q), keys.beside(q)
-    visible, within = _relocation(queries, keys, pages)
+    with arrays.exactly(q):
+        queries = _sequences(cu_seqlens_q, "cu_seqlens_q", q, int(q.shape[0]), max_seqlens[0])
+        keys = _sequences(cu_seqlens_k, "cu_seqlens_k", k, total, max_seqlens[1])
+        if queries.count != keys.count:
+            raise ValueError(
+                f"cu_seqlens_k: wanted {queries.count + 1} entries like cu_seqlens_q, got {keys.count + 1}"
+            )
+        if not (queries.host and keys.host):
+            queries, keys = queries.beside(q), keys.beside(q)
+        visible, within = _relocation(queries, keys, pages)
     seen = [masks.causal()] if causal else []
     seen += [masks.sliding_window(*masks.window_bounds(window, "window"))] if window is not None else []
     seen += [masks.as_mask(mask, "mask")] if mask is not None else []
@@ -192,8 +193,9 @@ def pack(x: Array, lengths: Sequence[int] | Array) -> tuple[Array, Array]:
     cu_seqlens = numpy.concatenate([[0], numpy.cumsum(host)])
     places = _places(cu_seqlens, x.shape[1])
     xp = arrays.namespace(x)
-    flat = xp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
-    return arrays.take(xp, flat, _beside(places, x), axis=-flat.ndim), _beside(cu_seqlens, x)
+    with arrays.exactly(x):
+        flat = xp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
+        return arrays.take(xp, flat, _beside(places, x), axis=-flat.ndim), _beside(cu_seqlens, x)
 
 
 def unpack(packed: Array, cu_seqlens: Sequence[int] | Array, length: int | None = None) -> Array:
@@ -223,9 +225,12 @@ def unpack(packed: Array, cu_seqlens: Sequence[int] | Array, length: int | None 
     source = numpy.full(count * length, packed.shape[0], dtype=numpy.int64)
     source[_places(host, length)] = numpy.arange(packed.shape[0])
     xp = arrays.namespace(packed)
-    zero = arrays.full(xp, (1, *packed.shape[1:]), 0, packed.dtype, arrays.device(packed))
-    padded = arrays.take(xp, xp.concat([packed, zero], axis=0), _beside(source, packed), axis=-packed.ndim)
-    return xp.reshape(padded, (count, length, *packed.shape[1:]))
+    with arrays.exactly(packed):
+        zero = arrays.full(xp, (1, *packed.shape[1:]), 0, packed.dtype, arrays.device(packed))
+        padded = arrays.take(
+            xp, xp.concat([packed, zero], axis=0), _beside(source, packed), axis=-packed.ndim
+        )
+        return xp.reshape(padded, (count, length, *packed.shape[1:]))
 
 
 def _places(cu_seqlens: Any, length: int) -> Any:

@@ -14,10 +14,12 @@ import pytest
 from array_api_compat.common import _aliases
 
 import anyattn as aa
-from anyattn import arrays, planning
+from anyattn import arrays, layer_rope, planning, varlen
 from anyattn.call import AttentionCall
 from anyattn.describe import Options, describe
+from anyattn.expr.nodes import Load, walk
 from anyattn.quantise import quantise
+from anyattn.top_blocks import top_blocks
 
 
 class Device:
@@ -32,6 +34,8 @@ class Device:
 
 
 DEVICE = Device()
+# Functions that compute nothing.
+VIEWS = {"broadcast_to", "expand_dims", "moveaxis", "reshape", "swapaxes", "transpose"}
 
 
 class ndarray(np.ndarray):  # noqa: N801 - arrays are told by the names of their types
@@ -52,6 +56,8 @@ class ndarray(np.ndarray):  # noqa: N801 - arrays are told by the names of their
         return _posed(getattr(ufunc, method)(*plain, **options))
 
     def __array_function__(self, function, types, args, options):
+        name = function.__name__
+        assert DEVICE.current or name in VIEWS, f"{name} was computed on another device"
         return _posed(function(*map(_plain, args), **{name: _plain(x) for name, x in options.items()}))
 
     def __getitem__(self, key):
@@ -97,7 +103,8 @@ def _made(function):
 @pytest.fixture(autouse=True)
 def xp(monkeypatch):
     """The namespace of the arrays above, with the `clip` that array_api_compat gives CuPy."""
-    made = {name: _made(getattr(array_api_compat.numpy, name)) for name in ("asarray", "empty", "full")}
+    names = "arange", "asarray", "empty", "full"
+    made = {name: _made(getattr(array_api_compat.numpy, name)) for name in names}
     found = SimpleNamespace(**{**vars(array_api_compat.numpy), **made})
     found.clip = partial(_aliases.clip, xp=found)
     kinds = {"integral": np.dtype("int64")}
@@ -152,12 +159,43 @@ def test_nothing_is_read(options):
 def test_feeds_of_plans(xp):
     call = described({"kv_lengths": array([7, 20], "i4"), "causal": True, "sinks": array([0, 1], "f2")})
     given = {"kv_lengths": [array([-1, 99], "i4")], "sinks": [array([2, 3], "f2")]}
-    feeds = planning._feeds(SimpleNamespace(given=given), call, None)
+    options = (None,) * len(planning.ARGUMENTS)
+    known = SimpleNamespace(given=given, key=(None, None, None, options))
+    feeds = planning._feeds(known, call, None)
     others = []
     for feed in feeds:
         others.append(feed(given, others, 20))
     assert [_plain(x).tolist() for x in others] == [[0, 20], [-1, 19], [2, 3]]
     assert [x.dtype.name for x in others] == ["int64", "int64", "float32"]
+
+
+def test_blocks_are_chosen_on_their_device():
+    x = array([[[1], [1], [2], [2], [3]]], "f4")
+    assert _plain(top_blocks(x, x, 2, 2)).tolist() == [[[False, True, True]] * 3]
+    seen = [[True, False, False], [True, True, False], [False, True, True]]
+    assert _plain(top_blocks(x, x, 2, 2, causal=True)).tolist() == [seen]
+
+
+def test_packed_sequences():
+    q, cu_seqlens = array(np.zeros((6, 2, 8)), "f4"), array([0, 2, 6], "i4")
+    given = {"causal": True, "window": None, "mask": None, "score_mod": None}
+    found = varlen.packed_options(q, q, q, cu_seqlens, cu_seqlens, **given)
+    loaded = [node.table for node in walk(found["mask"].expr) if isinstance(node, Load)]
+    tables = {table.label: _plain(table.value).tolist() for table in loaded}
+    assert tables == {
+        "sequence of each query": [0, 0, 1, 1, 1, 1],
+        "sequence of each key": [0, 0, 1, 1, 1, 1],
+        "position of each query": [0, 0, -2, -2, -2, -2],
+        "start of each key's sequence": [0, 0, 2, 2, 2, 2],
+    }
+
+
+def test_positions_of_a_layer():
+    x, kv = (array(np.zeros((2, 3, length, 8)), "f4") for length in (1, 20))
+    at = layer_rope.default_positions(x, kv, {"kv_lengths": array([7, 99], "i4")})
+    assert _plain(at).tolist() == [[6], [19]]
+    at = layer_rope.default_positions(kv, None, {"q_offset": array([6, 0], "i4")})
+    assert _plain(at)[:, -1].tolist() == [25, 19]
 
 
 def test_rows_of_a_cache_are_rounded():
