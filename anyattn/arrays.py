@@ -233,6 +233,12 @@ def is_concrete_cpu(x: Array) -> bool:
     return not is_tracer(x) and not is_lazy(x) and device_kind(x) == "cpu"
 
 
+def strides(x: Any) -> tuple[int, ...] | None:
+    """Steps in memory along each axis, in what the library counts them in; None where it does not tell."""
+    found = x.stride() if hasattr(x, "stride") else getattr(x, "strides", None)
+    return None if found is None else tuple(found)
+
+
 def to_host(x: Array) -> numpy.ndarray[Any, Any]:
     """The values of a concrete CPU array as NumPy, shared where the library can."""
     import numpy
@@ -362,7 +368,7 @@ def moveaxis(xp: Namespace, x: Array, source: int, destination: int) -> Array:
 
 def clip(xp: Namespace, x: Array, low: float, high: float) -> Array:
     """`x` with numbers below `low` and above `high` replaced by these, in its dtype."""
-    if library(x) == "cupy":
+    if _library_of_type(type(x)) == "cupy":  # also numbers of NumPy, which are no arrays
         # array_api_compat's (1.16) writes through a mask, whose count the host waits for.
         return x.clip(low, high)
     return xp.clip(x, low, high)

@@ -136,7 +136,9 @@ def test_packed_errors_name_the_argument():
     with pytest.raises(ValueError, match="block_table: wanted pages of 4 for 6 tokens, got 1 to a sequence"):
         flash_attn_varlen_func(q, pages, pages, cu, cu, 6, 6, block_table=TABLE[:1, :1])
     with pytest.raises(ValueError, match="max_seqlen_k: wanted at least 6"):
-        flash_attn_varlen_func(q, pages, pages, cu, cu, 6, 5, block_table=TABLE[1:2] % 2)
+        flash_attn_varlen_func(q, pages, pages, cu, cu, 6, 5, block_table=TABLE[2:] % 3)
+    with pytest.raises(ValueError, match="block_table: wanted each page once in a sequence, got page 1 more"):
+        flash_attn_varlen_func(q, pages, pages, cu, cu, 6, 6, block_table=TABLE[1:2] % 2)
     with pytest.raises(ValueError, match="dropout_p: wanted a probability"):
         flash_attn_varlen_func(q, q, q, cu, cu, 6, 6, 1.5)
 
@@ -242,6 +244,14 @@ def test_a_full_cache_and_padding_on_the_left():
         ({"k": drawn(3, 2, 1, DIM)}, r"k: wanted shape \(3, 'n', 3, 8\)"),
         ({"k": drawn(3, NEW, KV_HEADS, DIM).astype(np.float32)}, "k: wanted dtype float64 like k_cache"),
         (
+            {
+                "k_cache": np.zeros((10, PAGE, KV_HEADS, DIM)),
+                "v_cache": np.zeros((10, PAGE, KV_HEADS, V_DIM)),
+                "block_table": np.array([[5, 2, 5], [1, 7, 7], [0, 8, 0]]),
+            },
+            "block_table: wanted each page once in a sequence, got page 5 more than once in that of entry 0",
+        ),
+        (
             {"v_cache": np.broadcast_to(1.0, (3, SPACE, KV_HEADS, V_DIM))},
             "v_cache: wanted an array that can be",
         ),
@@ -271,6 +281,30 @@ def test_errors_name_the_argument(change, message):
     }
     with pytest.raises((TypeError, ValueError), match=message):
         flash_attn_with_kvcache(**arguments)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_new_tokens_want_memory_of_their_own(axis):
+    """An expanded cache holds one row for all its entries, which the last of them would get."""
+    torch = pytest.importorskip("torch")
+    k_cache = torch.zeros(3, SPACE, KV_HEADS, DIM, dtype=torch.float64)
+    v_cache = k_cache.narrow(axis, 0, 1).expand(3, SPACE, KV_HEADS, DIM)
+    q, k = torch.asarray(drawn(3, 1, HEADS, DIM)), torch.asarray(drawn(3, NEW, KV_HEADS, DIM))
+    with pytest.raises(
+        ValueError, match="v_cache: wanted an array whose entries all have memory of their own"
+    ):
+        flash_attn_with_kvcache(q, k_cache, v_cache, k, k, cache_seqlens=4)
+    assert not k_cache.any()
+    # Who only reads may have one; nor does an axis of one entry matter.
+    flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=4)
+    shape = (3, SPACE, KV_HEADS, 1)
+    one = torch.zeros(shape, dtype=torch.float64).as_strided(shape, (SPACE * KV_HEADS, KV_HEADS, 1, 0))
+    flash_attn_with_kvcache(q, k_cache, one, k, k[..., :1], cache_seqlens=4)
+    assert one.any()
+    nobody = np.zeros((0, SPACE, KV_HEADS, DIM))
+    flash_attn_with_kvcache(
+        drawn(0, 1, HEADS, DIM), nobody, nobody, nobody[:, :1], nobody[:, :1], cache_seqlens=0
+    )
 
 
 def test_what_does_not_belong_into_compiled_functions_says_so():

@@ -65,7 +65,7 @@ def flash_attn_with_kvcache(
     cache_leftpad : integer array, shape (batch,), optional
         Keys at the beginning that are padding.
     block_table : integer array, shape (batch, most pages of a sequence), optional
-        Pages of each sequence, in order.
+        Pages of each sequence, in order; as for `flash_attn_varlen_func`.
     softmax_scale, causal, window_size, softcap, alibi_slopes
         As for `flash_attn_func`; the last query sees the last key.
     rotary_interleaved : bool, default True
@@ -89,43 +89,46 @@ def flash_attn_with_kvcache(
     batch, q_len, heads = (int(n) for n in q.shape[:3])
     xp, device = arrays.namespace(q), arrays.device(q)
     index = arrays.index_dtype(xp, device)
-    size = int(k_cache.shape[1])
-    table = block_table if cache_batch_idx is None else xp.expand_dims(cache_batch_idx, axis=-1)
-    if table is not None:
-        table = arrays.cast(xp, table, index)
-    room = size * (1 if table is None else int(table.shape[1]))
-    before = _lengths(room if cache_seqlens is None else cache_seqlens, "cache_seqlens", batch, q, index)
-    new = 0 if k is None else int(k.shape[1])
-    bounds = window_bounds(window_size)
-    moving = boolean(causal, "causal") or bounds != (None, None)
-    if rotary_cos is not None:
-        _check_rotations(rotary_cos, rotary_sin, before, max(q_len if moving else 1, new))
-        at = xp.expand_dims(before, axis=-1)
-        rows = xp.arange(max(q_len, new), dtype=index, device=device)
-        q = _turn(q, at + rows[:q_len] if moving else at, rotary_cos, rotary_sin, rotary_interleaved)
-        if k is not None:
-            k = _turn(k, at + rows[:new], rotary_cos, rotary_sin, rotary_interleaved)
-    _check_room(before, new, room)
-    if table is not None:
-        name = "block_table" if cache_batch_idx is None else "cache_batch_idx"
-        check_pages(table, before + new, k_cache, name)
-    if k is not None and new:
-        place = _places(before, new, table, size, xp, index, device)
-        k_cache, v_cache = write(k_cache, place, k), write(v_cache, place, v)
-    lengths = before + new
+    with arrays.exactly(q):
+        size = int(k_cache.shape[1])
+        table = block_table if cache_batch_idx is None else xp.expand_dims(cache_batch_idx, axis=-1)
+        if table is not None:
+            table = arrays.cast(xp, table, index)
+        room = size * (1 if table is None else int(table.shape[1]))
+        before = _lengths(room if cache_seqlens is None else cache_seqlens, "cache_seqlens", batch, q, index)
+        new = 0 if k is None else int(k.shape[1])
+        bounds = window_bounds(window_size)
+        moving = boolean(causal, "causal") or bounds != (None, None)
+        if rotary_cos is not None:
+            _check_rotations(rotary_cos, rotary_sin, before, max(q_len if moving else 1, new))
+            at = xp.expand_dims(before, axis=-1)
+            rows = xp.arange(max(q_len, new), dtype=index, device=device)
+            q = _turn(q, at + rows[:q_len] if moving else at, rotary_cos, rotary_sin, rotary_interleaved)
+            if k is not None:
+                k = _turn(k, at + rows[:new], rotary_cos, rotary_sin, rotary_interleaved)
+        _check_room(before, new, room)
+        if table is not None:
+            name = "block_table" if cache_batch_idx is None else "cache_batch_idx"
+            check_pages(table, before + new, k_cache, name)
+        if k is not None and new:
+            place = _places(before, new, table, size, xp, index, device)
+            k_cache, v_cache = write(k_cache, place, k), write(v_cache, place, v)
+        lengths = before + new
+        found = _lookup(k_cache, v_cache, table, lengths, index)
+        mask = None
+        if cache_leftpad is not None:
+            mask = _padded(_lengths(cache_leftpad, "cache_leftpad", batch, q, index))
     options: dict[str, Any] = {
         "causal": boolean(causal, "causal"),
         "window": bounds,
-        "mask": None
-        if cache_leftpad is None
-        else _padded(_lengths(cache_leftpad, "cache_leftpad", batch, q, index)),
+        "mask": mask,
         "score_mod": None if alibi_slopes is None else alibi(alibi_slopes, q, batch, heads),
         "softcap": softcap or None,
         "scale": softmax_scale,
         "layout": "blhd",
         "return_lse": boolean(return_softmax_lse, "return_softmax_lse"),
     }
-    result = attention(q, _Given(_lookup(k_cache, v_cache, table, lengths, index)), **options)
+    result = attention(q, _Given(found), **options)
     parts = result if return_softmax_lse else (result,)
     if k is not None and arrays.library(k_cache) == "jax":
         parts = (*parts, k_cache, v_cache)
@@ -256,6 +259,15 @@ def _check(
             )
         if arrays.library(cache) == "numpy" and not cache.flags.writeable:
             raise ValueError(f"{name}_cache: wanted an array that can be written to, got a read-only one")
+        strides = arrays.strides(cache) or ()
+        # NumPy writes 0 for all axes of an array without entries.
+        if 0 not in cache.shape and any(
+            n > 1 and step == 0 for n, step in zip(cache.shape, strides, strict=False)
+        ):
+            raise ValueError(
+                f"{name}_cache: wanted an array whose entries all have memory of their own, for new tokens, "
+                f"got strides {strides} for {tuple(cache.shape)}; copy it first"
+            )
         if new.ndim != 4 or new.shape[0] != q.shape[0] or tuple(new.shape[2:]) != tuple(cache.shape[2:]):
             wanted = (int(q.shape[0]), "n", *(int(n) for n in cache.shape[2:]))
             raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(new.shape)}")

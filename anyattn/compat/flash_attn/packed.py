@@ -64,7 +64,9 @@ def flash_attn_varlen_func(
     alibi_slopes : array, shape (Hq,) or (batch, Hq), optional
     return_attn_probs : bool, default False
     block_table : integer array, shape (batch, most pages of a sequence), optional
-        Pages of each sequence, in order. They are read where they lie.
+        Pages of each sequence, in order; a page stands once in a sequence, which is checked where the host
+        can read the table. They are read where they lie, in a pool whose tokens all lie at one distance from
+        each other in memory; another one is copied whole.
 
     Returns
     -------
@@ -126,11 +128,12 @@ def _in_pages(
     check_table(block_table, "block_table", 2, int(cu_seqlens_k.shape[0]) - 1, q)
     xp = arrays.namespace(q)
     index = arrays.index_dtype(xp, arrays.device(q))
-    lengths = arrays.cast(xp, cu_seqlens_k[1:] - cu_seqlens_k[:-1], index)
-    table = arrays.cast(xp, block_table, index)
-    check_pages(table, lengths, k_pages, "block_table")
-    pages = of_table(k_pages, v_pages, table, lengths, index)
-    k, v = (arrays.moveaxis(xp, x, 0, 1) for x in (pages.k, pages.v))
+    with arrays.exactly(q):
+        lengths = arrays.cast(xp, cu_seqlens_k[1:] - cu_seqlens_k[:-1], index)
+        table = arrays.cast(xp, block_table, index)
+        check_pages(table, lengths, k_pages, "block_table")
+        pages = of_table(k_pages, v_pages, table, lengths, index)
+        k, v = (arrays.moveaxis(xp, x, 0, 1) for x in (pages.k, pages.v))
     options |= packed_options(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlens=longest, mask=None, pages=pages, **own
     )

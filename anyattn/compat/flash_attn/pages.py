@@ -24,7 +24,7 @@ def check_table(table: Array, name: str, rank: int, sequences: int, q: Array) ->
 
 
 def check_pages(table: Array, lengths: Array, k_pages: Array, name: str) -> None:
-    """Raise where the host can read that a sequence has too few pages, or one that is none of the pool."""
+    """Raise where the host can read that a sequence has too few pages, one twice, or one not of the pool."""
     if not (arrays.is_concrete_cpu(table) and arrays.is_concrete_cpu(lengths)):
         return
     import numpy
@@ -35,10 +35,20 @@ def check_pages(table: Array, lengths: Array, k_pages: Array, name: str) -> None
         raise ValueError(
             f"{name}: wanted pages of {size} for {tokens.max()} tokens, got {host.shape[1]} to a sequence"
         )
-    found = host[numpy.arange(host.shape[1]) < -(-tokens[:, None] // max(size, 1))]
+    number = numpy.arange(host.shape[1])
+    used = number < -(-tokens[:, None] // max(size, 1))
+    found = host[used]
     strange = found[(found < 0) | (found >= pages)]
     if strange.size:
         raise ValueError(f"{name}: wanted numbers from 0 to {pages - 1}, got {strange[0]}")
+    # What is not used counts as different.
+    alike = numpy.sort(numpy.where(used, host, -1 - number), axis=1)
+    row, twice = numpy.nonzero(alike[:, 1:] == alike[:, :-1])
+    if row.size:
+        raise ValueError(
+            f"{name}: wanted each page once in a sequence, got page {alike[row[0], twice[0]]} more than once "
+            f"in that of entry {row[0]}"
+        )
 
 
 def of_table(k_pages: Array, v_pages: Array, table: Array, lengths: Array, index: Any) -> Lookup:
@@ -48,7 +58,8 @@ def of_table(k_pages: Array, v_pages: Array, table: Array, lengths: Array, index
     ----------
     k_pages, v_pages : arrays (pages, page_size, Hkv, D) and (pages, page_size, Hkv, Dv)
     table : integer array (B, most pages of a sequence)
-        What stands behind the last page of a sequence does not matter.
+        A page stands once in a sequence, as a place of the pool is one token of it. What stands behind the
+        last page of a sequence does not matter.
     lengths : integer array (B,)
     index : dtype
         Of `table` and `lengths`.
