@@ -378,10 +378,10 @@ class MultiHeadAttention:
         q, k, v = self._project(x, None, positions, None, options, values=True)
         xp = arrays.namespace(x)
         undo = cache.undoing(int(x.shape[-2]))
-        cache.extend(xp.moveaxis(k, -3, -2), xp.moveaxis(v, -3, -2))
         try:
+            cache.extend(xp.moveaxis(k, -3, -2), xp.moveaxis(v, -3, -2))
             return attention(q, cache, layout="blhd", **options)
-        except Exception:
+        except BaseException:
             # Who mends the call and repeats it would have the tokens twice.
             undo()
             raise

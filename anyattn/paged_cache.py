@@ -252,6 +252,15 @@ class PagedKVCache(GrowingCache):
         known.pages[entry] = new
         self._release(old)
 
+    def _restore(self, sequence: int, length: int, pages: tuple[int, ...]) -> None:
+        """Take away what was added since a sequence had these, and the copy of a page that it shared."""
+        known = self._known(sequence)
+        for page in pages:
+            self._users[page] += 1
+        for page in known.pages:
+            self._release(page)
+        known.pages, known.length = list(pages), length
+
     def __repr__(self) -> str:
         count, heads = len(self._sequences), int(self.k_pages.shape[2])
         tokens = sum(known.length for known in self._sequences.values())
@@ -289,17 +298,17 @@ class PagedSequences(GrowingCache):
         try:
             for n, number in enumerate(self.sequences):
                 self.cache.append(number, k[n, ...], v[n, ...])
-        except MemoryError:
+        except BaseException:
             # A step is of all of them or of none.
             undo()
             raise
 
     def undoing(self, count: int) -> Callable[[], None]:
-        before = {number: self.cache.length(number) for number in self.sequences}
+        before = [(number, self.cache.length(number), self.cache.pages(number)) for number in self.sequences]
 
         def undo() -> None:
-            for number, length in before.items():
-                self.cache.crop(number, length)
+            for number, length, pages in before:
+                self.cache._restore(number, length, pages)
 
         return undo
 
@@ -349,11 +358,11 @@ def in_pages(k_pages: Array, v_pages: Array, entry: Array, lengths: Array, *, ho
 def _check_in_a_row(pool: Any, name: str) -> None:
     """Raise where the pages cannot be read as one key axis without a copy of all of them."""
     pages, size = (int(n) for n in pool.shape[:2])
-    strides = pool.stride() if hasattr(pool, "stride") else getattr(pool, "strides", None)
+    strides = arrays.strides(pool)
     if strides is not None and pages > 1 and size > 1 and strides[0] != size * strides[1]:
         raise ValueError(
             f"{name}: wanted pages in which all tokens lie at one distance from each other in memory, as in "
-            f"a contiguous (pages, page_size, heads, dim), got strides {tuple(strides)} for "
+            f"a contiguous (pages, page_size, heads, dim), got strides {strides} for "
             f"{tuple(pool.shape)}"
         )
 
