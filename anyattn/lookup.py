@@ -157,7 +157,12 @@ def _counts_keys(options: dict[str, Any]) -> bool:
 def _counts_tokens(options: dict[str, Any]) -> bool:
     """Whether an option asks for the number of a token, other than that causal does."""
     given = ("window", "mask", "bias", "score_mod")
-    return any(options[name] is not None for name in given) or options["dropout"] != 0
+    return any(options[name] is not None for name in given) or _drops(options)
+
+
+def _drops(options: dict[str, Any]) -> bool:
+    """Whether weights are dropped; so says an array too, which `dropout_of` refuses."""
+    return arrays.is_array(options["dropout"]) or options["dropout"] != 0
 
 
 def _relocated(found: Lookup, options: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +189,7 @@ def _relocated(found: Lookup, options: dict[str, Any]) -> dict[str, Any]:
     if options["score_mod"] is not None:
         score = scores.as_score(options["score_mod"])
         changed["score_mod"] = Score(at_place(score.expr, "score_mod"), repr(score))
-    if options["dropout"] != 0:
+    if _drops(options):
         from anyattn.dropout import Dropout
 
         changed["dropout"] = Dropout(options["dropout"], at_place)

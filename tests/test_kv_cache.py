@@ -360,6 +360,7 @@ def test_both_layouts():
         ({"v": np.zeros((2, 2, 3, 5))}, "v: wanted None where k is a cache"),
         ({"bias": np.zeros((1, 6))}, "bias: an array along keys"),
         ({"mask": np.ones((1, 6), dtype=bool)}, "mask: mask is an array along rows and keys"),
+        ({"dropout": np.array([0.1, 0.2])}, "dropout: wanted a real number, got ndarray"),
     ],
 )
 def test_errors_name_the_argument(options, message):
