@@ -65,7 +65,7 @@ def flash_attn_with_kvcache(
     cache_leftpad : integer array, shape (batch,), optional
         Keys at the beginning that are padding.
     block_table : integer array, shape (batch, most pages of a sequence), optional
-        Pages of each sequence, in order.
+        Pages of each sequence, in order; as for `flash_attn_varlen_func`.
     softmax_scale, causal, window_size, softcap, alibi_slopes
         As for `flash_attn_func`; the last query sees the last key.
     rotary_interleaved : bool, default True
@@ -259,6 +259,15 @@ def _check(
             )
         if arrays.library(cache) == "numpy" and not cache.flags.writeable:
             raise ValueError(f"{name}_cache: wanted an array that can be written to, got a read-only one")
+        strides = arrays.strides(cache) or ()
+        # NumPy writes 0 for all axes of an array without entries.
+        if 0 not in cache.shape and any(
+            n > 1 and step == 0 for n, step in zip(cache.shape, strides, strict=False)
+        ):
+            raise ValueError(
+                f"{name}_cache: wanted an array whose entries all have memory of their own, for new tokens, "
+                f"got strides {strides} for {tuple(cache.shape)}; copy it first"
+            )
         if new.ndim != 4 or new.shape[0] != q.shape[0] or tuple(new.shape[2:]) != tuple(cache.shape[2:]):
             wanted = (int(q.shape[0]), "n", *(int(n) for n in cache.shape[2:]))
             raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(new.shape)}")

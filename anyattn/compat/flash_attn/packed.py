@@ -64,7 +64,9 @@ def flash_attn_varlen_func(
     alibi_slopes : array, shape (Hq,) or (batch, Hq), optional
     return_attn_probs : bool, default False
     block_table : integer array, shape (batch, most pages of a sequence), optional
-        Pages of each sequence, in order. They are read where they lie.
+        Pages of each sequence, in order; a page stands once in a sequence, which is checked where the host
+        can read the table. They are read where they lie, in a pool whose tokens all lie at one distance from
+        each other in memory; another one is copied whole.
 
     Returns
     -------
