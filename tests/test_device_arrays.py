@@ -16,6 +16,7 @@ from array_api_compat.common import _aliases
 import anyattn as aa
 from anyattn import arrays, layer_rope, planning, varlen
 from anyattn.call import AttentionCall
+from anyattn.compat.flash_attn import cached
 from anyattn.describe import Options, describe
 from anyattn.expr.nodes import Load, walk
 from anyattn.quantise import quantise
@@ -169,6 +170,11 @@ def test_feeds_of_plans(xp):
     assert [x.dtype.name for x in others] == ["int64", "int64", "float32"]
 
 
+def _tables(root):
+    loads = [node for node in walk(root) if isinstance(node, Load)]
+    return {node.table.label: _plain(node.table.value).tolist() for node in loads}
+
+
 def test_blocks_are_chosen_on_their_device():
     x = array([[[1], [1], [2], [2], [3]]], "f4")
     assert _plain(top_blocks(x, x, 2, 2)).tolist() == [[[False, True, True]] * 3]
@@ -180,9 +186,7 @@ def test_packed_sequences():
     q, cu_seqlens = array(np.zeros((6, 2, 8)), "f4"), array([0, 2, 6], "i4")
     given = {"causal": True, "window": None, "mask": None, "score_mod": None}
     found = varlen.packed_options(q, q, q, cu_seqlens, cu_seqlens, **given)
-    loaded = [node.table for node in walk(found["mask"].expr) if isinstance(node, Load)]
-    tables = {table.label: _plain(table.value).tolist() for table in loaded}
-    assert tables == {
+    assert _tables(found["mask"].expr) == {
         "sequence of each query": [0, 0, 1, 1, 1, 1],
         "sequence of each key": [0, 0, 1, 1, 1, 1],
         "position of each query": [0, 0, -2, -2, -2, -2],
@@ -196,6 +200,19 @@ def test_positions_of_a_layer():
     assert _plain(at).tolist() == [[6], [19]]
     at = layer_rope.default_positions(kv, None, {"q_offset": array([6, 0], "i4")})
     assert _plain(at)[:, -1].tolist() == [25, 19]
+
+
+def test_caches_of_flash_attn(monkeypatch):
+    monkeypatch.setattr(cached, "attention", lambda q, cache, **options: cache.lookup())
+    q, k = array(np.zeros((2, 1, 2, 8)), "f4"), array(np.ones((2, 1, 2, 8)), "f4")
+    pool = array(np.zeros((6, 4, 2, 8)), "f4")
+    lengths, table = array([3, 4], "i4"), array([[1, 5], [2, 0]], "i4")
+    options = {"cache_seqlens": lengths, "cache_leftpad": lengths, "block_table": table}
+    found = cached.flash_attn_with_kvcache(q, pool, pool, k, k, **options)
+    assert _plain(found.lengths).tolist() == [4, 5]
+    written = np.argwhere(_plain(pool)[:, :, 0, 0])
+    assert written.tolist() == [[0, 0], [1, 3]]
+    assert _tables(found.visible)["pages"] == [[-1, 0, -1, -1, -1, -1], [1, -1, 0, -1, -1, -1]]
 
 
 def test_rows_of_a_cache_are_rounded():
