@@ -13,11 +13,11 @@ With decays the weights fade from key to query, Q to the start of the chunk, and
 Length", 2024, section 3.2): the rows -beta K are taken for queries, their weights are -N, and rows of U are
 found from the first to the last, a tile of registers at a time.
 
-All products are one micro-kernel's (`anyattn_numba.linear_products`). K^T is the only thing that is turned
-round. What lies in memory as the micro-kernel reads it is read in place; other dtypes, strides and ends of
-sequences are copied, padded with 0 to whole tiles (`anyattn_numba.linear_loads`). S lies in blocks of
-columns, each as wide as a tile of registers. The normalizer is one more column, that of a value that is
-always 1.
+All products are one micro-kernel's (`anyattn_numba.linear_products`), but for the weights with a decay for
+each channel, which are `fade_kernel`'s. K^T is the only thing that is turned round. What lies in memory as
+the micro-kernel reads it is read in place; other dtypes, strides and ends of sequences are copied, padded
+with 0 to whole tiles (`anyattn_numba.linear_loads`). S lies in blocks of columns, each as wide as a tile of
+registers. The normalizer is one more column, that of a value that is always 1.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def linear_kernel(shape: Shape, dtype: str) -> Any:
             for start in range(0, count * row, LINE * read_word(block + a.HEAD_DIM)):
                 coming[known] = address + start
                 known = min(known + 1, a.COMING - 1)
-        # What is computed with anyway.
+        # Every product fetches one of them, known or not.
         for n in range(known, a.COMING):
             coming[n] = scratch
         return known

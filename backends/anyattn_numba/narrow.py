@@ -2,7 +2,8 @@
 
 With a lane for each query most lanes would be empty, so here lanes run along the channels: a vector of a key
 or value is loaded once and meets `QUERIES` queries. Meaning and scratch memory are those of `microkernels`,
-but for Q, which is (queries, head_dim), and O, which is (queries, v_head_dim).
+but for Q, which is (queries, head_dim), O, which is (queries, v_head_dim), and S and P where nothing but the
+softmax asks for scores: (keys, `QUERIES`) for each `QUERIES` queries.
 
 16-bit and int8 keys and values are widened in registers; int8 ones wait for their scales, which change scores
 and weights, not rows. While scores are computed, the values of the same keys are fetched, and while these are
