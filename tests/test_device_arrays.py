@@ -1,6 +1,7 @@
 """Calls are described on the device of their arrays, and without reading these: the host would wait for them.
 
 There is no device here: arrays of NumPy pose as CuPy's, in the namespace that array_api_compat makes of CuPy.
+No backend is asked, so they do without the memory, streams and kernels that those of `cuda_posing` have.
 """
 
 from __future__ import annotations
